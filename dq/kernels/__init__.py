@@ -1,0 +1,101 @@
+"""Which code runs a packed layer: backends found by listing this folder, chosen per layer with a reason for every no.
+
+A backend is one module (or package) here that exports
+    RANK                            smaller is preferred; `reference` is last and accepts everything
+    why_not(op, plan, device)       None when it can run the layer on that device type, else the reason in one line
+    label(op, plan)                 the name of the kernel, shown by `dq.explain`
+    build(op, plan, conv)           -> run(x, tensors) -> y; everything constant is resolved here, so that the returned
+                                    callable is plain tensor code that `torch.compile` can trace
+Ops: "linear" x (..., in) -> (..., out); "conv" x (batch, in, *space) -> (batch, out, *space), batch always present.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from dq.plan import DQError, LayerPlan, nearest
+
+
+class Tensors(NamedTuple):
+    """The tensors of one packed layer, as a kernel sees them.
+
+    weight        int8 (rows, bytes), packed codes in the format's canonical layout
+    scale         fp32 or int8 (rows | 1, scales), parts side by side
+    zero          as scale, affine integer formats only
+    scale_global  fp32 (parts,), nvfp4 only
+    bias          (out,) or None
+    act_scale     fp32 (parts,): the stored activation scales of the running step, None when dynamic
+    down, up      (rank, columns) and (out, rank): low-rank branch, None without one
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None = None
+    scale_global: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    act_scale: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+
+
+class Conv(NamedTuple):
+    """Geometry of a convolution with zero padding; every field has one entry per spatial dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel of one layer. refusals: (backend, reason) of each preferred backend that said no."""
+
+    backend: str
+    label: str
+    run: Callable[[torch.Tensor, Tensors], torch.Tensor]
+    refusals: tuple[tuple[str, str], ...]
+
+
+@cache
+def backends() -> dict[str, ModuleType]:
+    """Backend modules by name, preferred first."""
+    found = {item.name: importlib.import_module(f"{__name__}.{item.name}") for item in pkgutil.iter_modules(__path__)}
+    return dict(sorted(found.items(), key=lambda item: item[1].RANK))
+
+
+_selected = "auto"
+
+
+def select(name: str) -> None:
+    """Restrict `choose` to one backend ("auto" lifts it). Raises DQError for unknown names."""
+    global _selected
+    known = ("auto", *backends())
+    if name not in known:
+        raise DQError(f"backend {name!r} is unknown, {nearest(name, known)}")
+    _selected = name
+
+
+def choose(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> Choice:
+    """The best backend that accepts the layer on a device type ("cpu", "cuda", "meta").
+
+    A selected backend that refuses falls back to `reference`; the refusal stays visible in the choice.
+    """
+    refusals = []
+    for name, module in backends().items():
+        if _selected not in ("auto", name) and name != "reference":
+            refusals.append((name, f"backend {_selected!r} was selected with dq.set_backend"))
+            continue
+        reason = module.why_not(op, plan, device)
+        if reason is None:
+            return Choice(name, module.label(op, plan), module.build(op, plan, conv), tuple(refusals))
+        refusals.append((name, reason))
+    raise AssertionError("the reference backend accepts every layer")

@@ -1,0 +1,62 @@
+"""Decode to the compute dtype, then torch's own matmul or convolution: every format, on every device, no integer unit.
+
+Serves weight-only layers, whose activations are floating point, and activations whose format has no kernel here; those
+are rounded exactly as an integer kernel would and the label says `emulated`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from dq.kernels import Conv, Tensors
+from dq.kernels.reference import CONVS, input_rounder, weight_decoder
+from dq.plan import LayerPlan
+
+RANK = 90
+
+
+def why_not(op: str, plan: LayerPlan, device: str) -> str | None:
+    return None
+
+
+def label(op: str, plan: LayerPlan) -> str:
+    name = "F.linear" if op == "linear" else f"F.conv{len(plan.shape) - 2}d"
+    return f"decode {plan.weight.format} + {name}" + (f", {plan.act.format} emulated" if plan.act else "")
+
+
+def low_rank(x: torch.Tensor, t: Tensors, plan: LayerPlan, conv: Conv | None) -> torch.Tensor:
+    """The low-rank branch up(down(x)) of a linear or convolution, in the dtype of x."""
+    down, up = t.down.to(x.dtype), t.up.to(x.dtype)
+    if conv is None:
+        return F.linear(F.linear(x, down), up)
+    space = len(plan.shape) - 2
+    low = CONVS[space](x, down.reshape(-1, *plan.shape[1:]), None, *conv[:3])
+    return CONVS[space](low, up.reshape(*up.shape, *[1] * space))
+
+
+def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
+    """See the package docstring."""
+    decode, rounded = weight_decoder(plan), input_rounder(plan, -1 if op == "linear" else 1)
+    one_scale_a_row = plan.weight.format == "int8" and plan.weight.granularity == "channel" and not plan.splits
+
+    def matmul(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+        bias = None if t.bias is None else t.bias.to(x.dtype)
+        if one_scale_a_row:  # int8 codes are exact in bf16: scaling the output saves a pass over the weight
+            y = F.linear(x, t.weight.to(x.dtype)) * t.scale.reshape(-1).to(x.dtype)
+            return y if bias is None else y + bias
+        return F.linear(x, decode(t).to(x.dtype), bias)
+
+    def linear(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+        y = matmul(rounded(x, t.act_scale), t)
+        return y if t.down is None else y + low_rank(x, t, plan, None)
+
+    def convolve(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+        weight = decode(t).reshape(plan.shape).to(x.dtype)
+        bias = None if t.bias is None else t.bias.to(x.dtype)
+        y = CONVS[len(plan.shape) - 2](rounded(x, t.act_scale), weight, bias, *conv)
+        return y if t.down is None else y + low_rank(x, t, plan, conv)
+
+    return linear if op == "linear" else convolve

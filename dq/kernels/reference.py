@@ -1,0 +1,111 @@
+"""The truth: every op in every format, decoded to fp32 and computed by plain torch. Slow, differentiable, runs anywhere.
+
+    y = Q(x * smooth) W^T + (x * smooth) down^T up^T + bias        x (tokens, in), W (out, in)
+
+Activations are quantized and decoded again (straight-through gradient), weights are decoded to fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from dq.formats import Encoded, Granularity
+from dq.kernels import Conv, Tensors
+from dq.plan import LayerPlan, TensorPlan
+
+RANK = 1000
+CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+PER_ROW = Granularity("token")
+
+
+def why_not(op: str, plan: LayerPlan, device: str) -> str | None:
+    return None
+
+
+def label(op: str, plan: LayerPlan) -> str:
+    return f"reference {plan.weight.format} decoded to fp32" + (f", {plan.act.format} emulated" if plan.act else "")
+
+
+def scale_columns(plan: LayerPlan) -> list[tuple[int, int]]:
+    """Column ranges [start, stop) of the scale matrix that belong to each part of the weight."""
+    grain, ranges, start = plan.weight.grain, [], 0
+    for first, last in plan.parts:
+        count = -(-(last - first) // grain.size) if grain.kind == "group" else 1
+        ranges.append((start, start + count))
+        start += count
+    return ranges
+
+
+def weight_decoder(plan: LayerPlan) -> Callable[[Tensors], torch.Tensor]:
+    """-> decode(tensors) -> fp32 (rows, columns)."""
+    spec, grain, columns = plan.weight.spec, plan.weight.grain, plan.columns
+    ranges = list(zip(plan.parts, scale_columns(plan), strict=True))
+
+    def decode(t: Tensors) -> torch.Tensor:
+        codes = spec.unpack(t.weight, columns)
+        parts = []
+        for i, ((first, last), (left, right)) in enumerate(ranges):
+            zero = t.zero[:, left:right] if t.zero is not None else None
+            whole = t.scale_global[i : i + 1] if t.scale_global is not None else None
+            encoded = Encoded(codes[:, first:last], t.scale[:, left:right], zero, whole)
+            parts.append(spec.decode(encoded, grain))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    return decode
+
+
+def input_rounder(plan: LayerPlan, dim: int) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
+    """-> round(x, act_scale): quantize and decode x, split along `dim` (1 for convolutions, -1 for linears).
+
+    A convolution has one dynamic scale per sample and part, so no scale crosses batch entries.
+    """
+    act = plan.act
+    edges = [0, *plan.splits, plan.shape[1]]
+
+    def one(x: torch.Tensor, act: TensorPlan, scale: torch.Tensor | None) -> torch.Tensor:
+        rows = x.reshape(x.shape[0], -1) if dim == 1 else x.reshape(-1, x.shape[-1])
+        grain = PER_ROW if dim == 1 else act.grain
+        if scale is not None:
+            scale, grain = scale.reshape(1, 1), Granularity("tensor")
+        shifted, whole = rows + act.shift, None
+        if act.spec.global_bytes:  # one tensor-wide scale per row, so that no row depends on another
+            whole = act.spec.fit_global(shifted.detach(), per_row=True)
+        return (act.spec.fake(shifted, grain, scale=scale, scale_global=whole) - act.shift).reshape(x.shape)
+
+    def rounded(x: torch.Tensor, act_scale: torch.Tensor | None) -> torch.Tensor:
+        if act is None:
+            return x
+        parts = [x.narrow(dim, a, b - a) for a, b in zip(edges, edges[1:], strict=False)]
+        scales = [None] * len(parts) if act_scale is None else list(act_scale.unbind(0))
+        parts = [one(part, act, scale) for part, scale in zip(parts, scales, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+    return rounded
+
+
+def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
+    """See the package docstring."""
+    decode = weight_decoder(plan)
+    rounded = input_rounder(plan, -1 if op == "linear" else 1)
+    shape = plan.shape
+
+    def linear(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+        wide = x.float()
+        y = F.linear(rounded(wide, t.act_scale), decode(t), None if t.bias is None else t.bias.float())
+        if t.down is not None:
+            y = y + F.linear(F.linear(wide, t.down.float()), t.up.float())
+        return y.to(x.dtype)
+
+    def convolve(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+        wide, run = x.float(), CONVS[len(shape) - 2]
+        bias = None if t.bias is None else t.bias.float()
+        y = run(rounded(wide, t.act_scale), decode(t).reshape(shape), bias, *conv)
+        if t.down is not None:
+            low = run(wide, t.down.float().reshape(-1, *shape[1:]), None, *conv[:3])
+            y = y + run(low, t.up.float().reshape(*t.up.shape, *[1] * (len(shape) - 2)))
+        return y.to(x.dtype)
+
+    return linear if op == "linear" else convolve

@@ -1,0 +1,427 @@
+"""The layers: `Draft*` while a layer is fitted (differentiable floats), `Packed*` when it ships (bytes and kernels).
+
+    y = W' Q(x * smooth) + up (down (x * smooth)) + bias,    W' = Q(W / smooth - up down)
+
+x (..., in), W (out, in), smooth (in,), down (rank, in), up (out, rank). Convolutions are the same with channels for
+features. Packed layers subclass the layer they replace and hold plain Parameters only (no buffers, no tensor subclasses),
+so that offload, hooks, LoRA and safetensors treat them like any other layer; weights are int8 bytes, never uint8.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dq import kernels
+from dq.clock import Clock
+from dq.formats import FormatError, check_finite
+from dq.kernels import Conv, Tensors, dense, reference
+from dq.plan import DQError, LayerPlan
+
+CONV_KINDS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
+PLAIN = {"linear": nn.Linear, **CONV_KINDS}
+OPTIONAL = ("zero", "scale_global", "smooth", "proj_down", "proj_up", "act_scale")
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The LayerPlan kind of a full-precision layer, None when dq cannot quantize it (or already has)."""
+    if isinstance(module, _Packed | _Draft):
+        return None
+    for kind, base in PLAIN.items():
+        # a subclass is taken when it keeps its parent's arithmetic: its forward, if any, must end in super().forward
+        if isinstance(module, base) and (type(module).forward is base.forward or type(module) in COOPERATIVE):
+            return kind
+    return None
+
+
+COOPERATIVE: set[type] = set()  # subclasses whose own forward ends in super().forward(x); filled by dq.families
+
+
+def tensor_shapes(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    """Shape and dtype of every packed tensor of a layer but its bias; dtype None means the compute dtype."""
+    spec, grain, rows = plan.weight.spec, plan.weight.grain, plan.rows
+    widths = [last - first for first, last in plan.parts]
+    scale_rows = 1 if grain.kind == "tensor" else rows
+    blocks = sum(grain.scale_shape(rows, width)[1] for width in widths)
+    shapes = {"weight": ((rows, -(-plan.columns * spec.bits // 8)), torch.int8)}
+    shapes["scale"] = ((scale_rows, blocks), torch.int8 if spec.fixed else torch.float32)
+    if spec.affine:
+        shapes["zero"] = ((scale_rows, blocks), torch.int8)
+    if spec.global_bytes:
+        shapes["scale_global"] = ((len(widths),), torch.float32)
+    if plan.smooth:
+        shapes["smooth"] = ((plan.shape[1],), torch.float32)
+    if plan.rank:
+        shapes["proj_down"], shapes["proj_up"] = ((plan.rank, plan.columns), None), ((rows, plan.rank), None)
+    if plan.act is not None and plan.act.scale != "dynamic":
+        shapes["act_scale"] = ((plan.steps, len(widths)), torch.float32)
+    return shapes
+
+
+def encode(weight: torch.Tensor, plan: LayerPlan) -> dict[str, torch.Tensor]:
+    """Round a float matrix (rows, columns) to the packed tensors `weight`, `scale` and, if the format has them, more."""
+    spec, grain = plan.weight.spec, plan.weight.grain
+    parts = [spec.encode(weight[:, first:last], grain) for first, last in plan.parts]
+    out = {"weight": spec.pack(torch.cat([part.codes for part in parts], 1).contiguous())}
+    for name, dim in (("scale", 1), ("zero", 1), ("scale_global", 0)):
+        if getattr(parts[0], name) is not None:
+            out[name] = torch.cat([getattr(part, name) for part in parts], dim).contiguous()
+    return out
+
+
+def geometry(module: nn.Module) -> tuple[Conv, tuple[int, ...] | None, str]:
+    """-> (zero-padding geometry, explicit padding for F.pad or None, its mode) of a convolution."""
+    pads = tuple(module._reversed_padding_repeated_twice)
+    symmetric = pads[0::2] == pads[1::2]
+    explicit = module.padding_mode != "zeros" or not symmetric
+    padding = (0,) * len(module.stride) if explicit else tuple(reversed(pads[0::2]))
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return Conv(module.stride, padding, module.dilation, module.groups), pads if explicit else None, mode
+
+
+def _per_channel(vector: torch.Tensor, x: torch.Tensor, conv: bool) -> torch.Tensor:
+    """`vector` (in,) in x's dtype, shaped to multiply x along its channels."""
+    vector = vector.to(x.dtype)
+    return vector.reshape(-1, *[1] * (x.dim() - 2)) if conv else vector
+
+
+_live: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def set_backend(name: str) -> None:
+    """Run every packed layer on one kernel backend ("auto": the best that accepts the layer).
+
+    Raises DQError for an unknown name. Layers the backend refuses run on `reference`; `dq.explain` says why.
+    """
+    kernels.select(name)
+    for layer in list(_live):
+        layer.bind(layer.weight.device.type)
+
+
+class _Packed:
+    """What packed linears and convolutions share. `plan`, `compute_dtype` and `clock` are set by `_allocate`."""
+
+    op = "linear"
+
+    def _allocate(self, plan: LayerPlan, has_bias: bool, compute_dtype: torch.dtype, device: str) -> None:
+        self.plan, self.compute_dtype, self.clock = plan, compute_dtype, None
+        self.choice, self._device = None, None
+        for name, (shape, dtype) in tensor_shapes(plan).items():
+            self.put(name, torch.empty(shape, dtype=dtype or compute_dtype, device=device))
+        for name in OPTIONAL:
+            if name not in self._parameters:
+                self.register_parameter(name, None)
+        self.register_parameter("bias", None)
+        if has_bias:
+            self.put("bias", torch.empty(plan.shape[0], dtype=compute_dtype, device=device))
+        _live.add(self)
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        """Set one packed tensor as a frozen Parameter."""
+        setattr(self, name, nn.Parameter(value, requires_grad=False))
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        _live.add(self)
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        """Move, never convert: dtypes belong to the format; a cast of the model must not round scales or factors."""
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep, recurse)
+
+    def bind(self, device: str) -> None:
+        """Choose the kernel for a device type."""
+        self.choice, self._device = kernels.choose(self.op, self.plan, device, self._conv()), device
+
+    def _conv(self) -> Conv | None:
+        return None
+
+    def tensors(self) -> Tensors:
+        """The tensors as the kernel sees them, with the activation scales of the running step."""
+        stored = self.act_scale
+        if stored is not None:
+            stored = stored.index_select(0, self.clock.to(stored.device))[0] if self.plan.steps > 1 else stored[0]
+        return Tensors(
+            self.weight, self.scale, self.zero, self.scale_global, self.bias, stored, self.proj_down, self.proj_up
+        )
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """smooth, then the chosen kernel: quantize, multiply, low-rank branch, bias."""
+        if x.device.type != self._device:
+            self.bind(x.device.type)
+        if self.smooth is not None:
+            x = x * _per_channel(self.smooth, x, self.op == "conv")
+        return self.choice.run(x, self.tensors())
+
+    @torch.no_grad()
+    def dense_weight(self) -> torch.Tensor:
+        """The fp32 weight this layer stands for, shaped as the layer it replaced, low-rank branch and smoothing included."""
+        weight = reference.weight_decoder(self.plan)(self.tensors())
+        if self.proj_up is not None:
+            weight = weight + self.proj_up.float() @ self.proj_down.float()
+        weight = weight.reshape(self.plan.shape)
+        if self.smooth is not None:
+            weight = weight * self.smooth.reshape(1, -1, *[1] * (weight.dim() - 2))
+        return weight
+
+    def dense(self) -> nn.Module:
+        """The full-precision layer this one stands for, in the compute dtype."""
+        module = self._plain(device="meta")
+        module.weight = nn.Parameter(self.dense_weight().to(self.compute_dtype), requires_grad=False)
+        if self.bias is not None:
+            module.bias = nn.Parameter(self.bias.data.clone(), requires_grad=False)
+        return module.train(self.training)
+
+    def extra_repr(self) -> str:
+        act = f", act={self.plan.act}" if self.plan.act else ""
+        return f"{tuple(self.plan.shape)}, weight={self.plan.weight}{act}, rank={self.plan.rank}"
+
+
+class PackedLinear(_Packed, nn.Linear):
+    """A quantized nn.Linear: x (..., in) -> (..., out)."""
+
+    def __init__(self, plan: LayerPlan, has_bias: bool, compute_dtype: torch.dtype, device: str = "meta"):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = plan.shape
+        self._allocate(plan, has_bias, compute_dtype, device)
+
+    @classmethod
+    def like(cls, module: nn.Linear, plan: LayerPlan, compute_dtype: torch.dtype, device: str = "meta") -> PackedLinear:
+        return cls(plan, module.bias is not None, compute_dtype, device)
+
+    def forward(self, x: torch.Tensor, *ignored, **ignored_too) -> torch.Tensor:
+        return self.run(x)
+
+    def _plain(self, device: str) -> nn.Linear:
+        return nn.Linear(self.in_features, self.out_features, self.bias is not None, device=device)
+
+
+class _PackedConv(_Packed):
+    """A quantized convolution: x (batch, in, *space) -> (batch, out, *space); an unbatched x works as well."""
+
+    op = "conv"
+
+    def __init__(self, module: nn.Module, plan: LayerPlan, compute_dtype: torch.dtype, device: str = "meta"):
+        nn.Module.__init__(self)
+        for name in _CONV_SETTINGS:
+            setattr(self, name, getattr(module, name))
+        self._geometry, self._pad, self._pad_mode = geometry(module)
+        self._allocate(plan, module.bias is not None, compute_dtype, device)
+
+    @classmethod
+    def like(cls, module: nn.Module, plan: LayerPlan, compute_dtype: torch.dtype, device: str = "meta"):
+        return cls(module, plan, compute_dtype, device)
+
+    def _conv(self) -> Conv:
+        return self._geometry
+
+    def forward(self, x: torch.Tensor, *ignored, **ignored_too) -> torch.Tensor:
+        if x.dim() == len(self.kernel_size) + 1:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        if self._pad is not None:
+            x = F.pad(x, self._pad, mode=self._pad_mode)
+        return self.run(x)
+
+    def _plain(self, device: str) -> nn.Module:
+        settings = {name: getattr(self, name) for name in _CONV_SETTINGS if not name.startswith("_")}
+        return CONV_KINDS[self.plan.kind](**settings, bias=self.bias is not None, device=device)
+
+
+_CONV_SETTINGS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+_CONV_SETTINGS += ("padding_mode", "_reversed_padding_repeated_twice")
+
+
+class PackedConv1d(_PackedConv, nn.Conv1d):
+    """A quantized nn.Conv1d."""
+
+
+class PackedConv2d(_PackedConv, nn.Conv2d):
+    """A quantized nn.Conv2d."""
+
+
+class PackedConv3d(_PackedConv, nn.Conv3d):
+    """A quantized nn.Conv3d."""
+
+
+PACKED = {"linear": PackedLinear, "conv1d": PackedConv1d, "conv2d": PackedConv2d, "conv3d": PackedConv3d}
+
+
+class PackedStack(nn.Module):
+    """Stacked expert weights (experts, in, out) in place of a Parameter: indexed or used whole, decoded when used.
+
+    `stack[e]` decodes one expert; torch functions that take the whole parameter (`grouped_mm`) see it decoded.
+    """
+
+    def __init__(self, plan: LayerPlan, compute_dtype: torch.dtype, device: str = "meta"):
+        super().__init__()
+        self.plan, self.compute_dtype, self.dtype = plan, compute_dtype, compute_dtype
+        for name, (shape, dtype) in tensor_shapes(plan).items():
+            self.put(name, torch.empty(shape, dtype=dtype or compute_dtype, device=device))
+        for name in ("zero", "scale_global"):
+            if name not in self._parameters:
+                self.register_parameter(name, None)
+
+    put = _Packed.put
+    _apply = _Packed._apply
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.plan.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def dense_weight(self) -> torch.Tensor:
+        """(experts, in, out) fp32."""
+        experts, inputs, outputs = self.plan.shape
+        tensors = Tensors(self.weight, self.scale, self.zero, self.scale_global)
+        return reference.weight_decoder(self.plan)(tensors).reshape(experts, outputs, inputs).transpose(1, 2)
+
+    def __getitem__(self, expert: int) -> torch.Tensor:
+        outputs = self.plan.shape[2]
+        rows = slice(expert * outputs, (expert + 1) * outputs)
+        pick = [None if t is None else t[rows] for t in (self.weight, self.scale, self.zero)]
+        return reference.weight_decoder(self.plan)(Tensors(*pick, self.scale_global)).t().to(self.compute_dtype)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        def whole(value):
+            return value.dense_weight().to(value.compute_dtype) if isinstance(value, cls) else value
+
+        return func(*map(whole, args), **{key: whole(value) for key, value in (kwargs or {}).items()})
+
+    def extra_repr(self) -> str:
+        return f"{self.plan.shape}, weight={self.plan.weight}"
+
+
+class _Draft(nn.Module):
+    """What draft layers share: a float weight that is rounded in every forward, differentiable in all its tensors.
+
+    weight  fp32, already divided by `smooth` and with the low-rank branch taken out
+    """
+
+    def __init__(self, module: nn.Module, plan: LayerPlan):
+        super().__init__()
+        self.plan, self.source, self.clock = plan, [module], None
+        inputs, columns = plan.shape[1], plan.columns
+        self.weight = nn.Parameter(module.weight.detach().float().clone())
+        self.bias = None if module.bias is None else nn.Parameter(module.bias.detach().float().clone())
+        device = self.weight.device
+        make = lambda on, *shape: nn.Parameter(torch.ones(shape, device=device)) if on else None  # noqa: E731
+        self.smooth = make(plan.smooth, inputs)
+        self.proj_down, self.proj_up = make(plan.rank, plan.rank, columns), make(plan.rank, plan.rows, plan.rank)
+        if plan.rank:
+            self.proj_down.data.zero_(), self.proj_up.data.zero_()
+        static = plan.act is not None and plan.act.scale != "dynamic"
+        self.act_scale = make(static, plan.steps, len(plan.parts))
+        self._round = reference.input_rounder(plan, -1 if plan.kind == "linear" else 1)
+        self._geometry = None if plan.kind == "linear" else geometry(module)
+
+    def rounded_weight(self) -> torch.Tensor:
+        """The weight as the packed layer will hold it: fp32, full shape, straight-through gradient."""
+        spec, grain = self.plan.weight.spec, self.plan.weight.grain
+        rows = self.weight.reshape(self.plan.rows, -1)
+        parts = [spec.fake(rows[:, first:last], grain) for first, last in self.plan.parts]
+        return torch.cat(parts, 1).reshape(self.plan.shape)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide, conv = x.float(), self._geometry is not None
+        if conv and self._geometry[1] is not None:
+            wide = F.pad(wide, self._geometry[1], mode=self._geometry[2])
+        if self.smooth is not None:
+            wide = wide * _per_channel(self.smooth, wide, conv)
+        stored = self.act_scale
+        if stored is not None:
+            stored = stored.index_select(0, self.clock.to(stored.device))[0] if self.plan.steps > 1 else stored[0]
+        rounded = self._round(wide, stored)
+        run = reference.CONVS[len(self.plan.shape) - 2] if conv else F.linear
+        y = run(rounded, self.rounded_weight(), self.bias, *(self._geometry[0] if conv else ()))
+        if self.proj_up is not None:
+            low = Tensors(self.weight, self.weight, down=self.proj_down, up=self.proj_up)
+            y = y + dense.low_rank(wide, low, self.plan, self._geometry[0] if conv else None)
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def pack(self, compute_dtype: torch.dtype) -> nn.Module:
+        """The packed layer with the same output (up to the compute dtype's rounding)."""
+        packed = PACKED[self.plan.kind].like(self.source[0], self.plan, compute_dtype, str(self.weight.device))
+        for name, value in encode(self.weight.reshape(self.plan.rows, -1), self.plan).items():
+            packed.put(name, value)
+        for name in ("smooth", "act_scale"):
+            if getattr(self, name) is not None:
+                packed.put(name, getattr(self, name).detach().clone())
+        for name in ("bias", "proj_down", "proj_up"):
+            if getattr(self, name) is not None:
+                packed.put(name, getattr(self, name).detach().to(compute_dtype))
+        packed.clock = self.clock
+        packed.bind(self.weight.device.type)
+        return packed.train(self.source[0].training)
+
+
+class DraftLinear(_Draft):
+    """A linear being fitted: x (..., in) -> (..., out)."""
+
+
+class DraftConv2d(_Draft):
+    """A convolution being fitted (one to three spatial dimensions): x (batch, in, *space) -> (batch, out, *space)."""
+
+
+def draft(module: nn.Module, plan: LayerPlan) -> _Draft:
+    """The draft of a full-precision layer under a plan, with neutral smoothing and an empty low-rank branch."""
+    return (DraftLinear if plan.kind == "linear" else DraftConv2d)(module, plan)
+
+
+@torch.no_grad()
+def pack(name: str, module: nn.Module, plan: LayerPlan, compute_dtype: torch.dtype) -> nn.Module:
+    """Round one full-precision layer to nearest, data-free. `name` is for errors.
+
+    Raises DQError for non-finite weights and for plans that need fitting (stored activation scales).
+    """
+    if plan.act is not None and plan.act.scale != "dynamic":
+        raise DQError(f"layer {name!r}: plan has stored activation scales ({plan.act}), which need calibration data")
+    packed = PACKED[plan.kind].like(module, plan, compute_dtype, str(module.weight.device))
+    fill(name, packed, module.weight)
+    if module.bias is not None:
+        packed.put("bias", module.bias.detach().to(compute_dtype))
+    packed.bind(module.weight.device.type)
+    return packed.train(module.training)
+
+
+@torch.no_grad()
+def pack_stack(name: str, weight: torch.Tensor, plan: LayerPlan, compute_dtype: torch.dtype) -> PackedStack:
+    """Round stacked expert weights (experts, in, out)."""
+    packed = PackedStack(plan, compute_dtype, str(weight.device))
+    fill(name, packed, weight)
+    return packed
+
+
+@torch.no_grad()
+def fill(name: str, packed: nn.Module, weight: torch.Tensor) -> None:
+    """Round `weight` into a packed layer: neutral smoothing, empty low-rank branch. DQError for NaN or Inf."""
+    plan = packed.plan
+    try:
+        check_finite(weight, f"layer {name!r}: weight")
+    except FormatError as error:
+        raise DQError(str(error)) from None
+    rows = weight.transpose(1, 2) if plan.kind == "stack" else weight
+    for key, value in encode(rows.reshape(plan.rows, -1).float(), plan).items():
+        packed.put(key, value)
+    for key, (shape, dtype) in tensor_shapes(plan).items():
+        if key in ("smooth", "proj_down", "proj_up"):
+            start = torch.ones if key == "smooth" else torch.zeros
+            packed.put(key, start(shape, dtype=dtype or packed.compute_dtype, device=weight.device))
+
+
+def attach_clock(layers: list[nn.Module], clock: Clock) -> None:
+    """Let layers with step tables read `clock`."""
+    for layer in layers:
+        layer.clock = clock

@@ -1,0 +1,275 @@
+"""What each layer becomes: `LayerPlan` per layer, `Plan` per model, `Recipe` as the wish that leads to a plan.
+
+A plan is JSON that a person can read, edit and diff. It names everything that loading and running need: layer names,
+shapes, formats, the denoiser's timestep argument and the compute dtype. It holds no tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from dq import formats
+
+PLAN_VERSION = 1
+KINDS = ("linear", "conv1d", "conv2d", "conv3d", "stack")
+
+
+class DQError(ValueError):
+    """Wrong use of dq, told in one line: what, what was got, what was expected, what to do."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The clause that ends an error about an unknown name: the nearest known name and the whole list."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"expected one of {', '.join(known)}.{hint}"
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """Format and granularity of one tensor, written `int4/group:64`. Activations also say where scales come from.
+
+    scale  "dynamic" (measured per call), "static" (one stored scale) or "table" (one stored scale per step)
+    shift  fixed value added to an activation before it is quantized and folded out again (one-sided, post-GELU inputs)
+    """
+
+    format: str
+    granularity: str
+    scale: str = "dynamic"
+    shift: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> TensorPlan:
+        """Read `format/granularity[/scale[/shift]]`."""
+        head, *rest = text.split("/")
+        try:
+            spec = formats.get(head)
+            granularity = str(formats.Granularity.parse(rest[0])) if rest else str(spec.granularity)
+        except formats.FormatError as error:
+            raise DQError(f"tensor plan {text!r}: {error}") from None
+        scale = rest[1] if len(rest) > 1 else "dynamic"
+        if scale not in ("dynamic", "static", "table"):
+            raise DQError(f"tensor plan {text!r}: scale is {scale!r}, {nearest(scale, ('dynamic', 'static', 'table'))}")
+        return cls(spec.name, granularity, scale, float(rest[2]) if len(rest) > 2 else 0.0)
+
+    def __str__(self) -> str:
+        tail = f"/{self.scale}" if self.scale != "dynamic" or self.shift else ""
+        return f"{self.format}/{self.granularity}{tail}" + (f"/{self.shift:g}" if self.shift else "")
+
+    @property
+    def spec(self) -> formats.Format:
+        return _spec(self.format)
+
+    @property
+    def grain(self) -> formats.Granularity:
+        return formats.Granularity.parse(self.granularity)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer becomes.
+
+    shape   of the full-precision weight: (out, in) linear, (out, in / groups, *kernel) conv, (experts, in, out) stack
+    act     None keeps activations in the compute dtype (weight-only)
+    smooth  a vector multiplies the input (its inverse is folded into the weight)
+    rank    columns of the low-rank branch y += up @ (down @ x)
+    splits  input channels at which the input is cut; each part has its own activation and weight scales
+    steps   rows of the activation scale table (1 unless act.scale is "table")
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    weight: TensorPlan
+    act: TensorPlan | None = None
+    smooth: bool = False
+    rank: int = 0
+    splits: tuple[int, ...] = ()
+    steps: int = 1
+    reason: str = ""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight as a matrix (rows, columns): output channels, times experts for a stack."""
+        return self.shape[0] * self.shape[2] if self.kind == "stack" else self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Columns of the weight as a matrix: input features (times kernel size for a convolution)."""
+        return self.shape[1] if self.kind == "stack" else _product(self.shape[1:])
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """Column ranges [start, stop) of the weight matrix that have scales of their own (one unless split)."""
+        taps = 1 if self.kind in ("linear", "stack") else _product(self.shape[2:])
+        edges = [0, *(split * taps for split in self.splits), self.columns]
+        return list(zip(edges, edges[1:], strict=False))
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of packed weight, scales and low-rank branch (16-bit factors); bias not counted."""
+        spec, grain = self.weight.spec, self.weight.grain
+        total = sum(spec.packed_bytes(self.rows, stop - start, grain) for start, stop in self.parts)
+        inputs = self.shape[1]
+        return total + 2 * self.rank * (self.rows + self.columns) + (4 * inputs if self.smooth else 0)
+
+    def check(self, name: str) -> None:
+        """Raise DQError, naming the layer, when the fields contradict each other."""
+        if self.kind not in KINDS:
+            raise DQError(f"layer {name!r}: kind is {self.kind!r}, {nearest(self.kind, KINDS)}")
+        if any(not 0 < split < self.shape[1] for split in self.splits) or list(self.splits) != sorted(set(self.splits)):
+            raise DQError(f"layer {name!r}: splits {self.splits} must rise strictly inside its {self.shape[1]} inputs")
+        if self.kind == "stack" and (self.act or self.smooth or self.rank or self.splits):
+            raise DQError(f"layer {name!r}: stacked expert weights are weight-only; remove act, smooth, rank and splits")
+        if self.rank and self.kind != "linear" and _product(self.shape[2:]) < 1:
+            raise DQError(f"layer {name!r}: rank {self.rank} needs a linear or convolution weight, got {self.shape}")
+
+    def to_dict(self) -> dict:
+        """JSON form; fields at their default are left out."""
+        row: dict = {"kind": self.kind, "shape": list(self.shape), "weight": str(self.weight)}
+        row.update({"act": str(self.act)} if self.act else {})
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.name not in ("kind", "shape", "weight", "act") and value != item.default:
+                row[item.name] = list(value) if isinstance(value, tuple) else value
+        return row
+
+    @classmethod
+    def from_dict(cls, name: str, row: dict) -> LayerPlan:
+        """Inverse of `to_dict`; unknown or missing fields raise DQError naming the layer."""
+        known = {item.name for item in dataclasses.fields(cls)}
+        for key in row:
+            if key not in known:
+                raise DQError(f"layer {name!r}: unknown field {key!r}, {nearest(key, known)}")
+        missing = {"kind", "shape", "weight"} - set(row)
+        if missing:
+            raise DQError(f"layer {name!r}: field {sorted(missing)[0]!r} is missing from the plan")
+        values = dict(row, shape=tuple(row["shape"]), weight=TensorPlan.parse(row["weight"]))
+        values["act"] = TensorPlan.parse(row["act"]) if row.get("act") else None
+        values["splits"] = tuple(row.get("splits", ()))
+        plan = cls(**values)
+        plan.check(name)
+        return plan
+
+
+@dataclass
+class Plan:
+    """A plan for one model: layers to quantize, layers kept and why, and where the timestep comes in.
+
+    timestep  name of the forward argument that carries the timestep, None if there is none
+    edges     rising step-bucket edges in the model's own timestep units; empty when no layer has a table
+    """
+
+    layers: dict[str, LayerPlan]
+    kept: dict[str, str] = field(default_factory=dict)
+    recipe: str = ""
+    family: str = ""
+    timestep: str | None = None
+    edges: tuple[float, ...] = ()
+    compute_dtype: str | None = None
+
+    def to_dict(self) -> dict:
+        return {
+            "version": PLAN_VERSION,
+            "recipe": self.recipe,
+            "family": self.family,
+            "compute_dtype": self.compute_dtype,
+            "timestep": self.timestep,
+            "edges": list(self.edges),
+            "layers": {name: plan.to_dict() for name, plan in self.layers.items()},
+            "kept": dict(self.kept),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Plan:
+        """Inverse of `to_dict`. DQError for plans of a newer version, unknown fields and broken layers."""
+        version = data.get("version")
+        if not isinstance(version, int) or version > PLAN_VERSION:
+            raise DQError(
+                f"plan version: got {version!r}, expected at most {PLAN_VERSION}; "
+                "it was written by a newer dq, upgrade with `pip install -U dq-diffusion`"
+            )
+        known = {item.name for item in dataclasses.fields(cls)}
+        for key in data:
+            if key not in known | {"version"}:
+                raise DQError(f"plan: unknown field {key!r}, {nearest(key, known)}")
+        values = {key: value for key, value in data.items() if key != "version"}
+        values["layers"] = {name: LayerPlan.from_dict(name, row) for name, row in data.get("layers", {}).items()}
+        values["edges"] = tuple(data.get("edges", ()))
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan JSON; DQError says what is wrong with the file."""
+        return cls.from_dict(read_json(path))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A wish, before it meets a model: which formats for which kind of layer.
+
+    linear, conv       (weight, activation or None) for layers inside blocks
+    modulation         weight of linears that see one token per sample (adaLN, time projections); weight-only
+    edge               weight of embedders and final layers that are too big to keep; weight-only
+    keep               anchored regular expressions of layers left in full precision, added to the family's
+    """
+
+    name: str
+    linear: tuple[str, str | None]
+    conv: tuple[str, str | None]
+    modulation: str = "int8/channel"
+    edge: str = "int8/channel"
+    keep: tuple[str, ...] = ()
+    needs_calibration: bool = False
+
+    def to_dict(self) -> dict:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Recipe:
+        known = {item.name for item in dataclasses.fields(cls)}
+        for key in data:
+            if key not in known:
+                raise DQError(f"recipe: unknown field {key!r}, {nearest(key, known)}")
+        missing = {"name", "linear", "conv"} - set(data)
+        if missing:
+            raise DQError(f"recipe: field {sorted(missing)[0]!r} is missing, expected name, linear and conv")
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+        recipe = cls(**values)
+        for text in (*recipe.linear, *recipe.conv, recipe.modulation, recipe.edge):
+            if text is not None:
+                TensorPlan.parse(text)
+        return recipe
+
+
+def read_json(path: str | Path) -> dict:
+    """Read a JSON object; DQError when the file is missing, not JSON or not an object."""
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DQError(f"file {str(path)!r} does not exist; give the path of a plan or recipe JSON") from None
+    except (OSError, ValueError) as error:
+        raise DQError(f"file {str(path)!r} cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise DQError(f"file {str(path)!r} holds a JSON {type(data).__name__}, expected an object")
+    return data
+
+
+_spec = cache(formats.get)
+
+
+def _product(values: Iterable[int]) -> int:
+    total = 1
+    for value in values:
+        total *= value
+    return total
