@@ -1,0 +1,45 @@
+"""dq: quantization for diffusers image and video pipelines.
+
+`import dq` registers the "dq" quantization config with diffusers (and transformers and peft where present); everything
+else is imported when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from dq import hub
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "quantize": "api",
+    "explain": "api",
+    "dequantize": "api",
+    "recipes": "recipes",
+    "Report": "report",
+    "set_backend": "layers",
+    "save": "hub",
+    "load": "hub",
+    "DQConfig": "hub",
+    "DQError": "plan",
+    "Plan": "plan",
+    "LayerPlan": "plan",
+    "TensorPlan": "plan",
+    "Recipe": "plan",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dq' has no attribute {name!r}")
+    module = importlib.import_module(f"dq.{_HOMES[name]}")
+    return module if name == "recipes" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+hub.register()

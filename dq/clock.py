@@ -51,17 +51,23 @@ class _ReadTimestep(ModelHook):
         return args, kwargs
 
 
+def argument_position(model: nn.Module, argument: str | None) -> int:
+    """Position of a forward argument of `model`. DQError when there is none of that name."""
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    if argument not in names:
+        raise DQError(f"clock: {type(model).__name__}.forward has no argument {argument!r}, it has {', '.join(names)}")
+    return names.index(argument)
+
+
 def attach(model: nn.Module, clock: Clock, argument: str | None) -> None:
     """Hook `model` so that `clock` follows the forward argument named `argument`.
 
     Raises DQError when the model's forward has no such argument.
     """
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-    if argument not in names:
-        raise DQError(f"clock: {type(model).__name__}.forward has no argument {argument!r}, it has {', '.join(names)}")
+    position = argument_position(model, argument)
     registry = HookRegistry.check_if_exists_or_initialize(model)
     registry.remove_hook(HOOK, recurse=False)
-    registry.register_hook(_ReadTimestep(clock, argument, names.index(argument)), HOOK)
+    registry.register_hook(_ReadTimestep(clock, argument, position), HOOK)
 
 
 def detach(model: nn.Module) -> None:

@@ -102,7 +102,24 @@ def set_backend(name: str) -> None:
         layer.bind(layer.weight.device.type)
 
 
-class _Packed:
+class _Frozen:
+    """Frozen Parameters whose dtypes belong to the format."""
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        """Set one packed tensor as a frozen Parameter."""
+        setattr(self, name, nn.Parameter(value, requires_grad=False))
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        """Move, never convert: a cast of the model must not round scales or factors."""
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep, recurse)
+
+
+class _Packed(_Frozen):
     """What packed linears and convolutions share. `plan`, `compute_dtype` and `clock` are set by `_allocate`."""
 
     op = "linear"
@@ -120,22 +137,9 @@ class _Packed:
             self.put("bias", torch.empty(plan.shape[0], dtype=compute_dtype, device=device))
         _live.add(self)
 
-    def put(self, name: str, value: torch.Tensor) -> None:
-        """Set one packed tensor as a frozen Parameter."""
-        setattr(self, name, nn.Parameter(value, requires_grad=False))
-
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         _live.add(self)
-
-    def _apply(self, fn: Callable, recurse: bool = True):
-        """Move, never convert: dtypes belong to the format; a cast of the model must not round scales or factors."""
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep, recurse)
 
     def bind(self, device: str) -> None:
         """Choose the kernel for a device type."""
@@ -197,8 +201,8 @@ class PackedLinear(_Packed, nn.Linear):
     def like(cls, module: nn.Linear, plan: LayerPlan, compute_dtype: torch.dtype, device: str = "meta") -> PackedLinear:
         return cls(plan, module.bias is not None, compute_dtype, device)
 
-    def forward(self, x: torch.Tensor, *ignored, **ignored_too) -> torch.Tensor:
-        return self.run(x)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.run(input)
 
     def _plain(self, device: str) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features, self.bias is not None, device=device)
@@ -214,6 +218,9 @@ class _PackedConv(_Packed):
         for name in _CONV_SETTINGS:
             setattr(self, name, getattr(module, name))
         self._geometry, self._pad, self._pad_mode = geometry(module)
+        plain = Conv((1,) * len(module.stride), (0,) * len(module.stride), self._geometry.dilation, 1)
+        if plan.act is not None and plan.act.granularity == "token" and self._geometry != plain:
+            raise DQError(f"one activation scale per pixel needs stride 1, no padding and one group, got {module}")
         self._allocate(plan, module.bias is not None, compute_dtype, device)
 
     @classmethod
@@ -223,12 +230,10 @@ class _PackedConv(_Packed):
     def _conv(self) -> Conv:
         return self._geometry
 
-    def forward(self, x: torch.Tensor, *ignored, **ignored_too) -> torch.Tensor:
-        if x.dim() == len(self.kernel_size) + 1:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        if self._pad is not None:
-            x = F.pad(x, self._pad, mode=self._pad_mode)
-        return self.run(x)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.dim() == len(self.kernel_size) + 1:
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        return self.run(input if self._pad is None else F.pad(input, self._pad, mode=self._pad_mode))
 
     def _plain(self, device: str) -> nn.Module:
         settings = {name: getattr(self, name) for name in _CONV_SETTINGS if not name.startswith("_")}
@@ -254,7 +259,7 @@ class PackedConv3d(_PackedConv, nn.Conv3d):
 PACKED = {"linear": PackedLinear, "conv1d": PackedConv1d, "conv2d": PackedConv2d, "conv3d": PackedConv3d}
 
 
-class PackedStack(nn.Module):
+class PackedStack(_Frozen, nn.Module):
     """Stacked expert weights (experts, in, out) in place of a Parameter: indexed or used whole, decoded when used.
 
     `stack[e]` decodes one expert; torch functions that take the whole parameter (`grouped_mm`) see it decoded.
@@ -268,9 +273,6 @@ class PackedStack(nn.Module):
         for name in ("zero", "scale_global"):
             if name not in self._parameters:
                 self.register_parameter(name, None)
-
-    put = _Packed.put
-    _apply = _Packed._apply
 
     @property
     def shape(self) -> torch.Size:
@@ -419,6 +421,11 @@ def fill(name: str, packed: nn.Module, weight: torch.Tensor) -> None:
         if key in ("smooth", "proj_down", "proj_up"):
             start = torch.ones if key == "smooth" else torch.zeros
             packed.put(key, start(shape, dtype=dtype or packed.compute_dtype, device=weight.device))
+
+
+def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Packed layers and stacks of a model by dotted name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _Packed | PackedStack)}
 
 
 def attach_clock(layers: list[nn.Module], clock: Clock) -> None:

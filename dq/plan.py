@@ -77,7 +77,8 @@ class LayerPlan:
     """What one layer becomes.
 
     shape   of the full-precision weight: (out, in) linear, (out, in / groups, *kernel) conv, (experts, in, out) stack
-    act     None keeps activations in the compute dtype (weight-only)
+    act     None keeps activations in the compute dtype (weight-only). Dynamic scales never cross batch entries: a
+            convolution's `tensor` is one scale per sample, its `token` one per pixel (pointwise convolutions only)
     smooth  a vector multiplies the input (its inverse is folded into the weight)
     rank    columns of the low-rank branch y += up @ (down @ x)
     splits  input channels at which the input is cut; each part has its own activation and weight scales
@@ -105,6 +106,11 @@ class LayerPlan:
         return self.shape[1] if self.kind == "stack" else _product(self.shape[1:])
 
     @property
+    def pointwise(self) -> bool:
+        """Whether this is a convolution that looks at one pixel at a time."""
+        return self.kind.startswith("conv") and _product(self.shape[2:]) == 1
+
+    @property
     def parts(self) -> list[tuple[int, int]]:
         """Column ranges [start, stop) of the weight matrix that have scales of their own (one unless split)."""
         taps = 1 if self.kind in ("linear", "stack") else _product(self.shape[2:])
@@ -127,6 +133,11 @@ class LayerPlan:
             raise DQError(f"layer {name!r}: splits {self.splits} must rise strictly inside its {self.shape[1]} inputs")
         if self.kind == "stack" and (self.act or self.smooth or self.rank or self.splits):
             raise DQError(f"layer {name!r}: stacked expert weights are weight-only; remove act, smooth, rank and splits")
+        if self.act and self.act.scale == "dynamic":
+            fits = ("token", "tensor") if self.pointwise else ("tensor",) if self.kind != "linear" else ("token", "group")
+            if self.act.grain.kind not in fits:
+                got = f"layer {name!r}: dynamic activation granularity {self.act.granularity!r} of a {self.kind}"
+                raise DQError(f"{got} with weight {self.shape}, expected {' or '.join(fits)}")
         if self.rank and self.kind != "linear" and _product(self.shape[2:]) < 1:
             raise DQError(f"layer {name!r}: rank {self.rank} needs a linear or convolution weight, got {self.shape}")
 

@@ -115,7 +115,7 @@ def block_range(x: torch.Tensor, granularity: Granularity) -> tuple[torch.Tensor
 def block_absmax(x: torch.Tensor, granularity: Granularity) -> torch.Tensor:
     """Largest magnitude per scale block, fp32, shaped as the scale. NaN and Inf come through."""
     low, high = block_range(x, granularity)
-    return torch.maximum(high, -low)
+    return torch.maximum(high.abs(), low.abs())  # abs: not −0, which has another e4m3 byte than 0
 
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -336,9 +336,7 @@ def _catalogue() -> dict[str, Format]:
     for module in _modules():
         for name, form in module.FORMATS.items():
             if name in formats or name != form.name:
-                raise FormatError(
-                    f"{module.__name__}: got format {name!r} ({form.name!r}), expected a name of its own"
-                )
+                raise FormatError(f"{module.__name__}: got format {name!r} ({form.name!r}), expected its own name")
             formats[name] = form
     return formats
 

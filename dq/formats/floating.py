@@ -3,8 +3,8 @@
     x̂ = eXmY(x / s) · s,   s = absmax / max_value,   eXmY(u) = rne(u / d) · d,   d = 2^(max(⌊log2|u|⌋, 1 − bias) − Y)
 
 x: (rows, K); bias = 2^(X-1) − 1. Rounding is to nearest, ties to even mantissa, saturating: no finite input gives Inf
-or NaN. A code is the raw bit pattern sign|exponent|mantissa in an int8. e4m3 (`fp8`, max 448) and e5m2 (max 57344) keep
-their NaN and Inf patterns and equal torch.float8_e4m3fn and float8_e5m2; other formats use every pattern for a number.
+or NaN. A code is the raw bit pattern sign|exponent|mantissa in an int8. e4m3 (`fp8`, max 448) and e5m2 (max 57344)
+keep their NaN and Inf patterns and equal torch.float8_e4m3fn and float8_e5m2; other formats use all patterns.
 Those two go through torch's own casts in eager mode (16 times faster on a CPU), and through the same bit arithmetic as
 the others under torch.compile, where a cast to fp8 needs a GPU of compute capability 8.9.
 """

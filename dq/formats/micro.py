@@ -3,10 +3,10 @@
     nvfp4   g = absmax / (448 · 6),  s = e4m3(absmax_block / (6 g)),  x̂ = e2m1(x / (s g)) · (s g)      blocks of 16
     mx*     s = 2^(⌊log2 absmax_block⌋ − emax),                        x̂ = eXmY(x / s) · s                blocks of 32
 
-x: (rows, K). Scales are stored as bytes in an int8: the e4m3 pattern, or the e8m0 exponent + 127 (0xFF = NaN; others are
-clipped to 0 … 254). g: fp32 (1,). A block whose e4m3 scale rounds to 0 is zeros. mx values above max_value · s saturate;
-emax is the exponent of the element's largest number. The product s · g is rounded to fp32 once, in encode and decode
-alike. Deviation: K need not be a multiple of the block; the last block of a row may be shorter.
+x: (rows, K). Scales are stored as bytes in an int8: the e4m3 pattern, or the e8m0 exponent + 127 (0xFF = NaN; others
+are clipped to 0 … 254). g: fp32 (1,). A block whose e4m3 scale rounds to 0 is zeros. mx values above max_value · s
+saturate; emax is the exponent of the element's largest number. The product s · g is rounded to fp32 once, in encode
+and decode alike. Deviation: K need not be a multiple of the block; the last block of a row may be shorter.
 """
 
 from abc import abstractmethod

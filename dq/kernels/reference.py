@@ -60,20 +60,23 @@ def weight_decoder(plan: LayerPlan) -> Callable[[Tensors], torch.Tensor]:
 def input_rounder(plan: LayerPlan, dim: int) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
     """-> round(x, act_scale): quantize and decode x, split along `dim` (1 for convolutions, -1 for linears).
 
-    A convolution has one dynamic scale per sample and part, so no scale crosses batch entries.
+    Dynamic scales of a convolution: granularity `tensor` is one per sample and part, so that no scale crosses batch
+    entries; `token` is one per pixel and part.
     """
     act = plan.act
     edges = [0, *plan.splits, plan.shape[1]]
 
     def one(x: torch.Tensor, act: TensorPlan, scale: torch.Tensor | None) -> torch.Tensor:
-        rows = x.reshape(x.shape[0], -1) if dim == 1 else x.reshape(-1, x.shape[-1])
-        grain = PER_ROW if dim == 1 else act.grain
+        per_sample = dim == 1 and act.granularity == "tensor"
+        rows = x.reshape(x.shape[0], -1) if per_sample else x.movedim(dim, -1).flatten(0, -2)
+        grain = PER_ROW if per_sample else act.grain
         if scale is not None:
             scale, grain = scale.reshape(1, 1), Granularity("tensor")
         shifted, whole = rows + act.shift, None
         if act.spec.global_bytes:  # one tensor-wide scale per row, so that no row depends on another
             whole = act.spec.fit_global(shifted.detach(), per_row=True)
-        return (act.spec.fake(shifted, grain, scale=scale, scale_global=whole) - act.shift).reshape(x.shape)
+        rounded = act.spec.fake(shifted, grain, scale=scale, scale_global=whole) - act.shift
+        return rounded.reshape(x.shape) if per_sample else rounded.reshape(x.movedim(dim, -1).shape).movedim(-1, dim)
 
     def rounded(x: torch.Tensor, act_scale: torch.Tensor | None) -> torch.Tensor:
         if act is None:

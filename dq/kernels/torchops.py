@@ -1,8 +1,10 @@
 """Integer and fp8 matrix units through ops that PyTorch ships: `_int_mm`, `_scaled_mm` and oneDNN's int8 convolution.
 
-    y[m, n] = (sum_k q[m, k] w[n, k]) * sx[m] * sw[n] + bias[n]      q, w int8; the sum is exact in int32
+    y[m, n] = (sum_k q[m, k] w[n, k] - z[m] sum_k w[n, k]) * sx[m] * sw[n] + bias[n]      q, w int8; sums exact in int32
 
-A convolution has one activation scale per sample: the int8 kernel runs with scale 1 and the result is scaled after.
+z is the zero point of affine activations. A linear gets sum_k w from one more row of ones in its matrix product. A
+convolution has one activation scale and zero point per sample: the int8 kernel runs with scale 1 on codes padded with
+their sample's zero point, and the result is scaled after.
 Under autograd a layer whose input needs gradients runs `dense`, which is differentiable.
 """
 
@@ -13,12 +15,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from dq.formats import SCALE_FLOOR, Format
+from dq.formats.integer import Integer
 from dq.kernels import Conv, Tensors, dense
-from dq.kernels.reference import scale_columns
+from dq.kernels.reference import PER_ROW, scale_columns
 from dq.plan import LayerPlan
 
 RANK = 50
-TINY = 1e-12  # floor of a dynamic range, as in dq.formats
 
 
 def why_not(op: str, plan: LayerPlan, device: str) -> str | None:
@@ -27,17 +30,20 @@ def why_not(op: str, plan: LayerPlan, device: str) -> str | None:
         return "weight-only: activations stay in floating point"
     if plan.act.format == plan.weight.format == "fp8":
         return _why_not_fp8(op, plan, device)
-    if not _symmetric_integer(plan.act.format) or not _symmetric_integer(plan.weight.format):
+    if not isinstance(plan.act.spec, Integer) or not _symmetric(plan.weight.spec):
         return f"torch has no {plan.weight.format} x {plan.act.format} kernel"
+    if plan.act.scale != "dynamic" and plan.act.spec.affine:
+        return "stored activation scales come without zero points"
     if plan.weight.grain.kind == "group":
         return "torch's int8 kernels take one weight scale per output channel, not per group"
     if plan.act.shift:
         return "torch's int8 kernels have no fixed activation shift"
-    return _why_not_linear(plan, device) if op == "linear" else _why_not_conv(plan, device)
+    per_token = op == "linear" or plan.act.granularity == "token"
+    return _why_not_linear(plan, device) if per_token else _why_not_conv(plan, device)
 
 
-def _symmetric_integer(name: str) -> bool:
-    return name in {f"int{bits}" for bits in range(2, 9)}
+def _symmetric(spec: Format) -> bool:
+    return isinstance(spec, Integer) and not spec.affine
 
 
 def _why_not_fp8(op: str, plan: LayerPlan, device: str) -> str | None:
@@ -70,12 +76,16 @@ def label(op: str, plan: LayerPlan) -> str:
     if plan.weight.format == "fp8":
         return "torch._scaled_mm fp8 x fp8"
     pair = f"{plan.weight.format} x {plan.act.format}"
-    return f"torch._int_mm {pair}" if op == "linear" else f"onednn qconv{len(plan.shape) - 2}d {pair}"
+    per_token = op == "linear" or plan.act.granularity == "token"
+    return f"torch._int_mm {pair}" if per_token else f"onednn qconv{len(plan.shape) - 2}d {pair}"
 
 
 def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
     """See the package docstring."""
-    fast = _fp8_linear if plan.weight.format == "fp8" else _int_linear if op == "linear" else _int_conv
+    if op == "linear":
+        fast = _fp8_linear if plan.weight.format == "fp8" else _int_linear
+    else:
+        fast = _pixelwise if plan.act.granularity == "token" else _int_conv
     run, differentiable = fast(plan, conv), dense.build(op, plan, conv)
 
     def choose(x: torch.Tensor, t: Tensors) -> torch.Tensor:
@@ -87,13 +97,16 @@ def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor
     return choose
 
 
-def quantize_rows(x: torch.Tensor, top: int, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (rows, columns) -> int8 codes in [-top, top] and fp32 scale (rows, 1), or the given stored scale."""
-    wide = x.float()
+def quantize_rows(x: torch.Tensor, spec: Integer, scale: torch.Tensor | None = None):
+    """x (rows, columns) -> int8 codes, fp32 scale (rows, 1), zero point (rows, 1) or None. A stored scale is kept."""
+    if spec.affine:
+        e = spec.encode(x, PER_ROW)
+        return e.codes, e.scale, e.zero
+    wide, top = x.float(), spec.max_code
     if scale is not None:
-        return torch.round(wide / scale).clamp_(-top, top).to(torch.int8), scale.reshape(1, 1)
-    scale = wide.abs().amax(-1, keepdim=True).clamp_min(TINY) / top
-    return torch.round(wide / scale).to(torch.int8), scale
+        return torch.round(wide / scale).clamp_(-top, top).to(torch.int8), scale.reshape(1, 1), None
+    scale = wide.abs().amax(-1, keepdim=True).clamp_min(SCALE_FLOOR * top) / top
+    return torch.round(wide / scale).to(torch.int8), scale, None
 
 
 def _int_product(q: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -104,8 +117,15 @@ def _int_product(q: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def _int_linear(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
-    spec, columns, top = plan.weight.spec, plan.columns, 2 ** (plan.act.spec.bits - 1) - 1
+    spec, columns, act = plan.weight.spec, plan.columns, plan.act.spec
     parts = list(zip(plan.parts, scale_columns(plan), strict=True))
+
+    def part(rows: torch.Tensor, codes: torch.Tensor, stored: torch.Tensor | None) -> torch.Tensor:
+        q, scale, zero = quantize_rows(rows, act, stored)
+        if zero is None:
+            return _int_product(q, codes).float() * scale
+        product = _int_product(torch.cat([q, torch.ones_like(q[:1])]), codes)
+        return (product[:-1] - zero.int() * product[-1:]).float() * scale
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         rows = x.reshape(-1, columns)
@@ -113,9 +133,8 @@ def _int_linear(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, T
         y = None
         for i, ((first, last), (left, right)) in enumerate(parts):
             stored = None if t.act_scale is None else t.act_scale[i]
-            q, sx = quantize_rows(rows[:, first:last], top, stored)
-            product = _int_product(q, codes[:, first:last]).float() * sx * t.scale[:, left:right].t()
-            y = product if y is None else y + product
+            z = part(rows[:, first:last], codes[:, first:last], stored) * t.scale[:, left:right].t()
+            y = z if y is None else y + z
         if t.bias is not None:
             y = y + t.bias.float()
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)
@@ -128,7 +147,7 @@ def _fp8_linear(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, T
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         rows = x.reshape(-1, columns).float()
-        scale = rows.abs().amax(-1, keepdim=True).clamp_min(TINY) / top
+        scale = rows.abs().amax(-1, keepdim=True).clamp_min(SCALE_FLOOR * top) / top
         q = (rows / scale).clamp(-top, top).to(torch.float8_e4m3fn)
         w = t.weight.view(torch.float8_e4m3fn).t()
         y = torch._scaled_mm(q, w, scale_a=scale, scale_b=t.scale.reshape(1, -1), out_dtype=torch.bfloat16)
@@ -166,18 +185,41 @@ def _(q, weight, scale, stride, padding, dilation, groups):
     return q.new_empty(shape, dtype=torch.float32)
 
 
+def _pixelwise(plan: LayerPlan, conv: Conv) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
+    """A pointwise convolution is a linear over channels, with one activation scale per pixel."""
+    linear = _int_linear(plan, None)
+    return lambda x, t: linear(x.movedim(1, -1), t).movedim(-1, 1)
+
+
+def _padded(codes: torch.Tensor, zero: torch.Tensor, padding: tuple[int, ...]) -> torch.Tensor:
+    """codes (batch, in, *space) int8 with `padding` on both sides of each dimension, filled with zero (batch, 1)."""
+    space = [size + 2 * pad for size, pad in zip(codes.shape[2:], padding, strict=True)]
+    out = zero.reshape(-1, *[1] * (codes.dim() - 1)).expand(*codes.shape[:2], *space).contiguous()
+    inner = out
+    for dim, (size, pad) in enumerate(zip(codes.shape[2:], padding, strict=True)):
+        inner = inner.narrow(2 + dim, pad, size)
+    inner.copy_(codes)
+    return out
+
+
 def _int_conv(plan: LayerPlan, conv: Conv) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
-    spec, columns, shape, top = plan.weight.spec, plan.columns, plan.shape, 2 ** (plan.act.spec.bits - 1) - 1
-    geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
-    ones = [1] * (len(shape) - 1)
+    spec, columns, shape, act = plan.weight.spec, plan.columns, plan.shape, plan.act.spec
+    padding = [0] * len(conv.padding) if act.affine else list(conv.padding)
+    geometry = (list(conv.stride), padding, list(conv.dilation), conv.groups)
+    ones = [1] * (len(shape) - 2)
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
-        q, sx = quantize_rows(x.reshape(x.shape[0], -1), top, None if t.act_scale is None else t.act_scale[0])
-        codes = (q.to(torch.int16) + 128).to(torch.uint8).reshape(x.shape)
-        weight, scale = spec.unpack(t.weight, columns).reshape(shape), t.scale.expand(shape[0], 1).reshape(-1)
-        y = conv_w8a8(codes, weight, scale.contiguous(), *geometry) * sx.reshape(-1, *ones)
+        stored = None if t.act_scale is None else t.act_scale[0]
+        q, sx, zero = quantize_rows(x.reshape(x.shape[0], -1), act, stored)
+        weight, scale = spec.unpack(t.weight, columns), t.scale.expand(shape[0], 1).reshape(-1)
+        q = q.reshape(x.shape) if zero is None else _padded(q.reshape(x.shape), zero, conv.padding)
+        codes = q.view(torch.uint8) ^ 128  # code + 128
+        y = conv_w8a8(codes, weight.reshape(shape), scale.contiguous(), *geometry)
+        if zero is not None:
+            y = y - (zero.float() * (weight.sum(1) * scale)).reshape(*y.shape[:2], *ones)
+        y = y * sx.reshape(-1, 1, *ones)
         if t.bias is not None:
-            y = y + t.bias.float().reshape(1, -1, *ones[1:])
+            y = y + t.bias.float().reshape(1, -1, *ones)
         return y.to(x.dtype)
 
     return run

@@ -1,0 +1,29 @@
+# make demo   a trained pipeline, quantized, saved, reloaded and compared: out/demo.png and a table
+# make test   install and run all tests      make lint   style      make table   README's results from eval/results
+PYTHON ?= python3
+PY := .venv/bin/python
+READY := .venv/.installed
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint table
+
+demo: $(READY)
+	$(PY) -m pipelines.demo
+
+# one thread a worker: the models in the tests are too small to share between cores
+test: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+lint: $(READY)
+	$(PY) -m ruff check .
+
+table: $(READY)
+	$(PY) -m eval.table --write
+
+# torch alone comes first, pinned, so that pip settles on the build its configuration offers before anything needs it
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "dq needs Python 3.11 or newer; make PYTHON=python3.12 " + "names another one")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -c constraints.txt torch
+	$(PY) -m pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@

@@ -1,0 +1,177 @@
+"""LoRA on packed layers: an adapter fuses into the layer's own low-rank branch, so nothing is quantized again.
+
+    W x + s B (A x)  =  W' (x * smooth) + [up, s B] ([down; A / smooth] (x * smooth))
+
+A (r, in), B (out, r), s = alpha / r. Fusing appends r rows to `proj_down` and r columns to `proj_up`; unfusing drops
+exactly those. Convolutions are the same: A is a kernel (r, in, *kernel), flattened, and B is a 1x1 convolution.
+Two functions of the host libraries are wrapped, once, when dq is imported and peft is installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+from torch import nn
+
+from dq.layers import CONV_KINDS, PACKED
+from dq.plan import DQError
+
+try:
+    from peft.tuners import lora
+    from peft.tuners.lora import model as dispatch_home
+    from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+except ImportError:  # peft is optional
+    lora = None
+
+PACKED_TYPES = tuple(PACKED.values())
+
+
+@torch.no_grad()
+def widen(layer: nn.Module, down: torch.Tensor, up: torch.Tensor) -> None:
+    """Append a low-rank term up @ down, given for the layer's raw input, to a packed layer's branch.
+
+    down (r, columns), up (rows, r), any float dtype. The plan's rank grows with the tensors.
+    """
+    device, dtype = layer.weight.device, layer.compute_dtype
+    down, up = down.to(device).float(), up.to(device).float()
+    if layer.smooth is not None:
+        taps = layer.plan.columns // layer.smooth.numel()
+        down = down / layer.smooth.float().repeat_interleave(taps)
+    down, up = down.to(dtype), up.to(dtype)
+    if layer.proj_down is not None:
+        down, up = torch.cat([layer.proj_down.data, down]), torch.cat([layer.proj_up.data, up], 1)
+    _set_branch(layer, down, up)
+
+
+@torch.no_grad()
+def narrow(layer: nn.Module, rank: int) -> None:
+    """Keep the first `rank` columns of a packed layer's low-rank branch and drop the rest."""
+    _set_branch(layer, layer.proj_down.data[:rank].clone(), layer.proj_up.data[:, :rank].clone())
+
+
+def _set_branch(layer: nn.Module, down: torch.Tensor, up: torch.Tensor) -> None:
+    layer.plan = dataclasses.replace(layer.plan, rank=down.shape[0])
+    if down.shape[0]:
+        layer.put("proj_down", down)
+        layer.put("proj_up", up)
+    else:
+        layer.proj_down = layer.proj_up = None
+    layer.bind(layer.weight.device.type)
+
+
+class _FusesIntoBranch:
+    """What the adapters of packed layers share; the base classes bring everything but merging."""
+
+    fused_from: int | None = None  # rank of the base layer before the first merged adapter
+    plain_bias: torch.Tensor | None = None  # its bias before the first merged adapter that has one
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Append the adapters to the base layer's low-rank branch. DQError for variants that are not low-rank sums."""
+        base = self.get_base_layer()
+        names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.lora_A]
+        for name in names:
+            self._refuse(name, base, safe_merge)
+        for name in names:
+            if not self.merged_adapters:
+                self.fused_from, self.plain_bias = base.plan.rank, None
+            down, up = self.lora_A[name].weight.detach().flatten(1), self.lora_B[name].weight.detach().flatten(1)
+            widen(base, down, up.float() * self.scaling[name])
+            if self.lora_bias[name]:
+                self._add_bias(base, self.lora_B[name].bias.detach().float() * self.scaling[name])
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Drop every merged adapter from the base layer's low-rank branch."""
+        if not self.merged_adapters:
+            return
+        base = self.get_base_layer()
+        narrow(base, self.fused_from)
+        if self.plain_bias is not None:
+            base.put("bias", self.plain_bias)
+        self.merged_adapters.clear()
+        self.fused_from, self.plain_bias = None, None
+
+    def _add_bias(self, base: nn.Module, bias: torch.Tensor) -> None:
+        if self.plain_bias is None:
+            self.plain_bias = base.bias.data
+        base.put("bias", (base.bias.data.float() + bias.to(base.bias.device)).to(base.bias.dtype))
+
+    def _refuse(self, name: str, base: nn.Module, safe: bool) -> None:
+        if name in self.lora_variant:
+            kind = type(self.lora_variant[name]).__name__
+            raise DQError(f"adapter {name!r} is a {kind}, which is not a low-rank sum; use it without fusing")
+        if self.lora_bias[name] and base.bias is None:
+            raise DQError(f"adapter {name!r} has a bias and the layer it adapts has none; use it without fusing")
+        if getattr(base, "groups", 1) > 1:
+            raise DQError(f"adapter {name!r} adapts a grouped convolution, which cannot be fused; use it without fusing")
+        factors = (self.lora_A[name].weight, self.lora_B[name].weight)
+        if safe and not all(factor.isfinite().all() for factor in factors):
+            raise DQError(f"adapter {name!r} holds NaN or Inf; it cannot be fused")
+
+
+class _ConvAdapter(_FusesIntoBranch):
+    def update_layer(self, *args, **kwargs) -> None:
+        """peft reads shapes and types off the base layer; show it a plain convolution of the same geometry."""
+        base = self.get_base_layer()
+        plain = CONV_KINDS[base.plan.kind]
+        geometry = (base.kernel_size, base.stride, base.padding, base.dilation)
+        placed = {"device": base.weight.device, "dtype": base.compute_dtype}
+        stand_in = plain(1, 1, *geometry, bias=base.bias is not None, **placed)
+        stand_in.groups, self._kernel_dim = base.groups, len(base.plan.shape)
+        self._modules["base_layer"] = stand_in
+        try:
+            super().update_layer(*args, **kwargs)
+        finally:
+            self._modules["base_layer"] = base
+
+
+def _adapters() -> dict[str, type]:
+    """The adapter class of each kind of packed layer."""
+    made = {"linear": type("PackedLinearAdapter", (_FusesIntoBranch, lora.Linear), {})}
+    for space in (1, 2, 3):
+        parent = getattr(lora.layer, f"Conv{space}d")
+        made[f"conv{space}d"] = type(f"PackedConv{space}dAdapter", (_ConvAdapter, parent), {})
+    return made
+
+
+def register() -> None:
+    """Let peft make fusable adapters for packed layers; nothing happens without peft or the second time."""
+    if lora is None or hasattr(dispatch_home.dispatch_default, "before_dq"):
+        return
+    original, classes = dispatch_home.dispatch_default, _adapters()
+
+    @functools.wraps(original)
+    def dispatch(target, adapter_name, config, parameter_name=None, **kwargs):
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if parameter_name is None and isinstance(base, PACKED_TYPES):
+            return classes[base.plan.kind](target, adapter_name, config=config, **kwargs)
+        return original(target, adapter_name, config=config, parameter_name=parameter_name, **kwargs)
+
+    dispatch.before_dq = original
+    dispatch_home.dispatch_default = dispatch
+    _teach_flux_shapes()
+
+
+def _teach_flux_shapes() -> None:
+    """FLUX's LoRA loader compares weight shapes; give it the shape a packed layer stands for."""
+    from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
+
+    original = FluxLoraLoaderMixin._calculate_module_shape
+
+    @functools.wraps(original)
+    def shape(model, base_module=None, base_weight_param_name=None):
+        module = base_module
+        if module is None and base_weight_param_name is not None:
+            module = model.get_submodule(base_weight_param_name.removesuffix(".weight"))
+        if isinstance(module, PACKED_TYPES):
+            return torch.Size(module.plan.shape)
+        return original(model, base_module, base_weight_param_name)
+
+    FluxLoraLoaderMixin._calculate_module_shape = staticmethod(shape)
+
+
+def attached(model: nn.Module) -> str | None:
+    """Dotted name of the first adapted layer of a model, None without adapters."""
+    return next((name for name, module in model.named_modules() if hasattr(module, "base_layer")), None)

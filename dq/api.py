@@ -1,0 +1,269 @@
+"""The verbs: quantize = plan -> validate -> pack -> swap -> mark; explain; dequantize.
+
+Quantizing is a transaction: every layer of every component is packed before the first one is swapped, so a failure
+leaves the target as it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from dq import hub, layers, recipes
+from dq.layers import PackedStack, packed_layers
+from dq.plan import DQError, LayerPlan, Plan, Recipe, nearest
+from dq.report import Report, Row
+
+DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder", "denoiser", "model", "dit")
+
+
+def quantize(
+    target,
+    recipe: str | Path | Recipe | Plan,
+    *,
+    calibration=None,
+    budget=None,
+    components: Mapping[str, str | Path | Recipe | Plan] | None = None,
+    keep: Sequence[str] | str | None = None,
+    progress: bool = True,
+) -> Report:
+    """Quantize a pipeline's denoisers, or one model, in place.
+
+    target       DiffusionPipeline (every denoiser in it) or an nn.Module
+    recipe       a name from `dq.recipes()`, a Recipe, a Plan, or the path of a plan or recipe JSON
+    components   further parts of a pipeline and their recipes, e.g. {"text_encoder_2": "int8-weight"}
+    keep         patterns, matched from the start of layer names, left in full precision
+    Raises DQError for wrong use; the target is then as it was.
+    """
+    start = time.perf_counter()
+    wanted = recipes.get(recipe)
+    _refuse_unfitted(wanted, recipe, calibration, budget)
+    models = {name: (model, wanted) for name, model in find_denoisers(target).items()}
+    models |= _named_components(target, components or {})
+    keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
+    plans = _plan_all(models, keep)
+    packed, rows, before = {}, [], _bytes(model for model, _ in models.values())
+    for part, (model, _) in models.items():
+        packed[part], found = _pack_all(part, model, plans[part], progress)
+        rows += found
+    for part, (model, _) in models.items():
+        _swap(model, packed[part])
+        hub.mark(model, plans[part])
+    after = _bytes(model for model, _ in models.values())
+    name = getattr(wanted, "name", None) or getattr(wanted, "recipe", "")
+    return Report(_with_kernels(rows, models), before, after, time.perf_counter() - start, name)
+
+
+def explain(target) -> Report:
+    """Layer, plan, kernel and why no faster kernel serves it, for every quantized layer of a model or pipeline.
+
+    Raises DQError when nothing in the target is quantized.
+    """
+    models = _quantized_models(target)
+    rows = []
+    for part, model in models.items():
+        plan = hub.plan_of(model)
+        for name, layer in packed_layers(model).items():
+            rows.append(_row(part, name, layer.plan, _layer_bytes(layer), None, layer.plan.reason))
+        kept = plan.kept if plan is not None else {}
+        rows += [_kept_row(part, model, name, reason) for name, reason in kept.items()]
+    before = sum(_dense_bytes(model) for model in models.values())
+    recipe = ", ".join(dict.fromkeys(hub.plan_of(model).recipe for model in models.values()))
+    return Report(_with_kernels(rows, models), before, _bytes(models.values()), 0.0, recipe)
+
+
+@torch.no_grad()
+def dequantize(target) -> None:
+    """Turn packed layers back into ordinary ones, in place, with the rounded weights they stand for.
+
+    Raises DQError when nothing in the target is quantized.
+    """
+    for model in _quantized_models(target).values():
+        dense: dict[str, nn.Module | nn.Parameter] = {}
+        for name, layer in packed_layers(model).items():
+            if isinstance(layer, PackedStack):
+                weight = layer.dense_weight().to(layer.compute_dtype)
+                dense[name] = nn.Parameter(weight, requires_grad=False)
+            else:
+                dense[name] = layer.dense()
+        _swap(model, dense)
+        hub.unmark(model)
+
+
+def find_denoisers(target) -> dict[str, nn.Module]:
+    """Denoisers of a pipeline by component name; a bare model is one denoiser under the name "".
+
+    Raises DQError when the target is neither, or a pipeline without one.
+    """
+    if isinstance(target, nn.Module):
+        return {"": target}
+    parts = getattr(target, "components", None)
+    if not isinstance(parts, Mapping):
+        raise DQError(f"target is a {type(target).__name__}, expected a DiffusionPipeline or a torch nn.Module")
+    found = {name: part for name, part in parts.items() if isinstance(part, nn.Module) and _is_denoiser(name, part)}
+    if not found:
+        raise DQError(f"{type(target).__name__} has no denoiser among {', '.join(parts)}; pass the model itself")
+    return found
+
+
+def _is_denoiser(name: str, part: nn.Module) -> bool:
+    home = type(part).__module__
+    if home.startswith("diffusers."):
+        return home.startswith(("diffusers.models.transformers", "diffusers.models.unets"))
+    return name in DENOISERS and not home.startswith("transformers.")
+
+
+def _named_components(target, components: Mapping) -> dict[str, tuple[nn.Module, Recipe | Plan]]:
+    if components and isinstance(target, nn.Module):
+        raise DQError("components is for pipelines; got a bare model: call dq.quantize on each model instead")
+    found = {}
+    for name, recipe in components.items():
+        part = target.components.get(name)
+        known = [key for key, value in target.components.items() if isinstance(value, nn.Module)]
+        if not isinstance(part, nn.Module):
+            raise DQError(f"component {name!r} is not a model of {type(target).__name__}, {nearest(name, known)}")
+        found[name] = (part, recipes.get(recipe))
+    return found
+
+
+def _refuse_unfitted(wanted: Recipe | Plan, recipe, calibration, budget) -> None:
+    if budget is not None:
+        raise DQError("budget: this version has no mixed-precision search; leave budget=None and choose a recipe")
+    if getattr(wanted, "needs_calibration", False):
+        if calibration is None:
+            raise DQError(f"recipe {recipe!r} needs calibration data; pass calibration=dq.Calibration(prompts=...)")
+        raise DQError(f"recipe {recipe!r} needs a calibration method, and this version has data-free recipes only")
+    if calibration is not None:
+        raise DQError(f"recipe {recipe!r} is data-free; leave calibration=None")
+
+
+def _plan_all(models: Mapping[str, tuple[nn.Module, Recipe | Plan]], keep: Sequence[str]) -> dict[str, Plan]:
+    """A checked plan per model; everything that can be refused is refused here, before any work."""
+    plans = {}
+    for part, (model, wanted) in models.items():
+        if packed_layers(model):
+            first = next(iter(packed_layers(model)))
+            raise DQError(
+                f"{part or type(model).__name__} is already quantized (layer {first!r}); call dq.dequantize first"
+            )
+        if any(hasattr(module, "base_layer") for module in model.modules()):
+            raise DQError(f"{part or type(model).__name__} has adapters attached; fuse_lora() and unload them first")
+        plan = recipes.make_plan(model, wanted, keep) if isinstance(wanted, Recipe) else wanted
+        hub.check_fit(model, plan)
+        plan.compute_dtype = str(_compute_dtype(model)).removeprefix("torch.")
+        plans[part] = plan
+    return plans
+
+
+def _compute_dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _pack_all(part: str, model: nn.Module, plan: Plan, progress: bool) -> tuple[dict[str, nn.Module], list[Row]]:
+    """Pack every planned layer beside the model, which stays untouched; rows in plan order, kept layers last."""
+    packed, rows, dtype = {}, [], getattr(torch, plan.compute_dtype)
+    bar = tqdm(plan.layers.items(), desc=f"quantize {part or type(model).__name__}", disable=not progress, delay=2)
+    for name, layer_plan in bar:
+        weight, source = _weight_of(model, name, layer_plan)
+        if layer_plan.kind == "stack":
+            packed[name] = layers.pack_stack(name, weight, layer_plan, dtype)
+        else:
+            packed[name] = layers.pack(name, source, layer_plan, dtype)
+        decibels = _sqnr_db(weight, packed[name].dense_weight())
+        rows.append(_row(part, name, layer_plan, _layer_bytes(packed[name]), decibels, layer_plan.reason))
+    rows += [_kept_row(part, model, name, reason) for name, reason in plan.kept.items()]
+    return packed, rows
+
+
+def _weight_of(model: nn.Module, name: str, plan: LayerPlan) -> tuple[torch.Tensor, nn.Module | None]:
+    if plan.kind == "stack":
+        return model.get_parameter(name), None
+    module = model.get_submodule(name)
+    return module.weight, module
+
+
+@torch.no_grad()
+def _sqnr_db(reference: torch.Tensor, value: torch.Tensor) -> float:
+    """10 log10(sum x^2 / sum (x - y)^2); infinite for an exact match."""
+    x = reference.detach().float()
+    noise = (x - value).square().sum().item()
+    return float("inf") if noise == 0 else float(10 * torch.log10(x.square().sum() / noise))
+
+
+def _swap(model: nn.Module, new: Mapping[str, nn.Module | nn.Parameter]) -> None:
+    """Put modules or parameters in place of what stands under their dotted names."""
+    for name, value in new.items():
+        home, _, key = name.rpartition(".")
+        owner = model.get_submodule(home)
+        if key in owner._parameters and isinstance(value, nn.Module):
+            del owner._parameters[key]
+        if key in owner._modules and isinstance(value, nn.Parameter):
+            del owner._modules[key]
+        setattr(owner, key, value)
+
+
+def _quantized_models(target) -> dict[str, nn.Module]:
+    if isinstance(target, nn.Module):
+        parts = {"": target}
+    else:
+        parts = {name: part for name, part in target.components.items() if isinstance(part, nn.Module)}
+    found = {name: part for name, part in parts.items() if packed_layers(part)}
+    if not found:
+        raise DQError(f"{type(target).__name__} has no quantized layer; call dq.quantize(target, 'int8') first")
+    return found
+
+
+def _row(part: str, name: str, plan: LayerPlan, size: int, decibels: float | None, reason: str) -> Row:
+    full = f"{part}.{name}" if part else name
+    act = str(plan.act) if plan.act else None
+    return Row(full, plan.kind, str(plan.weight), act, plan.rank, size, decibels, reason)
+
+
+def _kept_row(part: str, model: nn.Module, name: str, reason: str) -> Row:
+    layer = model.get_submodule(name)
+    kind = layers.kind_of(layer) or type(layer).__name__
+    return Row(f"{part}.{name}" if part else name, kind, "kept", None, 0, _layer_bytes(layer), None, reason)
+
+
+def _with_kernels(rows: list[Row], models: Mapping[str, object]) -> list[Row]:
+    """Rows with the kernel that serves each packed layer, and the refusals of those preferred to it."""
+    found = {}
+    for part, entry in models.items():
+        model = entry[0] if isinstance(entry, tuple) else entry
+        found |= {f"{part}.{name}" if part else name: layer for name, layer in packed_layers(model).items()}
+    return [_with_kernel(row, found.get(row.name)) for row in rows]
+
+
+def _with_kernel(row: Row, layer: nn.Module | None) -> Row:
+    if layer is None:
+        return row
+    if isinstance(layer, PackedStack):
+        return Row(**{**vars(row), "kernel": f"decode {layer.plan.weight.format} when used"})
+    if layer.choice is None:
+        layer.bind(layer.weight.device.type)
+    choice = layer.choice
+    return Row(**{**vars(row), "kernel": f"{choice.backend}: {choice.label}", "why_not": choice.refusals})
+
+
+def _layer_bytes(layer: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in layer.parameters(recurse=False))
+
+
+def _bytes(models: Iterable[nn.Module]) -> int:
+    return sum(p.numel() * p.element_size() for model in models for p in model.parameters())
+
+
+def _dense_bytes(model: nn.Module) -> int:
+    """Parameter bytes of the model with every packed layer in its compute dtype."""
+    packed = packed_layers(model)
+    total = _bytes([model]) - sum(_layer_bytes(layer) for layer in packed.values())
+    for layer in packed.values():
+        elements = layer.plan.rows * layer.plan.columns
+        bias = getattr(layer, "bias", None)
+        total += (elements + (0 if bias is None else bias.numel())) * layer.compute_dtype.itemsize
+    return total

@@ -1,0 +1,188 @@
+"""The named recipes, as data, and the planning of data-free ones: family + recipe + model -> Plan.
+
+Layers inside blocks get the recipe's formats. Linears that see one token per sample are weight-only: quantizing their
+activations saves nothing and costs the most. Embedders and final layers are kept, smallest first, as long as all kept
+ones together stay under KEPT_SHARE of the weights; larger ones are weight-only.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from types import ModuleType
+
+from torch import nn
+
+from dq import families
+from dq.families import Family, generic
+from dq.layers import kind_of
+from dq.plan import DQError, LayerPlan, Plan, Recipe, TensorPlan, nearest, read_json
+
+KEPT_SHARE = 0.04  # most of the weights that may stay in full precision at the edges of the model
+FEWEST_COLUMNS = 16  # a row shorter than this gains little from 8 bits next to its own scale
+
+DATA_FREE = (
+    Recipe("int8", linear=("int8/channel", "int8/token"), conv=("int8/channel", "int8a/tensor")),
+    Recipe("fp8", linear=("fp8/channel", "fp8/token"), conv=("fp8/channel", "fp8/tensor")),
+    Recipe("int8-weight", linear=("int8/channel", None), conv=("int8/channel", None)),
+    Recipe("int4-weight", linear=("int4/group:64", None), conv=("int4/group:64", None)),
+    Recipe("nvfp4-weight", linear=("nvfp4", None), conv=("nvfp4", None)),
+    Recipe("mxfp4-weight", linear=("mxfp4", None), conv=("mxfp4", None)),
+)
+RECIPES = {recipe.name: recipe for recipe in DATA_FREE}
+
+
+def names() -> list[str]:
+    """Names of all recipes."""
+    return list(RECIPES)
+
+
+def get(recipe: str | Path | Recipe | Plan) -> Recipe | Plan:
+    """A recipe by name, or a recipe or plan read from a JSON path; objects pass through.
+
+    Raises DQError with the nearest name for an unknown one, and for a broken file.
+    """
+    if isinstance(recipe, Recipe | Plan):
+        return recipe
+    text = str(recipe)
+    if text in RECIPES:
+        return RECIPES[text]
+    if text.endswith(".json") or Path(text).is_file():
+        data = read_json(text)
+        return Plan.from_dict(data) if "layers" in data else Recipe.from_dict(data)
+    raise DQError(f"recipe {text!r} is unknown, {nearest(text, RECIPES)}")
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """One weight dq can quantize, as planning sees it. shape as in LayerPlan."""
+
+    kind: str
+    shape: tuple[int, ...]
+    groups: int = 1
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def columns(self) -> int:
+        return self.shape[1] if self.kind == "stack" else prod(self.shape[1:])
+
+
+def make_plan(model: nn.Module, recipe: Recipe, keep: Sequence[str] = ()) -> Plan:
+    """Plan a data-free recipe for a model, which may be on the meta device.
+
+    keep  patterns matched from the start of layer names: left in full precision
+    Raises DQError when a pattern matches no layer, or the model has no layer dq can quantize.
+    """
+    family = families.of(model)
+    weights = dict(_weights(model))
+    if not weights:
+        raise DQError(f"{type(model).__name__} has no linear, convolution or expert weights; pass a denoiser")
+    kept = _match_keeps(weights, (*recipe.keep, *keep))
+    roles = {name: _role(family, name) for name in weights if name not in kept}
+    kept |= _keep_edges(weights, roles)
+    layers = {}
+    for name in weights:
+        if name not in kept:
+            decided = _layer_plan(recipe, roles[name], weights[name])
+            (kept if isinstance(decided, str) else layers)[name] = decided
+    return Plan(layers, kept, recipe.name, family.name, family.timestep)
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, _Weight]]:
+    """Name and description of every weight dq can quantize, in model order; stacks by their Parameter's name."""
+    for name, module in model.named_modules():
+        kind = kind_of(module)
+        if kind is not None:
+            yield name, _Weight(kind, tuple(module.weight.shape), getattr(module, "groups", 1))
+        elif "Expert" in type(module).__name__:
+            for key, value in module.named_parameters(recurse=False):
+                if value.dim() == 3 and value.is_floating_point():
+                    yield f"{name}.{key}".lstrip("."), _Weight("stack", tuple(value.shape))
+
+
+def _any_match(patterns: Sequence[str], name: str) -> bool:
+    return any(re.match(pattern, name) for pattern in patterns)
+
+
+def _match_keeps(found: dict, patterns: Sequence[str]) -> dict[str, str]:
+    kept = {}
+    for pattern in patterns:
+        try:
+            hits = [name for name in found if re.match(pattern, name)]
+        except re.error as error:
+            raise DQError(f"keep pattern {pattern!r} is not a regular expression: {error}") from None
+        if not hits:
+            raise DQError(
+                f"keep pattern {pattern!r} matches no layer from the start of its name; {nearest(pattern, found)[:200]}"
+            )
+        kept |= dict.fromkeys(hits, f"kept by pattern {pattern!r}")
+    return kept
+
+
+def _role(family: Family, name: str) -> str:
+    """What a layer is: "keep", "time", "modulation", "edge" or "block"."""
+    if _any_match((*family.keep, *generic.KEEP), name):
+        return "keep"
+    inside = any(name.startswith(f"{block}.") or name == block for block in family.blocks)
+    if not inside and _any_match(generic.TIME_EMBEDDER, name):
+        return "time"
+    if _any_match((*family.modulation, *generic.MODULATION), name):
+        return "modulation"
+    return "block" if inside else "edge"
+
+
+def _keep_edges(weights: dict[str, _Weight], roles: dict[str, str]) -> dict[str, str]:
+    """Layers kept for their role: routing, time embedders, and the smallest edges within KEPT_SHARE of all weights."""
+    reasons = {"keep": "routing, or a weight that is read directly", "time": "timestep embedder"}
+    kept = {name: reasons[role] for name, role in roles.items() if role in reasons}
+    room = KEPT_SHARE * sum(weight.elements for weight in weights.values())
+    edges = [name for name, role in roles.items() if role == "edge"]
+    for name in sorted(edges, key=lambda name: weights[name].elements):
+        room -= weights[name].elements
+        if room < 0:
+            break
+        kept[name] = "embedder or final layer"
+    return kept
+
+
+def _layer_plan(recipe: Recipe, role: str, weight: _Weight) -> LayerPlan | str:
+    """The LayerPlan of one layer, or the reason why it stays in full precision."""
+
+    def only(text: str, reason: str) -> LayerPlan:
+        return LayerPlan(weight.kind, weight.shape, TensorPlan.parse(text), reason=f"{reason}: weight-only")
+
+    if weight.groups > 1:
+        return only(recipe.edge, "grouped convolution")
+    if weight.columns < FEWEST_COLUMNS:
+        return f"rows of {weight.columns} weights are too short to gain from quantization"
+    if weight.kind == "stack":
+        return only(recipe.linear[0], "stacked experts")
+    if role == "modulation" and weight.kind == "linear":
+        return only(recipe.modulation, "one token per sample")
+    if role == "edge":
+        return only(recipe.edge, "large embedder or final layer")
+    form, act = recipe.linear if weight.kind == "linear" else recipe.conv
+    plan = LayerPlan(weight.kind, weight.shape, TensorPlan.parse(form), TensorPlan.parse(act) if act else None)
+    return _pixelwise(plan) if plan.pointwise and act else plan
+
+
+def _pixelwise(plan: LayerPlan) -> LayerPlan:
+    """A pointwise convolution is a linear over channels: one activation scale per pixel instead of one per sample."""
+    return replace(plan, act=replace(plan.act, granularity="token"))
+
+
+class _Callable(ModuleType):
+    """`dq.recipes` is this module and also the public function `dq.recipes() -> list[str]`."""
+
+    def __call__(self) -> list[str]:
+        return names()
+
+
+sys.modules[__name__].__class__ = _Callable

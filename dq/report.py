@@ -1,0 +1,86 @@
+"""What happened to each layer: the rows behind `dq.quantize` and `dq.explain`, printable and as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer. bytes: stored parameters; error_db: SQNR of the rounded weight in dB (None when not measured);
+    why_not: (backend, reason) of every preferred kernel that refused."""
+
+    name: str
+    kind: str
+    weight: str
+    act: str | None
+    rank: int
+    bytes: int
+    error_db: float | None
+    reason: str
+    kernel: str = ""
+    why_not: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass
+class Report:
+    """Rows of a quantized model or pipeline, with its parameter bytes before and after and the seconds it took."""
+
+    layers: list[Row]
+    bytes_before: int
+    bytes_after: int
+    seconds: float = 0.0
+    recipe: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """The whole report as a JSON object."""
+        return json.dumps(asdict(self), indent=1)
+
+    def __str__(self) -> str:
+        quantized = [row for row in self.layers if row.weight != "kept"]
+        lines = [
+            f"{self.recipe or 'dq'}: {len(quantized)} layers quantized, {len(self.layers) - len(quantized)} kept, "
+            f"{_mib(self.bytes_before)} -> {_mib(self.bytes_after)} MiB "
+            f"({self.bytes_after / max(self.bytes_before, 1):.2f}x) in {self.seconds:.1f} s"
+        ]
+        for name, count, row, decibels in self._grouped():
+            act = f" x {row.act}" if row.act else ""
+            rank = f" + rank {row.rank}" if row.rank else ""
+            parts = [f"  {name}" + (f" ({count} layers)" if count > 1 else ""), f"{row.weight}{act}{rank}"]
+            parts += [row.kernel] if row.kernel else []
+            parts += [f"{decibels:.1f} dB"] if decibels is not None else []
+            parts += [row.reason] if row.reason else []
+            parts += [f"not {backend}: {reason}" for backend, reason in row.why_not]
+            lines.append(" | ".join(parts))
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+    def _grouped(self) -> Iterator[tuple[str, int, Row, float | None]]:
+        """Rows alike but for block numbers, as one: (name with [first-last], count, a row, lowest dB)."""
+        groups: dict[tuple, list[Row]] = {}
+        for row in self.layers:
+            shape = re.sub(r"\d+", "#", row.name)
+            groups.setdefault((shape, row.weight, row.act, row.rank, row.kernel, row.reason), []).append(row)
+        for rows in groups.values():
+            measured = [row.error_db for row in rows if row.error_db is not None]
+            yield _span([row.name for row in rows]), len(rows), rows[0], min(measured, default=None)
+
+
+def _span(names: list[str]) -> str:
+    """`blocks.0.to_q`, `blocks.1.to_q` -> `blocks.[0-1].to_q`."""
+    if len(names) == 1:
+        return names[0]
+    numbers = [re.findall(r"\d+", name) for name in names]
+    spans = []
+    for column in zip(*numbers, strict=True):
+        low, high = min(column, key=int), max(column, key=int)
+        spans.append(low if low == high else f"[{low}-{high}]")
+    parts = re.split(r"\d+", names[0])
+    return "".join(part + span for part, span in zip(parts, [*spans, ""], strict=True))
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f}"

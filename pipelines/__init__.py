@@ -1,0 +1,1 @@
+"""Runnable pipelines: one file per model family, and `tiny/`, the embedded trained models."""

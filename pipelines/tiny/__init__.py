@@ -1,0 +1,62 @@
+"""The embedded trained models: small, real, and shipped with the repository.
+
+    import pipelines.tiny as tiny
+    pipe = tiny.load("tiny-pixart")
+    caption, scene = tiny.prompts(1, objects=1)[0]
+    image = pipe(caption, **tiny.CALL["tiny-pixart"]).images[0]
+
+or with nothing but diffusers: `PixArtSigmaPipeline.from_pretrained("pipelines/tiny/tiny-pixart")`.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .recogniser import Recogniser
+    from .scenes import Scene
+
+NAMES = ("tiny-pixart", "tiny-sd")
+JUDGES = ("tiny-clip", "scene-recogniser")
+_COMMON = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64}
+CALL = {
+    "tiny-pixart": _COMMON | {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 40},
+    "tiny-sd": dict(_COMMON),
+}
+
+
+def folder(name: str) -> Path:
+    """Where an embedded model lies; ValueError names the choices."""
+    if name not in NAMES + JUDGES:
+        raise ValueError(f"unknown embedded model {name!r}: expected one of {', '.join(NAMES + JUDGES)}")
+    return Path(__file__).parent / name
+
+
+def load(name: str, dtype=None):
+    """The diffusers pipeline of that name on the CPU, progress bar off; `dtype` defaults to torch.float32."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    if name not in NAMES:
+        raise ValueError(f"unknown embedded pipeline {name!r}: expected one of {', '.join(NAMES)}")
+    pipe = DiffusionPipeline.from_pretrained(folder(name), torch_dtype=dtype or torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_recogniser() -> "Recogniser":
+    """The scene recogniser, in evaluation mode."""
+    from .recogniser import Recogniser
+
+    return Recogniser.from_pretrained(folder("scene-recogniser"))
+
+
+def prompts(n: int, objects: int | None = None, seed: int = 0) -> list[tuple[str, "Scene"]]:
+    """`n` held-out captions with their labels; `objects` (1, 2 or 3) fixes how many each names.
+
+    Seeds and object counts give disjoint ranges of the held-out stream, which training never reads.
+    """
+    from . import scenes
+
+    first = ((objects or 0) + 4 * seed) * 1_000_000 + 500_000
+    drawn = [scenes.sample(i, scenes.HELD_OUT, objects) for i in range(first, first + n)]
+    return [(caption, scene) for scene, caption in drawn]

@@ -1,0 +1,82 @@
+"""Ship the trained models: copy the judges into their folders and write every model's card and loss curve."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from . import evaluate
+from .recogniser import Recogniser
+from .training import RUNS, draw_curve
+
+FOLDER = Path(__file__).parent
+LINES = {"pixart": ("loss", "cells"), "sd": ("loss", "cells"), "clip": ("loss",), "recogniser": ("loss",)}
+SHIPPED = {"pixart": "tiny-pixart", "sd": "tiny-sd", "clip": "tiny-clip", "recogniser": "scene-recogniser"}
+DATA = """Procedural scenes (`pipelines/tiny/scenes.py`): 64x64 pictures of one to three shapes (6 shapes, 8 colours,
+2 sizes) on graded or textured backgrounds, with captions from a small grammar. Training and held-out scenes come from
+separate random streams. The vocabulary is that grammar: other words mean nothing to these models."""
+WHAT = {
+    "pixart": """`PixArtSigmaPipeline`, unmodified: a T5 encoder (3 layers, width 128), a `PixArtTransformer2DModel`
+(6 blocks, 4 heads of 64, patch 2 on a 16x16x4 latent, {denoiser:.1f} M parameters) and an `AutoencoderKL` with 4x
+reduction (latents of mean 0 and variance 1, so `scaling_factor` is 1). v-prediction, averaged weights (0.999), 10 % of
+the captions empty.""",
+    "sd": """`StableDiffusionPipeline`, unmodified, without safety checker: a CLIP text encoder (3 layers, width 128),
+a `UNet2DConditionModel` (64, 128, 192 channels, cross attention at 8x8 and 4x4, {denoiser:.1f} M parameters) and the
+same `AutoencoderKL` as tiny-pixart. v-prediction, averaged weights (0.999), 10 % of the captions empty.""",
+    "clip": """`transformers.CLIPModel` (vision: 4 layers, width 192, patch 8; text: 3 layers, width 128), contrastive,
+batch 128; `CLIPProcessor.from_pretrained` loads its tokenizer and image processor (64x64, no cropping).""",
+    "recogniser": """`pipelines.tiny.recogniser.Recogniser`: a convolutional net that says on an 8x8 grid which object
+(shape, colour, size) is where; `find(images)` lists them, `features(images)` gives a vector per picture. Trained on
+renders with blur, noise, colour casts and coarse errors, so that it reads generated pictures too.""",
+}
+USE = {
+    "pixart": """from diffusers import PixArtSigmaPipeline
+pipe = PixArtSigmaPipeline.from_pretrained("pipelines/tiny/tiny-pixart")
+image = pipe("a large red circle left of a blue star", {call}).images[0]""",
+    "sd": """from diffusers import StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained("pipelines/tiny/tiny-sd")
+image = pipe("a large red circle left of a blue star", {call}).images[0]""",
+    "clip": """from transformers import CLIPModel, CLIPProcessor
+model = CLIPModel.from_pretrained("pipelines/tiny/tiny-clip")
+processor = CLIPProcessor.from_pretrained("pipelines/tiny/tiny-clip")""",
+    "recogniser": """from pipelines import tiny
+found = tiny.load_recogniser().find(images)  # images: float (N, 3, 64, 64) in [0, 1]""",
+}
+
+
+def ship_recogniser() -> None:
+    """Copy the trained recogniser into its folder, in bf16."""
+    net = Recogniser.from_pretrained(RUNS / "recogniser" / "model")
+    net.to(torch.bfloat16).save_pretrained(FOLDER / SHIPPED["recogniser"])
+
+
+def write_card(name: str) -> None:
+    """README.md and loss.png of one shipped model, from its curve and its measured rows."""
+    from pipelines import tiny
+
+    folder, curve = FOLDER / SHIPPED[name], json.loads((RUNS / name / "curve.json").read_text())
+    draw_curve(curve, folder / "loss.png", LINES[name])
+    call = ", ".join(f"{key}={value}" for key, value in tiny.CALL.get(SHIPPED[name], {}).items())
+    text = [f"# {SHIPPED[name]}", WHAT[name].format(denoiser=_million(folder)), "## Use"]
+    text += [f"```python\n{USE[name].format(call=call)}\n```", "## Data", DATA, "## Training"]
+    last, minutes = curve[-1], curve[-1]["seconds"] / 60
+    text.append(
+        f"{last['step']} steps in {minutes:.0f} minutes on one of {evaluate.MACHINE}, shared with other work "
+        f"(`python -m pipelines.tiny.train {name}`); text encoder, autoencoder and latents came before."
+    )
+    text += ["![loss over steps](loss.png)", "## Held-out figures", _figures(name)]
+    (folder / "README.md").write_text("\n\n".join(text) + "\n")
+
+
+def _million(folder: Path) -> float:
+    """Millions of parameters of the denoiser, from the bytes of its bf16 file."""
+    files = list(folder.glob("transformer/*.safetensors")) + list(folder.glob("unet/*.safetensors"))
+    return sum(file.stat().st_size for file in files) / 2e6
+
+
+def _figures(name: str) -> str:
+    """The rows of eval/results/tiny_models.json that speak of this model, as a list."""
+    wanted = {SHIPPED[name]} | ({"vae"} if name in ("pixart", "sd") else set())
+    rows = [row for row in json.loads(evaluate.RESULTS.read_text())["rows"] if row["model"] in wanted]
+    lines = [f"- {', '.join(f'{key} {value}' for key, value in row.items() if key != 'seconds')}" for row in rows]
+    return "From `python -m pipelines.tiny.evaluate` (`eval/results/tiny_models.json`):\n\n" + "\n".join(lines)

@@ -1,0 +1,85 @@
+"""Measure the shipped models on held-out scenes: `python -m pipelines.tiny.evaluate [--count 500] [--names ...]`.
+
+Writes one row per figure set to eval/results/tiny_models.json.
+"""
+
+import argparse
+import json
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from eval.metrics import caption_accuracy
+from pipelines import tiny
+
+RESULTS = Path(__file__).resolve().parents[2] / "eval" / "results" / "tiny_models.json"
+MACHINE = "2 cores AMD Zen 5"
+
+
+@torch.inference_mode()
+def pictures(pipe, name: str, captions: list[str], seed: int = 0, batch: int = 50, **call) -> torch.Tensor:
+    """Pictures (N, 3, 64, 64) in [0, 1]; picture n starts from noise of its own seed, whatever the batch size."""
+    parts = []
+    call = tiny.CALL[name] | {"output_type": "pt"} | call
+    for start in range(0, len(captions), batch):
+        rows = captions[start : start + batch]
+        generators = [torch.Generator().manual_seed(seed * 1_000_000 + start + i) for i in range(len(rows))]
+        parts.append(pipe(rows, generator=generators, **call).images.float().clamp(0, 1))
+    return torch.cat(parts)
+
+
+def measure(name: str, objects: int, count: int, seed: int = 0, dtype=torch.float32, **call) -> dict:
+    """Caption accuracy of a pipeline on `count` held-out prompts of so many objects."""
+    began = time.time()
+    captions, scenes = zip(*tiny.prompts(count, objects, seed), strict=True)
+    images = pictures(tiny.load(name, dtype), name, list(captions), seed, **call)
+    figures = caption_accuracy.score(images, scenes)
+    row = {"model": name, "objects": objects, "prompts": count, "seed": seed, "dtype": str(dtype).split(".")[-1]}
+    row |= {key: (tiny.CALL[name] | call)[key] for key in ("num_inference_steps", "guidance_scale")}
+    return row | {key: round(value, 4) for key, value in figures.items()} | {"seconds": round(time.time() - began, 1)}
+
+
+def measure_judges(count: int) -> list[dict]:
+    """Held-out figures of the recogniser, the autoencoder under it, and the CLIP model."""
+    from diffusers import AutoencoderKL
+
+    from . import train_clip, train_vision
+
+    net = tiny.load_recogniser()
+    vae = AutoencoderKL.from_pretrained(tiny.folder("tiny-sd"), subfolder="vae")
+    through = train_vision.recogniser_accuracy(net, count, vae.float())
+    rows = [
+        {"model": "scene-recogniser", "held_out_right": train_vision.recogniser_accuracy(net, 4 * count)},
+        {"model": "vae", "psnr_db": round(train_vision.psnr_db(vae, count), 2), "recogniser_right": through},
+    ]
+    if tiny.folder("tiny-clip").exists():
+        rows.append({"model": "tiny-clip"} | train_clip.retrieval())
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--names", nargs="+", default=[*tiny.NAMES, "judges"])
+    options = parser.parse_args()
+    old = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    rows = [row for row in old if _group(row) not in options.names]
+    for name in options.names:
+        if name == "judges":
+            rows += measure_judges(options.count)
+        else:
+            rows += [measure(name, objects, options.count) for objects in (1, 2, 3)]
+        versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps({"machine": MACHINE, "versions": versions, "rows": rows}, indent=1) + "\n")
+        print(json.dumps(rows, indent=1), flush=True)
+
+
+def _group(row: dict) -> str:
+    return row["model"] if row["model"] in tiny.NAMES else "judges"
+
+
+if __name__ == "__main__":
+    main()
