@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dq import hub, layers, recipes
+from dq import hub, layers, loading, recipes
 from dq.layers import PackedStack, packed_layers
 from dq.plan import DQError, LayerPlan, Plan, Recipe, nearest
 from dq.report import Report, Row
@@ -52,7 +52,8 @@ def quantize(
         packed[part], found = _pack_all(part, model, plans[part], progress)
         rows += found
     for part, (model, _) in models.items():
-        _swap(model, packed[part])
+        for name, layer in packed[part].items():
+            loading.put(model, name, layer)
         hub.mark(model, plans[part])
     after = _bytes(model for model, _ in models.values())
     name = getattr(wanted, "name", None) or getattr(wanted, "recipe", "")
@@ -77,21 +78,13 @@ def explain(target) -> Report:
     return Report(_with_kernels(rows, models), before, _bytes(models.values()), 0.0, recipe)
 
 
-@torch.no_grad()
 def dequantize(target) -> None:
     """Turn packed layers back into ordinary ones, in place, with the rounded weights they stand for.
 
     Raises DQError when nothing in the target is quantized.
     """
     for model in _quantized_models(target).values():
-        dense: dict[str, nn.Module | nn.Parameter] = {}
-        for name, layer in packed_layers(model).items():
-            if isinstance(layer, PackedStack):
-                weight = layer.dense_weight().to(layer.compute_dtype)
-                dense[name] = nn.Parameter(weight, requires_grad=False)
-            else:
-                dense[name] = layer.dense()
-        _swap(model, dense)
+        loading.to_dense(model)
         hub.unmark(model)
 
 
@@ -193,18 +186,6 @@ def _sqnr_db(reference: torch.Tensor, value: torch.Tensor) -> float:
     x = reference.detach().float()
     noise = (x - value).square().sum().item()
     return float("inf") if noise == 0 else float(10 * torch.log10(x.square().sum() / noise))
-
-
-def _swap(model: nn.Module, new: Mapping[str, nn.Module | nn.Parameter]) -> None:
-    """Put modules or parameters in place of what stands under their dotted names."""
-    for name, value in new.items():
-        home, _, key = name.rpartition(".")
-        owner = model.get_submodule(home)
-        if key in owner._parameters and isinstance(value, nn.Module):
-            del owner._parameters[key]
-        if key in owner._modules and isinstance(value, nn.Parameter):
-            del owner._modules[key]
-        setattr(owner, key, value)
 
 
 def _quantized_models(target) -> dict[str, nn.Module]:

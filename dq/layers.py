@@ -1,10 +1,11 @@
-"""The layers: `Draft*` while a layer is fitted (differentiable floats), `Packed*` when it ships (bytes and kernels).
+"""The layers that ship: bytes and kernels in place of a linear, a convolution or stacked expert weights.
 
     y = W' Q(x * smooth) + up (down (x * smooth)) + bias,    W' = Q(W / smooth - up down)
 
 x (..., in), W (out, in), smooth (in,), down (rank, in), up (out, rank). Convolutions are the same with channels for
-features. Packed layers subclass the layer they replace and hold plain Parameters only (no buffers, no tensor subclasses),
-so that offload, hooks, LoRA and safetensors treat them like any other layer; weights are int8 bytes, never uint8.
+features. Packed layers subclass the layer they replace and hold plain Parameters only (no buffers, no tensor
+subclasses), so that offload, hooks, LoRA and safetensors treat them like any other layer; weights are int8 bytes, never
+uint8. Their differentiable counterparts, for fitting, are in `drafts.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import nn
 from dq import kernels
 from dq.clock import Clock
 from dq.formats import FormatError, check_finite
-from dq.kernels import Conv, Tensors, dense, reference
+from dq.kernels import Conv, Tensors, reference
 from dq.plan import DQError, LayerPlan
 
 CONV_KINDS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
@@ -29,16 +30,12 @@ OPTIONAL = ("zero", "scale_global", "smooth", "proj_down", "proj_up", "act_scale
 
 def kind_of(module: nn.Module) -> str | None:
     """The LayerPlan kind of a full-precision layer, None when dq cannot quantize it (or already has)."""
-    if isinstance(module, _Packed | _Draft):
+    if isinstance(module, _Packed):
         return None
     for kind, base in PLAIN.items():
-        # a subclass is taken when it keeps its parent's arithmetic: its forward, if any, must end in super().forward
-        if isinstance(module, base) and (type(module).forward is base.forward or type(module) in COOPERATIVE):
+        if isinstance(module, base) and type(module).forward is base.forward:  # a forward of its own is not ours
             return kind
     return None
-
-
-COOPERATIVE: set[type] = set()  # subclasses whose own forward ends in super().forward(x); filled by dq.families
 
 
 def tensor_shapes(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
@@ -63,7 +60,7 @@ def tensor_shapes(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dty
 
 
 def encode(weight: torch.Tensor, plan: LayerPlan) -> dict[str, torch.Tensor]:
-    """Round a float matrix (rows, columns) to the packed tensors `weight`, `scale` and, if the format has them, more."""
+    """Round a float matrix (rows, columns) to the packed tensors `weight`, `scale` and what else the format has."""
     spec, grain = plan.weight.spec, plan.weight.grain
     parts = [spec.encode(weight[:, first:last], grain) for first, last in plan.parts]
     out = {"weight": spec.pack(torch.cat([part.codes for part in parts], 1).contiguous())}
@@ -83,7 +80,7 @@ def geometry(module: nn.Module) -> tuple[Conv, tuple[int, ...] | None, str]:
     return Conv(module.stride, padding, module.dilation, module.groups), pads if explicit else None, mode
 
 
-def _per_channel(vector: torch.Tensor, x: torch.Tensor, conv: bool) -> torch.Tensor:
+def per_channel(vector: torch.Tensor, x: torch.Tensor, conv: bool) -> torch.Tensor:
     """`vector` (in,) in x's dtype, shaped to multiply x along its channels."""
     vector = vector.to(x.dtype)
     return vector.reshape(-1, *[1] * (x.dim() - 2)) if conv else vector
@@ -162,12 +159,12 @@ class _Packed(_Frozen):
         if x.device.type != self._device:
             self.bind(x.device.type)
         if self.smooth is not None:
-            x = x * _per_channel(self.smooth, x, self.op == "conv")
+            x = x * per_channel(self.smooth, x, self.op == "conv")
         return self.choice.run(x, self.tensors())
 
     @torch.no_grad()
     def dense_weight(self) -> torch.Tensor:
-        """The fp32 weight this layer stands for, shaped as the layer it replaced, low-rank branch and smoothing included."""
+        """The fp32 weight this layer stands for, low-rank branch and smoothing included, in its original shape."""
         weight = reference.weight_decoder(self.plan)(self.tensors())
         if self.proj_up is not None:
             weight = weight + self.proj_up.float() @ self.proj_down.float()
@@ -198,7 +195,7 @@ class PackedLinear(_Packed, nn.Linear):
         self._allocate(plan, has_bias, compute_dtype, device)
 
     @classmethod
-    def like(cls, module: nn.Linear, plan: LayerPlan, compute_dtype: torch.dtype, device: str = "meta") -> PackedLinear:
+    def like(cls, module: nn.Linear, plan: LayerPlan, compute_dtype: torch.dtype, device: str = "meta"):
         return cls(plan, module.bias is not None, compute_dtype, device)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -303,83 +300,6 @@ class PackedStack(_Frozen, nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.plan.shape}, weight={self.plan.weight}"
-
-
-class _Draft(nn.Module):
-    """What draft layers share: a float weight that is rounded in every forward, differentiable in all its tensors.
-
-    weight  fp32, already divided by `smooth` and with the low-rank branch taken out
-    """
-
-    def __init__(self, module: nn.Module, plan: LayerPlan):
-        super().__init__()
-        self.plan, self.source, self.clock = plan, [module], None
-        inputs, columns = plan.shape[1], plan.columns
-        self.weight = nn.Parameter(module.weight.detach().float().clone())
-        self.bias = None if module.bias is None else nn.Parameter(module.bias.detach().float().clone())
-        device = self.weight.device
-        make = lambda on, *shape: nn.Parameter(torch.ones(shape, device=device)) if on else None  # noqa: E731
-        self.smooth = make(plan.smooth, inputs)
-        self.proj_down, self.proj_up = make(plan.rank, plan.rank, columns), make(plan.rank, plan.rows, plan.rank)
-        if plan.rank:
-            self.proj_down.data.zero_(), self.proj_up.data.zero_()
-        static = plan.act is not None and plan.act.scale != "dynamic"
-        self.act_scale = make(static, plan.steps, len(plan.parts))
-        self._round = reference.input_rounder(plan, -1 if plan.kind == "linear" else 1)
-        self._geometry = None if plan.kind == "linear" else geometry(module)
-
-    def rounded_weight(self) -> torch.Tensor:
-        """The weight as the packed layer will hold it: fp32, full shape, straight-through gradient."""
-        spec, grain = self.plan.weight.spec, self.plan.weight.grain
-        rows = self.weight.reshape(self.plan.rows, -1)
-        parts = [spec.fake(rows[:, first:last], grain) for first, last in self.plan.parts]
-        return torch.cat(parts, 1).reshape(self.plan.shape)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide, conv = x.float(), self._geometry is not None
-        if conv and self._geometry[1] is not None:
-            wide = F.pad(wide, self._geometry[1], mode=self._geometry[2])
-        if self.smooth is not None:
-            wide = wide * _per_channel(self.smooth, wide, conv)
-        stored = self.act_scale
-        if stored is not None:
-            stored = stored.index_select(0, self.clock.to(stored.device))[0] if self.plan.steps > 1 else stored[0]
-        rounded = self._round(wide, stored)
-        run = reference.CONVS[len(self.plan.shape) - 2] if conv else F.linear
-        y = run(rounded, self.rounded_weight(), self.bias, *(self._geometry[0] if conv else ()))
-        if self.proj_up is not None:
-            low = Tensors(self.weight, self.weight, down=self.proj_down, up=self.proj_up)
-            y = y + dense.low_rank(wide, low, self.plan, self._geometry[0] if conv else None)
-        return y.to(x.dtype)
-
-    @torch.no_grad()
-    def pack(self, compute_dtype: torch.dtype) -> nn.Module:
-        """The packed layer with the same output (up to the compute dtype's rounding)."""
-        packed = PACKED[self.plan.kind].like(self.source[0], self.plan, compute_dtype, str(self.weight.device))
-        for name, value in encode(self.weight.reshape(self.plan.rows, -1), self.plan).items():
-            packed.put(name, value)
-        for name in ("smooth", "act_scale"):
-            if getattr(self, name) is not None:
-                packed.put(name, getattr(self, name).detach().clone())
-        for name in ("bias", "proj_down", "proj_up"):
-            if getattr(self, name) is not None:
-                packed.put(name, getattr(self, name).detach().to(compute_dtype))
-        packed.clock = self.clock
-        packed.bind(self.weight.device.type)
-        return packed.train(self.source[0].training)
-
-
-class DraftLinear(_Draft):
-    """A linear being fitted: x (..., in) -> (..., out)."""
-
-
-class DraftConv2d(_Draft):
-    """A convolution being fitted (one to three spatial dimensions): x (batch, in, *space) -> (batch, out, *space)."""
-
-
-def draft(module: nn.Module, plan: LayerPlan) -> _Draft:
-    """The draft of a full-precision layer under a plan, with neutral smoothing and an empty low-rank branch."""
-    return (DraftLinear if plan.kind == "linear" else DraftConv2d)(module, plan)
 
 
 @torch.no_grad()

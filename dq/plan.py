@@ -12,11 +12,14 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from dq import formats
 
 PLAN_VERSION = 1
+MOST_NAMES = 16  # names an error lists in full
+SCALES = ("dynamic", "static", "table")
 KINDS = ("linear", "conv1d", "conv2d", "conv3d", "stack")
 
 
@@ -25,11 +28,11 @@ class DQError(ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The clause that ends an error about an unknown name: the nearest known name and the whole list."""
+    """The clause that ends an error about an unknown name: the known names (a few of them if many) and the nearest."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"expected one of {', '.join(known)}.{hint}"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    shown = ", ".join(known) if len(known) <= MOST_NAMES else f"{', '.join(known[:4])}, ... ({len(known)} names)"
+    return f"expected one of {shown}." + (f" Did you mean {close[0]!r}?" if close else "")
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ class TensorPlan:
         except formats.FormatError as error:
             raise DQError(f"tensor plan {text!r}: {error}") from None
         scale = rest[1] if len(rest) > 1 else "dynamic"
-        if scale not in ("dynamic", "static", "table"):
-            raise DQError(f"tensor plan {text!r}: scale is {scale!r}, {nearest(scale, ('dynamic', 'static', 'table'))}")
+        if scale not in SCALES:
+            raise DQError(f"tensor plan {text!r}: scale is {scale!r}, {nearest(scale, SCALES)}")
         return cls(spec.name, granularity, scale, float(rest[2]) if len(rest) > 2 else 0.0)
 
     def __str__(self) -> str:
@@ -115,7 +118,7 @@ class LayerPlan:
         """Column ranges [start, stop) of the weight matrix that have scales of their own (one unless split)."""
         taps = 1 if self.kind in ("linear", "stack") else _product(self.shape[2:])
         edges = [0, *(split * taps for split in self.splits), self.columns]
-        return list(zip(edges, edges[1:], strict=False))
+        return list(pairwise(edges))
 
     @property
     def packed_bytes(self) -> int:
@@ -129,12 +132,13 @@ class LayerPlan:
         """Raise DQError, naming the layer, when the fields contradict each other."""
         if self.kind not in KINDS:
             raise DQError(f"layer {name!r}: kind is {self.kind!r}, {nearest(self.kind, KINDS)}")
-        if any(not 0 < split < self.shape[1] for split in self.splits) or list(self.splits) != sorted(set(self.splits)):
+        inside = all(0 < split < self.shape[1] for split in self.splits)
+        if not inside or list(self.splits) != sorted(set(self.splits)):
             raise DQError(f"layer {name!r}: splits {self.splits} must rise strictly inside its {self.shape[1]} inputs")
         if self.kind == "stack" and (self.act or self.smooth or self.rank or self.splits):
-            raise DQError(f"layer {name!r}: stacked expert weights are weight-only; remove act, smooth, rank and splits")
+            raise DQError(f"layer {name!r}: stacked experts are weight-only; remove act, smooth, rank and splits")
         if self.act and self.act.scale == "dynamic":
-            fits = ("token", "tensor") if self.pointwise else ("tensor",) if self.kind != "linear" else ("token", "group")
+            fits = ("token", "group") if self.kind == "linear" else ("tensor", "token")[: 1 + self.pointwise]
             if self.act.grain.kind not in fits:
                 got = f"layer {name!r}: dynamic activation granularity {self.act.granularity!r} of a {self.kind}"
                 raise DQError(f"{got} with weight {self.shape}, expected {' or '.join(fits)}")

@@ -8,6 +8,7 @@ Activations are quantized and decoded again (straight-through gradient), weights
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +82,7 @@ def input_rounder(plan: LayerPlan, dim: int) -> Callable[[torch.Tensor, torch.Te
     def rounded(x: torch.Tensor, act_scale: torch.Tensor | None) -> torch.Tensor:
         if act is None:
             return x
-        parts = [x.narrow(dim, a, b - a) for a, b in zip(edges, edges[1:], strict=False)]
+        parts = [x.narrow(dim, a, b - a) for a, b in pairwise(edges)]
         scales = [None] * len(parts) if act_scale is None else list(act_scale.unbind(0))
         parts = [one(part, act, scale) for part, scale in zip(parts, scales, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

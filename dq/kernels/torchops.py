@@ -102,11 +102,12 @@ def quantize_rows(x: torch.Tensor, spec: Integer, scale: torch.Tensor | None = N
     if spec.affine:
         e = spec.encode(x, PER_ROW)
         return e.codes, e.scale, e.zero
-    wide, top = x.float(), spec.max_code
+    top = spec.max_code
     if scale is not None:
-        return torch.round(wide / scale).clamp_(-top, top).to(torch.int8), scale.reshape(1, 1), None
-    scale = wide.abs().amax(-1, keepdim=True).clamp_min(SCALE_FLOOR * top) / top
-    return torch.round(wide / scale).to(torch.int8), scale, None
+        return (x.float() / scale).round_().clamp_(-top, top).to(torch.int8), scale.reshape(1, 1), None
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    scale = (torch.maximum(high, -low).float() / top).clamp_(min=SCALE_FLOOR)
+    return (x.float() / scale).round_().to(torch.int8), scale, None
 
 
 def _int_product(q: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -123,9 +124,9 @@ def _int_linear(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, T
     def part(rows: torch.Tensor, codes: torch.Tensor, stored: torch.Tensor | None) -> torch.Tensor:
         q, scale, zero = quantize_rows(rows, act, stored)
         if zero is None:
-            return _int_product(q, codes).float() * scale
+            return _int_product(q, codes).float().mul_(scale)
         product = _int_product(torch.cat([q, torch.ones_like(q[:1])]), codes)
-        return (product[:-1] - zero.int() * product[-1:]).float() * scale
+        return (product[:-1] - zero.int() * product[-1:]).float().mul_(scale)
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         rows = x.reshape(-1, columns)
@@ -133,10 +134,10 @@ def _int_linear(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, T
         y = None
         for i, ((first, last), (left, right)) in enumerate(parts):
             stored = None if t.act_scale is None else t.act_scale[i]
-            z = part(rows[:, first:last], codes[:, first:last], stored) * t.scale[:, left:right].t()
-            y = z if y is None else y + z
+            z = part(rows[:, first:last], codes[:, first:last], stored).mul_(t.scale[:, left:right].t())
+            y = z if y is None else y.add_(z)
         if t.bias is not None:
-            y = y + t.bias.float()
+            y = y.add_(t.bias)
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
     return run
@@ -147,7 +148,7 @@ def _fp8_linear(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, T
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         rows = x.reshape(-1, columns).float()
-        scale = rows.abs().amax(-1, keepdim=True).clamp_min(SCALE_FLOOR * top) / top
+        scale = (rows.abs().amax(-1, keepdim=True) / top).clamp_(min=SCALE_FLOOR)
         q = (rows / scale).clamp(-top, top).to(torch.float8_e4m3fn)
         w = t.weight.view(torch.float8_e4m3fn).t()
         y = torch._scaled_mm(q, w, scale_a=scale, scale_b=t.scale.reshape(1, -1), out_dtype=torch.bfloat16)
@@ -216,10 +217,10 @@ def _int_conv(plan: LayerPlan, conv: Conv) -> Callable[[torch.Tensor, Tensors], 
         codes = q.view(torch.uint8) ^ 128  # code + 128
         y = conv_w8a8(codes, weight.reshape(shape), scale.contiguous(), *geometry)
         if zero is not None:
-            y = y - (zero.float() * (weight.sum(1) * scale)).reshape(*y.shape[:2], *ones)
-        y = y * sx.reshape(-1, 1, *ones)
+            y = y.sub_((zero.float() * (weight.sum(1) * scale)).reshape(*y.shape[:2], *ones))
+        y = y.mul_(sx.reshape(-1, 1, *ones))
         if t.bias is not None:
-            y = y + t.bias.float().reshape(1, -1, *ones)
+            y = y.add_(t.bias.reshape(1, -1, *ones))
         return y.to(x.dtype)
 
     return run

@@ -30,7 +30,7 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, init: st
     with unset_is_nan(seed):
         model = denoiser_class(name)(**copy.deepcopy(ENTRIES[name].config))
     if init == "own":
-        complete(model, seed)
+        complete(model, seed, ENTRIES[name].gains)
     else:
         randomise(model, seed, ENTRIES[name].gains)
     cast(model, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -64,14 +65,15 @@ def randomise(model: nn.Module, seed: int, gains: dict[str, float]) -> None:
 
 
 @torch.no_grad()
-def complete(model: nn.Module, seed: int) -> None:
-    """Keeps the class's own initialisation; parameters it left all zero, unset or absurd get normal noise of std 0.02."""
+def complete(model: nn.Module, seed: int, gains: dict[str, float]) -> None:
+    """Keeps the class's own initialisation times `gains`; all-zero, unset or absurd parameters get noise of std 0.02."""
     generator = torch.Generator().manual_seed(seed)
-    for _, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * SMALL
         wide = parameter.detach().float()
         if not bool(wide.isfinite().all()) or not bool(wide.any()) or wide.abs().max() > ABSURD:
             parameter.copy_(noise)
+        parameter.mul_(math.prod(gain for prefix, gain in gains.items() if name.startswith(prefix)))
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
