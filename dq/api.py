@@ -34,7 +34,7 @@ def quantize(
 ) -> Report:
     """Quantize a pipeline's denoisers, or one model, in place.
 
-    target       DiffusionPipeline (every denoiser in it) or an nn.Module
+    target       DiffusionPipeline (every denoiser in it) or an nn.Module; on the meta device only shapes are worked out
     recipe       a name from `dq.recipes()`, a Recipe, a Plan, or the path of a plan or recipe JSON
     components   further parts of a pipeline and their recipes, e.g. {"text_encoder_2": "int8-weight"}
     keep         patterns, matched from the start of layer names, left in full precision
@@ -181,8 +181,10 @@ def _weight_of(model: nn.Module, name: str, plan: LayerPlan) -> tuple[torch.Tens
 
 
 @torch.no_grad()
-def _sqnr_db(reference: torch.Tensor, value: torch.Tensor) -> float:
-    """10 log10(sum x^2 / sum (x - y)^2); infinite for an exact match."""
+def _sqnr_db(reference: torch.Tensor, value: torch.Tensor) -> float | None:
+    """10 log10(sum x^2 / sum (x - y)^2); infinite for an exact match, None for a model without data (meta device)."""
+    if reference.is_meta:
+        return None
     x = reference.detach().float()
     noise = (x - value).square().sum().item()
     return float("inf") if noise == 0 else float(10 * torch.log10(x.square().sum() / noise))
@@ -208,7 +210,7 @@ def _row(part: str, name: str, plan: LayerPlan, size: int, decibels: float | Non
 def _kept_row(part: str, model: nn.Module, name: str, reason: str) -> Row:
     layer = model.get_submodule(name)
     kind = layers.kind_of(layer) or type(layer).__name__
-    return Row(f"{part}.{name}" if part else name, kind, "kept", None, 0, _layer_bytes(layer), None, reason)
+    return Row(f"{part}.{name}" if part else name, kind, None, None, 0, _layer_bytes(layer), None, reason)
 
 
 def _with_kernels(rows: list[Row], models: Mapping[str, object]) -> list[Row]:

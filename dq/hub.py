@@ -41,7 +41,7 @@ from torch import nn
 
 from dq import adapters, files, loading
 from dq.layers import packed_layers
-from dq.loading import DQConfig, DQMethod, DQQuantizer, DQTransformersQuantizer, check_fit, swap
+from dq.loading import DQConfig, DQMethod, DQQuantizer, DQTransformersQuantizer, check_fit, put, swap, to_dense
 from dq.plan import DQError, Plan
 
 try:
@@ -50,7 +50,8 @@ try:
 except ImportError:  # transformers is optional for diffusers
     PreTrainedModel = transformers_auto = None
 
-__all__ = ["DQConfig", "DQQuantizer", "check_fit", "load", "mark", "plan_of", "register", "save", "swap", "unmark"]
+__all__ = ["DQConfig", "DQQuantizer", "check_fit", "load", "mark", "plan_of", "put", "register"]
+__all__ += ["save", "swap", "to_dense", "unmark"]
 
 
 def plan_of(model: nn.Module) -> Plan | None:

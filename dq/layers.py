@@ -330,6 +330,8 @@ def pack_stack(name: str, weight: torch.Tensor, plan: LayerPlan, compute_dtype: 
 def fill(name: str, packed: nn.Module, weight: torch.Tensor) -> None:
     """Round `weight` into a packed layer: neutral smoothing, empty low-rank branch. DQError for NaN or Inf."""
     plan = packed.plan
+    if weight.is_meta:
+        return
     try:
         check_finite(weight, f"layer {name!r}: weight")
     except FormatError as error:

@@ -10,12 +10,18 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass(frozen=True)
 class Row:
-    """One layer. bytes: stored parameters; error_db: SQNR of the rounded weight in dB (None when not measured);
-    why_not: (backend, reason) of every preferred kernel that refused."""
+    """One layer.
+
+    weight    format and granularity, None for a layer kept in full precision
+    act       format and granularity of the activations, None when they stay in the compute dtype
+    bytes     stored parameters
+    error_db  SQNR of the rounded weight in dB, None when not measured
+    why_not   (backend, reason) of every preferred kernel that refused
+    """
 
     name: str
     kind: str
-    weight: str
+    weight: str | None
     act: str | None
     rank: int
     bytes: int
@@ -41,7 +47,7 @@ class Report:
         return json.dumps(asdict(self), indent=1)
 
     def __str__(self) -> str:
-        quantized = [row for row in self.layers if row.weight != "kept"]
+        quantized = [row for row in self.layers if row.weight is not None]
         lines = [
             f"{self.recipe or 'dq'}: {len(quantized)} layers quantized, {len(self.layers) - len(quantized)} kept, "
             f"{_mib(self.bytes_before)} -> {_mib(self.bytes_after)} MiB "
@@ -50,7 +56,7 @@ class Report:
         for name, count, row, decibels in self._grouped():
             act = f" x {row.act}" if row.act else ""
             rank = f" + rank {row.rank}" if row.rank else ""
-            parts = [f"  {name}" + (f" ({count} layers)" if count > 1 else ""), f"{row.weight}{act}{rank}"]
+            parts = [f"  {name}" + (f" ({count} layers)" if count > 1 else ""), f"{row.weight or 'kept'}{act}{rank}"]
             parts += [row.kernel] if row.kernel else []
             parts += [f"{decibels:.1f} dB"] if decibels is not None else []
             parts += [row.reason] if row.reason else []

@@ -66,7 +66,7 @@ def randomise(model: nn.Module, seed: int, gains: dict[str, float]) -> None:
 
 @torch.no_grad()
 def complete(model: nn.Module, seed: int, gains: dict[str, float]) -> None:
-    """Keeps the class's own initialisation times `gains`; all-zero, unset or absurd parameters get noise of std 0.02."""
+    """Keeps the class's own initialisation, times `gains`; all-zero or unset parameters get noise of std 0.02."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * SMALL

@@ -1,0 +1,267 @@
+"""The command line: `dq quantize | inspect | generate | bench`.
+
+Exit codes: 0 done, 2 wrong use (one line on stderr), 1 a fault of ours (a traceback).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from typer.exceptions import TyperException
+
+from dq.plan import DQError, nearest
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+app = typer.Typer(
+    name="dq",
+    help="Quantize diffusers pipelines: smaller, on integer kernels, nearly the same pictures.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Dtype = Annotated[Optional[str], typer.Option(help="Compute dtype: bf16, fp16 or fp32.")]  # noqa: UP045
+Device = Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is one.")]  # noqa: UP045
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    try:
+        code = app(prog_name="dq", standalone_mode=False)
+    except DQError as error:
+        _fail(str(error))
+    except TyperException as error:
+        _fail(f"{error.format_message()} (`{_usage(error)} --help` lists what it takes)")
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    return context.command_path if context else "dq"
+
+
+def _fail(message: str) -> None:
+    """One line on stderr, exit code 2."""
+    print("dq: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A folder, a Hub id, or tiny-pixart / tiny-sd in a clone.")],
+    out: Annotated[Path, typer.Option(help="Folder to save to; must be new or empty.")],
+    recipe: Annotated[Optional[str], typer.Option(help="A recipe name, or a recipe JSON.")] = None,  # noqa: UP045
+    plan: Annotated[Optional[Path], typer.Option(help="A plan JSON, in place of a recipe.")] = None,  # noqa: UP045
+    prompts: Annotated[Optional[Path], typer.Option(help="Calibration prompts, one a line.")] = None,  # noqa: UP045
+    budget_gib: Annotated[Optional[float], typer.Option(help="Most GiB of the denoiser.")] = None,  # noqa: UP045
+    dtype: Dtype = "bf16",
+    keep: Annotated[list[str], typer.Option(help="Layers left as they are: a pattern, may repeat.")] = [],  # noqa: B006
+    component: Annotated[list[str], typer.Option(help="A further part: name=recipe, may repeat.")] = [],  # noqa: B006
+    force: Annotated[bool, typer.Option(help="Replace a model that stands in --out.")] = False,
+) -> None:
+    """Quantize a pipeline or a denoiser and save it; diffusers' from_pretrained loads the result."""
+    from dq import recipes, saved
+
+    if (recipe is None) == (plan is None):
+        raise DQError(f"got {'no recipe' if plan is None else 'two'}, expected either --recipe NAME or --plan FILE")
+    wanted = recipes.get(recipe or plan)
+    if prompts is not None:
+        raise DQError(f"recipe {recipe or str(plan)!r} is data-free and reads no prompts; leave --prompts out")
+    parts = dict(_pair(text, "--component", "text_encoder=int8-weight") for text in component)
+    with replacing(out, force) as place:
+        target = saved.load(model, _dtype(dtype))
+        import dq
+
+        report = dq.quantize(target, wanted, budget=budget_gib, components=parts, keep=keep)
+        dq.save(target, place)
+    print(report)
+    print(f"saved to {out}")
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A saved quantized pipeline or model.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The whole report as JSON.")] = False,
+    device: Device = None,
+) -> None:
+    """Show what each layer of a saved model is and which kernel serves it, without reading the weights."""
+    from dq import saved
+
+    report = saved.report(folder, _device(device))
+    print(report.to_json() if as_json else report)
+
+
+@app.command()
+def generate(
+    folder: Annotated[str, typer.Argument(help="A pipeline: a folder, a Hub id or an embedded name.")],
+    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    out: Annotated[Path, typer.Option(help="Picture to write, for example out.png.")],
+    negative_prompt: Annotated[Optional[str], typer.Option()] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(help="Same seed, same picture.")] = 0,
+    steps: Annotated[int, typer.Option(min=1)] = 20,
+    guidance: Annotated[Optional[float], typer.Option(help="Guidance scale.")] = None,  # noqa: UP045
+    height: Annotated[Optional[int], typer.Option(min=8, help="Pixels.")] = None,  # noqa: UP045
+    width: Annotated[Optional[int], typer.Option(min=8, help="Pixels.")] = None,  # noqa: UP045
+    extra: Annotated[list[str], typer.Option("--set", help="Further call argument: name=JSON, may repeat.")] = [],  # noqa: B006
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Draw one picture with a saved pipeline, quantized or not."""
+    from dq import saved
+
+    _check_picture(out)
+    pipe = saved.load(folder, _dtype(dtype)).to(_device(device))
+    given = {"negative_prompt": negative_prompt, "guidance_scale": guidance, "height": height, "width": width}
+    call = {"num_inference_steps": steps} | {key: value for key, value in given.items() if value is not None}
+    call |= {key: _value(text) for key, text in (_pair(text, "--set", "eta=0.5") for text in extra)}
+    _draw(pipe, prompt, seed, call).save(out)
+    print(f"wrote {out}")
+
+
+@app.command()
+def bench(
+    folder: Annotated[Optional[str], typer.Argument(help="A saved quantized pipeline.")] = None,  # noqa: UP045
+    recipe: Annotated[str, typer.Option(help="Whose formats the bare layers get.")] = "int8",
+    dtype: Annotated[str, typer.Option(help="Full precision compared with: bf16, fp16, fp32.")] = "bf16",
+    seconds: Annotated[float, typer.Option(help="Time spent on each row.")] = 1.0,
+    device: Device = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Time quantized layers, or a saved pipeline's denoisers, next to full precision: in turn, medians."""
+    import torch
+
+    from dq import bench as timing
+    from dq import saved
+
+    if folder is None:
+        rows = timing.linears(recipe, _device(device), getattr(torch, _dtype(dtype)), seconds)
+    else:
+        pipe = saved.load(folder).to(_device(device))
+        found = saved.plans(saved.find(folder)) if isinstance(saved.find(folder), Path) else {}
+        names = [name for name in found if name and not hasattr(getattr(pipe, name), "generate")]
+        if not names:
+            raise DQError(f"{folder!r} is no quantized pipeline; {saved.MAKE_ONE}")
+        rows = [timing.denoiser(pipe, name, seconds=seconds, **_plain_size(pipe)) for name in names]
+    print(json.dumps([vars(row) for row in rows], indent=1)) if as_json else _print_timings(rows)
+
+
+def _print_timings(rows: list) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "device", f"{rows[0].dtype} ms", "quantized ms", "times as fast", "kernel")
+    for row in rows:
+        ratio = f"{row.speedup:.2f}"
+        table.add_row(row.what, row.device, f"{row.full_ms:.2f}", f"{row.quantized_ms:.2f}", ratio, row.kernel)
+    Console().print(table)
+
+
+@contextlib.contextmanager
+def replacing(out: Path, force: bool) -> Iterator[Path]:
+    """A new folder beside `out` that takes its place when the block succeeds; DQError before it when it may not."""
+    if out.exists() and not out.is_dir():
+        raise DQError(f"--out {str(out)!r} is a file, expected a folder that is new or empty")
+    full = out.is_dir() and any(out.iterdir())
+    if full and not force:
+        raise DQError(f"--out {str(out)!r} is not empty; give a new folder, or --force to replace the model in it")
+    if full and not any((out / name).is_file() for name in ("model_index.json", "config.json")):
+        raise DQError(f"--out {str(out)!r} holds something other than a model; --force replaces saved models only")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise DQError(f"--out {str(out)!r} cannot be written: {error.strerror}; choose another place") from error
+    try:
+        yield aside / "new"
+        if out.exists():
+            out.rename(aside / "old")
+        (aside / "new").rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _draw(pipe, prompt: str, seed: int, call: dict):
+    """The picture of one prompt. DQError for a lone denoiser, unknown arguments and pipelines that draw no picture."""
+    import inspect
+
+    import torch
+
+    if not hasattr(pipe, "components"):
+        raise DQError(f"{type(pipe).__name__} is a denoiser alone, expected a pipeline; load it into one in Python")
+    known = inspect.signature(type(pipe).__call__).parameters
+    for name in call:
+        if name not in known:
+            raise DQError(f"{type(pipe).__name__} takes no argument {name!r}, {nearest(name, known)}")
+    call = _plain_size(pipe) | call | {"generator": torch.Generator().manual_seed(seed)}
+    try:
+        output = pipe(prompt=prompt, **call)
+    except (TypeError, ValueError) as error:
+        raise DQError(f"{type(pipe).__name__}: {error}") from error
+    if not getattr(output, "images", None):
+        raise DQError(f"{type(pipe).__name__} returned no picture; use it from Python")
+    return output.images[0]
+
+
+def _plain_size(pipe) -> dict:
+    """PixArt's pipelines round sizes to a table of large ones unless told not to."""
+    import inspect
+
+    binning = "use_resolution_binning"
+    return {binning: False} if binning in inspect.signature(type(pipe).__call__).parameters else {}
+
+
+def _check_picture(out: Path) -> None:
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    if out.suffix.lower() not in known:
+        raise DQError(f"--out {str(out)!r} has no picture's ending, expected for example .png or .jpg")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _pair(text: str, option: str, example: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise DQError(f"{option}: got {text!r}, expected name=value, for example {option} {example}")
+    return name, value
+
+
+def _value(text: str):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _dtype(text: str | None) -> str | None:
+    if text is None:
+        return None
+    if text not in DTYPES and text not in DTYPES.values():
+        raise DQError(f"--dtype {text!r} is unknown, {nearest(text, DTYPES)}")
+    return DTYPES.get(text, text)
+
+
+def _device(text: str | None) -> str:
+    import torch
+
+    if text is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError):
+        raise DQError(f"--device {text!r} is not available here, expected cpu or cuda") from None
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Small models for the tests of the hub: saved on disk, called on seeded inputs, with step tables without calibration."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from dq import drafts, hub, layers, recipes
+from dq.plan import Plan
+from tests import zoo
+
+FLUX, UNET, WAN, PIXART = (
+    "FluxTransformer2DModel",
+    "UNet2DConditionModel",
+    "WanTransformer3DModel",
+    "PixArtTransformer2DModel",
+)
+
+
+def output(model: nn.Module, **changes) -> torch.Tensor:
+    """All output values of a zoo model on its seeded inputs, flat; inputs in the dtype the model says it has."""
+    name = getattr(model, "_orig_mod", model).__class__.__name__
+    return zoo.call(model, zoo.ENTRIES[name], dtype=model.dtype, **changes)
+
+
+def saved(folder, name: str, dtype: torch.dtype = torch.float32, **options) -> str:
+    """Save a zoo model in full precision; returns the folder."""
+    path = str(folder / name)
+    zoo.build(name, dtype=dtype).save_pretrained(path, **options)
+    return path
+
+
+def stepped(model: nn.Module, edges: tuple[float, ...], spread: float = 4.0) -> Plan:
+    """Quantize a model's int8 layers with a stored activation scale per step bucket, in place."""
+    plan = recipes.make_plan(model, recipes.get("int8"))
+    plan.edges, plan.compute_dtype = edges, str(model.dtype).removeprefix("torch.")
+    table = torch.linspace(0.5, 1.0, len(edges) + 1).reshape(-1, 1) * spread / 127
+    for name, layer in plan.layers.items():
+        old = model.get_submodule(name)
+        if layer.act is None:
+            packed = layers.pack(name, old, layer, model.dtype)
+        else:
+            act = dataclasses.replace(layer.act, scale="table")
+            plan.layers[name] = dataclasses.replace(layer, act=act, steps=len(edges) + 1)
+            draft = drafts.draft(old, plan.layers[name])
+            draft.act_scale.data.copy_(table)
+            packed = draft.pack(model.dtype)
+        hub.put(model, name, packed)
+    hub.mark(model, plan)
+    return plan
