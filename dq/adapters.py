@@ -67,6 +67,12 @@ class _FusesIntoBranch:
     fused_from: int | None = None  # rank of the base layer before the first merged adapter
     plain_bias: torch.Tensor | None = None  # its bias before the first merged adapter that has one
 
+    def resolve_lora_variant(self, *, config, **kwargs):
+        """DQError for DoRA, which normalizes by the full-precision weight that a packed layer no longer has."""
+        if config.use_dora:
+            raise DQError("DoRA adapters need full-precision weights; fuse the adapter first, then quantize")
+        return super().resolve_lora_variant(config=config, **kwargs)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Append the adapters to the base layer's low-rank branch. DQError for variants that are not low-rank sums."""
         base = self.get_base_layer()

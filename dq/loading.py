@@ -34,6 +34,9 @@ except ImportError:  # transformers is optional for diffusers
 OVERRIDES = {field.name for field in dataclasses.fields(Recipe)} - {"name", "keep", "needs_calibration"}
 
 
+ALIGNMENT = 64  # bytes, what torch's own allocator gives
+
+
 class DQMethod(str, enum.Enum):  # noqa: UP042 - a StrEnum prints differently in the host's messages
     """What the host libraries call `quant_method`."""
 
@@ -183,6 +186,18 @@ def start(model: nn.Module, plan: Plan) -> None:
         if not isinstance(layer, PackedStack):
             layer.clock = ticking
             layer.bind(layer.weight.device.type)
+    _align(model)
+
+
+def _align(model: nn.Module) -> None:
+    """Copy CPU tensors that were mapped from a file at an odd address to aligned memory.
+
+    Matrix libraries round differently by the alignment of their operands, so a model would not draw the same picture,
+    to the bit, from two files.
+    """
+    for value in (*model.parameters(), *model.buffers()):
+        if value.device.type == "cpu" and value.data_ptr() % ALIGNMENT:
+            value.data = value.data.clone()
 
 
 @torch.no_grad()

@@ -158,13 +158,7 @@ class LayerPlan:
     @classmethod
     def from_dict(cls, name: str, row: dict) -> LayerPlan:
         """Inverse of `to_dict`; unknown or missing fields raise DQError naming the layer."""
-        known = {item.name for item in dataclasses.fields(cls)}
-        for key in row:
-            if key not in known:
-                raise DQError(f"layer {name!r}: unknown field {key!r}, {nearest(key, known)}")
-        missing = {"kind", "shape", "weight"} - set(row)
-        if missing:
-            raise DQError(f"layer {name!r}: field {sorted(missing)[0]!r} is missing from the plan")
+        _check_fields(cls, row, f"layer {name!r} of the plan")
         values = dict(row, shape=tuple(row["shape"]), weight=TensorPlan.parse(row["weight"]))
         values["act"] = TensorPlan.parse(row["act"]) if row.get("act") else None
         values["splits"] = tuple(row.get("splits", ()))
@@ -210,11 +204,8 @@ class Plan:
                 f"plan version: got {version!r}, expected at most {PLAN_VERSION}; "
                 "it was written by a newer dq, upgrade with `pip install -U dq-diffusion`"
             )
-        known = {item.name for item in dataclasses.fields(cls)}
-        for key in data:
-            if key not in known | {"version"}:
-                raise DQError(f"plan: unknown field {key!r}, {nearest(key, known)}")
         values = {key: value for key, value in data.items() if key != "version"}
+        _check_fields(cls, values, "plan")
         values["layers"] = {name: LayerPlan.from_dict(name, row) for name, row in data.get("layers", {}).items()}
         values["edges"] = tuple(data.get("edges", ()))
         return cls(**values)
@@ -251,13 +242,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: dict) -> Recipe:
-        known = {item.name for item in dataclasses.fields(cls)}
-        for key in data:
-            if key not in known:
-                raise DQError(f"recipe: unknown field {key!r}, {nearest(key, known)}")
-        missing = {"name", "linear", "conv"} - set(data)
-        if missing:
-            raise DQError(f"recipe: field {sorted(missing)[0]!r} is missing, expected name, linear and conv")
+        _check_fields(cls, data, "recipe")
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
         recipe = cls(**values)
         for text in (*recipe.linear, *recipe.conv, recipe.modulation, recipe.edge):
@@ -278,6 +263,17 @@ def read_json(path: str | Path) -> dict:
     if not isinstance(data, dict):
         raise DQError(f"file {str(path)!r} holds a JSON {type(data).__name__}, expected an object")
     return data
+
+
+def _check_fields(cls: type, data: dict, what: str) -> None:
+    """DQError when `data` has a key that the dataclass has not, or lacks one without a default."""
+    fields = {item.name: item for item in dataclasses.fields(cls)}
+    for key in data:
+        if key not in fields:
+            raise DQError(f"{what}: unknown field {key!r}, {nearest(key, fields)}")
+    for name, item in fields.items():
+        if name not in data and item.default is item.default_factory is dataclasses.MISSING:
+            raise DQError(f"{what}: field {name!r} is missing, write it or make the file anew")
 
 
 _spec = cache(formats.get)

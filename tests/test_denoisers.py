@@ -1,4 +1,4 @@
-"""Every denoiser class of the installed diffusers: int8 keeps its output, shrinks it, reloads to the bit, covers it."""
+"""Every denoiser class of the installed diffusers: int8 keeps the output, shrinks the model, reloads bit-exactly."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_int8_plan_covers_the_weights_of_the_default_config(name):
 def weight_sizes(model):
     """Elements of each linear, convolution (any class that behaves like one) and expert weight, by name.
 
-    Counted here by shape, not by what dq recognises: every 2-d to 5-d `weight` outside embeddings, and 3-d parameters of
+    Counted by shape, not by what dq recognises: every 2-d to 5-d `weight` outside embeddings, and 3-d parameters of
     modules called experts.
     """
     sizes = {}
@@ -96,8 +96,8 @@ def weight_sizes(model):
         if weight is not None and weight.dim() >= 2 and not isinstance(module, nn.Embedding):
             sizes[name] = weight.numel()
         if "Expert" in type(module).__name__:
-            stacked = {key: value for key, value in module._parameters.items() if value is not None and value.dim() == 3}
-            sizes |= {f"{name}.{key}": value.numel() for key, value in stacked.items()}
+            parameters = module.named_parameters(recurse=False)
+            sizes |= {f"{name}.{key}": value.numel() for key, value in parameters if value.dim() == 3}
     return sizes
 
 

@@ -106,7 +106,8 @@ def block_range(x: torch.Tensor, granularity: Granularity) -> tuple[torch.Tensor
     if x.shape[0] == 0:
         empty = x.new_zeros(granularity.scale_shape(*x.shape), dtype=torch.float32)
         return empty, empty
-    low, high = block_view(x, granularity).aminmax(dim=-1)
+    blocks = block_view(x, granularity)
+    low, high = blocks.amin(-1), blocks.amax(-1)  # aminmax over a dimension is 20 times slower
     if granularity.kind == "tensor":
         low, high = low.amin().reshape(1, 1), high.amax().reshape(1, 1)
     return low.float(), high.float()

@@ -2,7 +2,7 @@
 
 A backend is one module (or package) here that exports
     RANK                            smaller is preferred; `reference` is last and accepts everything
-    why_not(op, plan, device)       None when it can run the layer on that device type, else the reason in one line
+    why_not(op, plan, device, conv) None when it can run the layer on that device type, else the reason in one line
     label(op, plan)                 the name of the kernel, shown by `dq.explain`
     build(op, plan, conv)           -> run(x, tensors) -> y; everything constant is resolved here, so that the returned
                                     callable is plain tensor code that `torch.compile` can trace
@@ -94,7 +94,7 @@ def choose(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> C
         if _selected not in ("auto", name) and name != "reference":
             refusals.append((name, f"backend {_selected!r} was selected with dq.set_backend"))
             continue
-        reason = module.why_not(op, plan, device)
+        reason = module.why_not(op, plan, device, conv)
         if reason is None:
             return Choice(name, module.label(op, plan), module.build(op, plan, conv), tuple(refusals))
         refusals.append((name, reason))

@@ -18,7 +18,7 @@ from dq.plan import LayerPlan
 RANK = 90
 
 
-def why_not(op: str, plan: LayerPlan, device: str) -> str | None:
+def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> str | None:
     return None
 
 

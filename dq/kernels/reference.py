@@ -22,7 +22,7 @@ CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 PER_ROW = Granularity("token")
 
 
-def why_not(op: str, plan: LayerPlan, device: str) -> str | None:
+def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> str | None:
     return None
 
 
@@ -69,7 +69,7 @@ def input_rounder(plan: LayerPlan, dim: int) -> Callable[[torch.Tensor, torch.Te
 
     def one(x: torch.Tensor, act: TensorPlan, scale: torch.Tensor | None) -> torch.Tensor:
         per_sample = dim == 1 and act.granularity == "tensor"
-        rows = x.reshape(x.shape[0], -1) if per_sample else x.movedim(dim, -1).flatten(0, -2)
+        rows = x.reshape(x.shape[0], -1) if per_sample else x.movedim(dim, -1).reshape(-1, x.shape[dim])
         grain = PER_ROW if per_sample else act.grain
         if scale is not None:
             scale, grain = scale.reshape(1, 1), Granularity("tensor")
@@ -82,7 +82,7 @@ def input_rounder(plan: LayerPlan, dim: int) -> Callable[[torch.Tensor, torch.Te
     def rounded(x: torch.Tensor, act_scale: torch.Tensor | None) -> torch.Tensor:
         if act is None:
             return x
-        parts = [x.narrow(dim, a, b - a) for a, b in pairwise(edges)]
+        parts = [x.narrow(dim, a, b - a) for a, b in pairwise(edges)] if plan.splits else [x]
         scales = [None] * len(parts) if act_scale is None else list(act_scale.unbind(0))
         parts = [one(part, act, scale) for part, scale in zip(parts, scales, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -42,7 +42,7 @@ def record(pipe) -> Iterator[list[torch.Tensor]]:
 def per_step(trajectory: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> list[float]:
     """Mean squared error of the latents at each step; ValueError when the runs differ in steps or shape."""
     if len(trajectory) != len(reference) or not trajectory:
-        raise ValueError(f"trajectory error: runs of {len(trajectory)} and {len(reference)} steps, expected equally many")
+        raise ValueError(f"trajectory error: runs of {len(trajectory)} and {len(reference)} steps, expected equal")
     for mine, theirs in zip(trajectory, reference, strict=True):
         if mine.shape != theirs.shape:
             raise ValueError(f"trajectory error: latents {tuple(mine.shape)}, reference {tuple(theirs.shape)}")

@@ -38,7 +38,7 @@ def load(name: str, dtype=None):
 
     if name not in NAMES:
         raise ValueError(f"unknown embedded pipeline {name!r}: expected one of {', '.join(NAMES)}")
-    pipe = DiffusionPipeline.from_pretrained(folder(name), torch_dtype=dtype or torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(folder(name), dtype=dtype or torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

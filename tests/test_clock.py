@@ -1,0 +1,94 @@
+"""The clock: which step bucket runs, read off the denoiser's own timestep argument, in one tensor that stays the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dq import clock, drafts, layers
+from dq.clock import Clock
+from dq.plan import DQError, LayerPlan, TensorPlan
+
+
+class Denoiser(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, sample, timestep=None, scale=1.0):
+        return self.proj(sample) * scale
+
+
+@pytest.mark.parametrize(
+    ("timestep", "bucket"),
+    [(0, 0), (299.9, 0), (300, 1), (599, 1), (600.0, 2), (1000, 2), (torch.tensor([100, 650]), 2)],
+)
+def test_a_bucket_holds_its_lower_edge(timestep, bucket):
+    running = Clock((300.0, 600.0))
+    running.set(timestep)
+    assert running.index.tolist() == [bucket]
+
+
+def test_edges_are_in_the_models_own_units_and_tokens_count_by_the_noisiest():
+    running = Clock((0.25, 0.5))
+    running.set(torch.tensor([[0.0, 0.1], [0.3, 0.2]], dtype=torch.bfloat16))
+    assert running.index.tolist() == [1]
+
+
+def test_without_edges_there_is_one_bucket():
+    running = Clock()
+    running.set(999)
+    assert running.index.tolist() == [0]
+
+
+def test_the_index_tensor_stays_the_same_object():
+    """Layers under torch.compile hold this tensor; a new one each step would recompile or be missed."""
+    running = Clock((300.0,))
+    index, address = running.index, running.index.data_ptr()
+    for timestep in (0, 500, 100):
+        running.set(timestep)
+    assert running.index is index and index.data_ptr() == address and running.to(torch.device("cpu")) is index
+
+
+@pytest.mark.parametrize("positional", [True, False])
+def test_the_hook_reads_the_timestep_however_it_is_passed(positional):
+    model, running = Denoiser(), Clock((500.0,))
+    clock.attach(model, running, "timestep")
+    x, late = torch.ones(1, 4), torch.tensor([700])
+    plain = Denoiser.forward(model, x)
+    assert torch.equal(model(x, late) if positional else model(sample=x, timestep=late), plain)
+    assert running.index.item() == 1
+
+
+def test_attaching_twice_leaves_one_hook_and_detaching_none():
+    model, first, second = Denoiser(), Clock((500.0,)), Clock((500.0,))
+    clock.attach(model, first, "timestep")
+    clock.attach(model, second, "timestep")
+    model(torch.ones(1, 4), 700)
+    assert (first.index.item(), second.index.item()) == (0, 1)
+    clock.detach(model)
+    model(torch.ones(1, 4), 100)
+    assert second.index.item() == 1
+    clock.detach(Denoiser())  # nothing to remove
+
+
+def test_an_argument_the_model_does_not_have_is_refused():
+    with pytest.raises(DQError, match=r"Denoiser\.forward has no argument 't', it has sample, timestep, scale"):
+        clock.attach(Denoiser(), Clock(), "t")
+
+
+@torch.no_grad()
+def test_a_layer_with_a_table_uses_the_scale_of_the_running_step():
+    model, running = Denoiser(), Clock((500.0,))
+    act = TensorPlan.parse("int8/tensor/table")
+    draft = drafts.draft(model.proj, LayerPlan("linear", (4, 4), TensorPlan.parse("int8/channel"), act, steps=2))
+    draft.act_scale.copy_(torch.tensor([[0.1], [0.5]]))
+    model.proj = draft.pack(torch.float32)
+    layers.attach_clock([model.proj], running)
+    clock.attach(model, running, "timestep")
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    weight, bias = model.proj.dense_weight(), model.proj.bias
+    for timestep, scale in ((700, 0.5), (100, 0.1), (500, 0.5)):
+        rounded = (x / scale).round().clamp(-127, 127) * scale
+        torch.testing.assert_close(model(x, timestep), nn.functional.linear(rounded, weight, bias))

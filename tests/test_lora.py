@@ -1,0 +1,290 @@
+"""LoRA on quantized models: load, set, scale, fuse, unfuse, hot-swap, delete, save."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoModel, FluxPipeline
+from torch import nn
+
+import dq
+from dq import adapters, drafts, hub
+from dq.layers import packed_layers
+from dq.plan import DQError
+from tests import zoo
+from tests.models import FLUX, UNET, output
+
+peft = pytest.importorskip("peft")
+from peft import LoraConfig  # noqa: E402
+
+BLOCK = "transformer_blocks.0.attn"
+
+
+def quantized(name: str = FLUX, dtype: torch.dtype = torch.float32, recipe: str = "int8") -> nn.Module:
+    model = zoo.build(name, dtype=dtype)
+    dq.quantize(model, recipe, progress=False)
+    return model
+
+
+def factors(model: nn.Module, layers: list[str], seed: int = 1, rank: int = 4, dtype=torch.float32) -> dict:
+    """A LoRA state dict for linears of a model, with effects of the size of the layers'."""
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for name in layers:
+        rows, columns = model.get_submodule(name).plan.shape[:2]
+        down, up = torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator)
+        state[f"transformer.{name}.lora_A.weight"] = (down / columns**0.5).to(dtype)
+        state[f"transformer.{name}.lora_B.weight"] = (up / rank**0.5).to(dtype)
+    return state
+
+
+LAYERS = [f"{BLOCK}.{key}" for key in ("to_q", "to_k", "to_out.0")]
+
+
+def with_adapter(dtype: torch.dtype = torch.float32, name: str = "a", seed: int = 1) -> nn.Module:
+    model = quantized(dtype=dtype)
+    model.load_lora_adapter(factors(model, LAYERS, seed, dtype=dtype), adapter_name=name)
+    return model
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative L2 distance."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapter_adds_its_term_in_the_compute_dtype(dtype):
+    plain, adapted = quantized(dtype=dtype), with_adapter(dtype)
+    layer = adapted.get_submodule(LAYERS[0])
+    assert layer.lora_A["a"].weight.dtype == dtype
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
+    term = layer.lora_B["a"](layer.lora_A["a"](x)) * layer.scaling["a"]
+    assert torch.allclose(layer(x), plain.get_submodule(LAYERS[0])(x) + term, atol=2e-2 if dtype != torch.float32 else 1e-6)
+    assert distance(output(adapted), output(plain)) > 0.05
+
+
+def test_adapter_can_be_scaled_disabled_and_deleted():
+    plain, model = output(quantized()), with_adapter()
+    model.set_adapters(["a"], [0.5])
+    half = output(model)
+    model.set_adapters(["a"], [1.0])
+    full = output(model)
+    assert 0 < distance(half, plain) < distance(full, plain)
+    model.disable_lora()
+    assert torch.equal(output(model), plain)
+    model.enable_lora()
+    assert torch.equal(output(model), full)
+    model.delete_adapters("a")
+    model.unload_lora()
+    assert torch.equal(output(model), plain)
+    assert adapters.attached(model) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fusing_keeps_the_output_and_unfusing_restores_every_bit(dtype):
+    model = with_adapter(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    adapted = output(model)
+    model.fuse_lora()
+    assert distance(output(model), adapted) < (1e-5 if dtype == torch.float32 else 2e-2)
+    assert model.get_submodule(LAYERS[0]).get_base_layer().plan.rank == 4
+    model.unfuse_lora()
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(output(model), adapted)
+
+
+def test_fuse_scale_and_weights_are_applied():
+    model = with_adapter()
+    model.set_adapters(["a"], [0.25])
+    adapted = output(model)
+    model.fuse_lora()
+    assert distance(output(model), adapted) < 1e-5
+    model.unfuse_lora()
+    model.fuse_lora(lora_scale=2.0)
+    fused = output(model)
+    model.unfuse_lora()
+    assert distance(output(model), fused) < 1e-5  # peft keeps the scale it fused with
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_adapters_fuse_and_unfuse_in_any_order(order):
+    model = with_adapter()
+    model.load_lora_adapter(factors(model_without(model), LAYERS, seed=2, rank=2), adapter_name="b")
+    model.set_adapters(["a", "b"], [1.0, 0.5])
+    both = output(model)
+    for name in order:
+        model.fuse_lora(adapter_names=[name])
+    assert distance(output(model), both) < 1e-5
+    assert model.get_submodule(LAYERS[0]).get_base_layer().plan.rank == 6
+    model.unfuse_lora()
+    assert torch.equal(output(model), both)
+
+
+def model_without(model: nn.Module) -> nn.Module:
+    """An equally shaped model without adapters, to read shapes from."""
+    return quantized(type(model).__name__)
+
+
+def test_fusing_beside_a_branch_and_smoothing_of_the_layer_is_exact():
+    torch.manual_seed(0)
+    dense = nn.Linear(64, 48)
+    plan = dq.LayerPlan("linear", (48, 64), dq.TensorPlan.parse("int4/group:32"), smooth=True, rank=3)
+    draft = drafts.draft(dense, plan)
+    draft.smooth.data.uniform_(0.5, 2.0)
+    draft.proj_down.data.normal_(), draft.proj_up.data.normal_()
+    layer, x = draft.pack(torch.float32), torch.randn(5, 64)
+    down, up = torch.randn(2, 64), torch.randn(48, 2)
+    before = layer(x)
+    adapters.widen(layer, down, up)
+    assert torch.allclose(layer(x), before + x @ down.T @ up.T, atol=1e-4)
+    assert layer.plan.rank == 5
+    adapters.narrow(layer, 3)
+    assert torch.equal(layer(x), before)
+
+
+def test_fused_adapter_stays_after_unloading_and_survives_saving(tmp_path):
+    model = with_adapter()
+    adapted = output(model)
+    model.fuse_lora()
+    model.unload_lora()
+    assert adapters.attached(model) is None
+    assert distance(output(model), adapted) < 1e-5
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(str(tmp_path))
+    assert torch.equal(output(again), output(model))
+    assert hub.plan_of(again).layers[LAYERS[0]].rank == 4
+
+
+def test_saving_with_adapters_attached_is_refused_and_writes_nothing(tmp_path):
+    model = with_adapter()
+    for save in (model.save_pretrained, lambda folder: dq.save(model, folder)):
+        with pytest.raises(DQError, match=rf"has adapters attached \(layer '{BLOCK}.*fuse_lora"):
+            save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapter_can_be_hot_swapped_also_in_a_compiled_model():
+    model = quantized()
+    model.enable_lora_hotswap(target_rank=8)
+    model.load_lora_adapter(factors(model, LAYERS, seed=1), adapter_name="a")
+    first = output(model)
+    torch._dynamo.reset()
+    model.compile(fullgraph=True, backend="eager")
+    assert distance(output(model), first) < 1e-5
+    state = factors(model_without(model), LAYERS, seed=2)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        model.load_lora_adapter(state, adapter_name="a", hotswap=True)
+        swapped = output(model)
+    fresh = with_adapter(seed=2)
+    assert distance(swapped, output(fresh)) < 1e-5
+    assert distance(swapped, first) > 0.01
+
+
+def test_hot_swapped_while_fused_unfuses_exactly():
+    model = with_adapter()
+    plain = {name: value.clone() for name, value in packed_state(model).items()}
+    model.fuse_lora()
+    for layer in model.modules():
+        if hasattr(layer, "lora_A"):
+            layer.lora_A["a"].weight.data.mul_(3)
+    model.unfuse_lora()
+    assert all(torch.equal(value, plain[name]) for name, value in packed_state(model).items())
+
+
+def packed_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": value
+        for name, layer in packed_layers(model).items()
+        for key, value in layer.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4-weight"])
+def test_flux_pipeline_loads_fuses_and_saves_adapter_weights(tmp_path, recipe):
+    model = quantized(recipe=recipe)
+    pipe = FluxPipeline(
+        None, vae=None, text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, transformer=model
+    )
+    plain = output(model)
+    pipe.load_lora_weights(factors(model, LAYERS), adapter_name="a")
+    adapted = output(model)
+    assert distance(adapted, plain) > 0.02
+    pipe.set_adapters(["a"], [0.7])
+    pipe.fuse_lora()
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    assert torch.equal(output(model), plain)
+    pipe.load_lora_weights(factors(model, LAYERS), adapter_name="b")
+    assert torch.equal(output(model), adapted)
+    pipe.save_lora_weights(tmp_path, transformer_lora_layers=lora_state(model))
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(tmp_path)
+    assert torch.equal(output(model), adapted)
+
+
+def lora_state(model: nn.Module) -> dict:
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    return convert_state_dict_to_diffusers(get_peft_model_state_dict(model, adapter_name="b"))
+
+
+def adapted_unet() -> nn.Module:
+    """A quantized UNet with random adapters on linears and convolutions."""
+    model = quantized(UNET)
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "conv1", "conv"], init_lora_weights=False))
+    return model.eval()
+
+
+def test_convolution_adapters_fuse_and_unfuse():
+    model = adapted_unet()
+    adapted = output(model)
+    kinds = {type(layer).__name__ for layer in model.modules() if hasattr(layer, "lora_A")}
+    assert {"PackedConv2dAdapter", "PackedLinearAdapter"} <= kinds
+    model.fuse_lora()
+    assert distance(output(model), adapted) < 1e-4
+    model.unfuse_lora()
+    assert torch.equal(output(model), adapted)
+
+
+def test_fused_convolution_adapters_survive_saving(tmp_path):
+    model = adapted_unet()
+    model.fuse_lora()
+    model.unload_lora()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(AutoModel.from_pretrained(str(tmp_path))), output(model))
+
+
+def test_adapter_that_needs_full_precision_weights_is_refused():
+    model = quantized()
+    with pytest.raises(DQError, match="DoRA adapters need full-precision weights"):
+        model.add_adapter(LoraConfig(r=4, target_modules=["to_q"], use_dora=True))
+    assert adapters.attached(model) is None
+
+
+def test_adapter_with_nan_is_refused_by_a_safe_fuse_and_nothing_is_fused():
+    model = with_adapter()
+    model.get_submodule(LAYERS[0]).lora_A["a"].weight.data[0, 0] = torch.nan
+    with pytest.raises(DQError, match="'a' holds NaN or Inf"):
+        model.fuse_lora(safe_fusing=True)
+    assert model.get_submodule(LAYERS[0]).get_base_layer().plan.rank == 0
+
+
+def test_layers_that_are_not_packed_keep_their_own_adapters():
+    model = quantized()
+    dense = model.x_embedder
+    assert type(dense) is nn.Linear
+    model.add_adapter(LoraConfig(r=4, target_modules=["x_embedder"]))
+    assert type(model.x_embedder).__name__ == "Linear"
+
+
+def test_adapters_can_be_trained_on_a_quantized_model():
+    model = quantized()
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k"]))
+    inputs = zoo.ENTRIES[FLUX].inputs(torch.Generator().manual_seed(0), torch.float32)
+    model(**inputs)[0].square().mean().backward()
+    grads = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
+    assert grads and all(grad is not None and grad.abs().sum() > 0 for grad in grads)
+    assert all(p.grad is None for name, p in model.named_parameters() if "lora" not in name)

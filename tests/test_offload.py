@@ -1,0 +1,140 @@
+"""Offloading, device maps and layerwise casting: a quantized model moves like any other and computes the same."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers import AutoModel
+from diffusers.hooks import apply_group_offloading
+from torch import nn
+
+import dq
+from dq.layers import packed_layers
+from dq.plan import DQError
+from tests import zoo
+from tests.models import FLUX, PIXART, UNET, WAN, output, saved, stepped
+
+CPU = torch.device("cpu")
+
+
+def quantized(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    model = zoo.build(name, dtype=dtype)
+    dq.quantize(model, "int8", progress=False)
+    return model
+
+
+def dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    return {
+        f"{name}.{key}": value.dtype
+        for name, layer in packed_layers(model).items()
+        for key, value in layer.named_parameters(recurse=False)
+    }
+
+
+@pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+@pytest.mark.parametrize("name", [FLUX, UNET, WAN])
+def test_group_offload_gives_the_same_output(name, level):
+    model = quantized(name)
+    before = output(model)
+    blocks = {"num_blocks_per_group": 1} if level == "block_level" else {}
+    model.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type=level, **blocks)
+    assert torch.equal(output(model), before)
+    assert torch.equal(output(model), before)
+
+
+def test_group_offload_to_disk_keeps_every_byte(tmp_path):
+    model = quantized(FLUX)
+    before = output(model)
+    apply_group_offloading(
+        model, onload_device=CPU, offload_device=CPU, offload_type="leaf_level", offload_to_disk_path=str(tmp_path)
+    )
+    assert list(tmp_path.glob("*.safetensors"))
+    assert torch.equal(output(model), before)
+
+
+def test_group_offload_follows_step_tables():
+    model = zoo.build(FLUX)
+    stepped(model, (0.3, 0.6))
+    steps = [torch.full((2,), step) for step in (0.1, 0.5, 0.9)]
+    before = [output(model, timestep=step) for step in steps]
+    model.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+    assert all(torch.equal(output(model, timestep=step), y) for step, y in zip(steps, before, strict=True))
+
+
+@pytest.mark.parametrize("name", [FLUX, UNET, PIXART])
+def test_sequential_offload_gives_the_same_output(name):
+    model = quantized(name)
+    before = output(model)
+    cpu_offload(model, execution_device=CPU)
+    assert all(value.is_meta for layer in packed_layers(model).values() for value in layer.parameters())
+    assert torch.equal(zoo.call(model, zoo.ENTRIES[name], dtype=torch.float32), before)
+
+
+def test_moving_to_another_device_and_back_keeps_every_byte():
+    model = quantized(FLUX)
+    before, kinds = {name: value.clone() for name, value in model.state_dict().items()}, dtypes(model)
+    model.to("cpu")
+    for layer in packed_layers(model).values():
+        layer.to(torch.bfloat16).half().double()
+    assert dtypes(model) == kinds
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_casting_a_quantized_model_is_refused_by_the_host():
+    with pytest.raises(ValueError, match="quantized"):
+        quantized(FLUX).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", [FLUX, UNET])
+def test_layerwise_casting_leaves_packed_tensors_alone(name):
+    model = quantized(name, torch.bfloat16)
+    kinds, before = dtypes(model), output(model)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    assert dtypes(model) == kinds
+    after = output(model)
+    assert dtypes(model) == kinds
+    assert (after - before).norm() / before.norm() < 0.05  # embedders and final layers are stored in fp8
+
+
+@pytest.mark.parametrize("place", ["auto", "cpu", {"": "cpu"}])
+def test_device_map_gives_the_same_model(tmp_path, place):
+    base = saved(tmp_path, FLUX)
+    plain = AutoModel.from_pretrained(base, quantization_config=dq.DQConfig("int8"))
+    during = AutoModel.from_pretrained(base, quantization_config=dq.DQConfig("int8"), device_map=place)
+    plain.save_pretrained(tmp_path / "q")
+    again = AutoModel.from_pretrained(str(tmp_path / "q"), device_map=place)
+    assert torch.equal(output(during), output(plain))
+    assert torch.equal(output(again), output(plain))
+
+
+def disk_map(model: nn.Module) -> dict[str, str]:
+    places = {name: "cpu" for name, _ in model.named_children()}
+    return {**places, "transformer_blocks": "disk"}
+
+
+def test_saved_model_with_blocks_on_disk_gives_the_same_output(tmp_path):
+    model = quantized(FLUX)
+    model.save_pretrained(tmp_path / "q")
+    options = {"device_map": disk_map(model), "offload_folder": str(tmp_path / "offload")}
+    again = AutoModel.from_pretrained(str(tmp_path / "q"), **options)
+    assert torch.equal(zoo.call(again, zoo.ENTRIES[FLUX], dtype=torch.float32), output(model))
+
+
+def test_blocks_on_disk_that_would_round_scales_are_refused(tmp_path):
+    model = quantized(FLUX, torch.bfloat16)
+    model.save_pretrained(tmp_path / "q")
+    options = {"device_map": disk_map(model), "offload_folder": str(tmp_path / "offload")}
+    with pytest.raises(DQError, match="would round scales to 16 bits"):
+        AutoModel.from_pretrained(str(tmp_path / "q"), **options)
+
+
+def test_deep_copy_is_independent():
+    model = quantized(FLUX)
+    before, copied = output(model), copy.deepcopy(model)
+    for layer in packed_layers(copied).values():
+        layer.scale.data.mul_(2)
+    assert torch.equal(output(model), before)
+    assert not torch.equal(output(copied), before)
