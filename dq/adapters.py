@@ -111,7 +111,7 @@ class _FusesIntoBranch:
         if self.lora_bias[name] and base.bias is None:
             raise DQError(f"adapter {name!r} has a bias and the layer it adapts has none; use it without fusing")
         if getattr(base, "groups", 1) > 1:
-            raise DQError(f"adapter {name!r} adapts a grouped convolution, which cannot be fused; use it without fusing")
+            raise DQError(f"adapter {name!r} adapts a grouped convolution; use it without fusing")
         factors = (self.lora_A[name].weight, self.lora_B[name].weight)
         if safe and not all(factor.isfinite().all() for factor in factors):
             raise DQError(f"adapter {name!r} holds NaN or Inf; it cannot be fused")

@@ -6,7 +6,9 @@ leaves the target as it was.
 
 from __future__ import annotations
 
+import copy
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -146,7 +148,9 @@ def _plan_all(models: Mapping[str, tuple[nn.Module, Recipe | Plan]], keep: Seque
             )
         if any(hasattr(module, "base_layer") for module in model.modules()):
             raise DQError(f"{part or type(model).__name__} has adapters attached; fuse_lora() and unload them first")
-        plan = recipes.make_plan(model, wanted, keep) if isinstance(wanted, Recipe) else wanted
+        if isinstance(wanted, Plan) and keep:
+            raise DQError(f"keep={list(keep)} goes with a recipe, got a plan; take the layers out of the plan instead")
+        plan = recipes.make_plan(model, wanted, keep) if isinstance(wanted, Recipe) else copy.deepcopy(wanted)
         hub.check_fit(model, plan)
         plan.compute_dtype = str(_compute_dtype(model)).removeprefix("torch.")
         plans[part] = plan
@@ -154,7 +158,11 @@ def _plan_all(models: Mapping[str, tuple[nn.Module, Recipe | Plan]], keep: Seque
 
 
 def _compute_dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    """The floating dtype of most of the model's weights: some classes keep single layers in fp32."""
+    sizes: Counter[torch.dtype] = Counter()
+    for value in filter(torch.is_floating_point, model.parameters()):
+        sizes[value.dtype] += value.numel()
+    return max(sizes, key=sizes.get, default=torch.float32)
 
 
 def _pack_all(part: str, model: nn.Module, plan: Plan, progress: bool) -> tuple[dict[str, nn.Module], list[Row]]:
@@ -208,9 +216,14 @@ def _row(part: str, name: str, plan: LayerPlan, size: int, decibels: float | Non
 
 
 def _kept_row(part: str, model: nn.Module, name: str, reason: str) -> Row:
-    layer = model.get_submodule(name)
+    home, _, key = name.rpartition(".")
+    owner, full = model.get_submodule(home), f"{part}.{name}" if part else name
+    if key in owner._parameters:
+        weight = owner._parameters[key]
+        return Row(full, "stack", None, None, 0, weight.numel() * weight.element_size(), None, reason)
+    layer = owner.get_submodule(key)
     kind = layers.kind_of(layer) or type(layer).__name__
-    return Row(f"{part}.{name}" if part else name, kind, None, None, 0, _layer_bytes(layer), None, reason)
+    return Row(full, kind, None, None, 0, _layer_bytes(layer), None, reason)
 
 
 def _with_kernels(rows: list[Row], models: Mapping[str, object]) -> list[Row]:

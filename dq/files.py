@@ -1,7 +1,7 @@
 """Files of a quantized model: written whole or not at all, read only when every byte is what the plan says.
 
-The format is documented byte by byte in `dq.hub`. Every writer here fills a temporary folder beside the target and renames
-its files into place, so that a full disk or a crash leaves the target as it was.
+The format is documented byte by byte in `dq.hub`. Every writer here fills a temporary folder on the disk of the target
+and renames its files into place, so that a full disk or a crash leaves the target as it was.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _move_into(source: Path, target: Path) -> None:
 
 
 def _stale(new: set[Path]) -> list[Path]:
-    """Weight files and indexes that an earlier save of the same weights, with other shards, left beside the new ones."""
+    """Weight files and indexes that an earlier save of the same weights, in other shards, left beside the new ones."""
     stems = {place.with_name(SHARD.sub("", place.name)) for place in new if place.suffix == ".safetensors"}
     stems |= {stem.with_name(_index_name(stem.name)) for stem in stems}
     beside = {path for stem in stems for path in stem.parent.iterdir()} - new
@@ -150,7 +150,7 @@ def check_names(wanted: Expected, names: set[str], place: str) -> None:
     """DQError naming the first tensor that is missing."""
     missing = [name for name in wanted if name not in names]
     if missing:
-        raise DQError(f"{place} lacks tensor {missing[0]!r} ({len(missing)} missing); save or download the model again")
+        raise DQError(f"{place} lacks tensor {missing[0]!r} ({len(missing)} missing); download or save it again")
 
 
 def write(folder: Path, plan: Plan, state: Mapping[str, torch.Tensor]) -> None:

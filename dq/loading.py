@@ -1,110 +1,32 @@
-"""Loading through the host libraries: one config class and one quantizer for each of diffusers and transformers.
+"""Loading through the host libraries: one quantizer for diffusers, one for transformers, and the shared surgery.
 
-On the fly, a layer stays full precision (on the meta device) until its weight arrives; it is then rounded in fp32 on its
-target device and replaced, so that the peak is one layer above the packed model. A model that was saved quantized gets
-its empty packed layers first, and every tensor is checked against the plan as it comes.
+On the fly, a layer stays full precision (on the meta device) until its weight arrives; it is then rounded in fp32 on
+its target device and replaced, so that the peak is one layer above the packed model. A model that was saved quantized
+gets its empty packed layers first, and every tensor is checked against the plan as it comes.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import enum
 
 import torch
+from accelerate.utils import set_module_tensor_to_device
+from diffusers import ModelMixin
 from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from dq import clock, files, layers
 from dq.layers import PACKED, PackedStack, kind_of, packed_layers
-from dq.plan import DQError, LayerPlan, Plan, Recipe, nearest
+from dq.plan import DQError, LayerPlan, Plan
 
 try:
     from transformers.core_model_loading import ConversionOps
     from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 except ImportError:  # transformers is optional for diffusers
     ConversionOps = HfQuantizer = object
 
-    class TransformersConfigMixin:
-        pass
-
-
-OVERRIDES = {field.name for field in dataclasses.fields(Recipe)} - {"name", "keep", "needs_calibration"}
-
-
 ALIGNMENT = 64  # bytes, what torch's own allocator gives
-
-
-class DQMethod(str, enum.Enum):  # noqa: UP042 - a StrEnum prints differently in the host's messages
-    """What the host libraries call `quant_method`."""
-
-    DQ = "dq"
-
-
-class DQConfig(QuantizationConfigMixin, TransformersConfigMixin):
-    """The `quantization_config` of a model, for diffusers and transformers alike.
-
-    recipe         a data-free recipe: its name, a Recipe, or the path of a plan or recipe JSON
-    keep           patterns, matched from the start of layer names, left in full precision
-    plan           a Plan (or its JSON form); set by saving, then the recipe is not looked at
-    compute_dtype  dtype of everything that is not packed when loading names none, e.g. "bfloat16"
-    kwargs         fields of Recipe to override: linear, conv, modulation, edge
-    Raises DQError for an unknown recipe or keyword, with the nearest known name.
-    """
-
-    def __init__(self, recipe="int8", keep=None, plan=None, compute_dtype=None, **kwargs):
-        self.quant_method = DQMethod.DQ
-        kwargs.pop("quant_method", None)
-        for key in kwargs:
-            if key not in OVERRIDES:
-                known = OVERRIDES | {"recipe", "keep", "plan", "compute_dtype"}
-                raise DQError(f"DQConfig: unknown keyword {key!r}, {nearest(key, known)}")
-        self.recipe = Recipe.from_dict(recipe) if isinstance(recipe, dict) else recipe
-        self.keep = [keep] if isinstance(keep, str) else list(keep or ())
-        self.overrides = kwargs
-        self.plan = Plan.from_dict(plan) if isinstance(plan, dict) else plan
-        self.compute_dtype = None if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
-        if self.compute_dtype is not None and not isinstance(getattr(torch, self.compute_dtype, None), torch.dtype):
-            raise DQError(f"DQConfig: compute_dtype is {self.compute_dtype!r}, expected a torch dtype such as 'bfloat16'")
-        if self.plan is None:
-            self.resolve()
-
-    def resolve(self) -> Recipe | Plan:
-        """The recipe with its overrides, or the plan when the recipe names one. DQError when it needs calibration."""
-        from dq import recipes
-
-        found = recipes.get(self.recipe)
-        if isinstance(found, Plan):
-            return found
-        if found.needs_calibration:
-            raise DQError(f"recipe {found.name!r} needs calibration; load the model, then dq.quantize(pipe, {found.name!r})")
-        return Recipe.from_dict({**found.to_dict(), **self.overrides}) if self.overrides else found
-
-    def plan_for(self, model: nn.Module) -> Plan:
-        """The plan of a model that is not quantized yet; the model may be on the meta device."""
-        from dq import recipes
-
-        wanted = self.plan or self.resolve()
-        plan = wanted if isinstance(wanted, Plan) else recipes.make_plan(model, wanted, tuple(self.keep))
-        for name, layer in plan.layers.items():
-            if (layer.act is not None and layer.act.scale != "dynamic") or layer.smooth or layer.rank:
-                raise DQError(f"layer {name!r}: the plan holds calibrated tensors; load the model saved with them instead")
-        return copy.copy(plan)
-
-    def to_dict(self) -> dict:
-        recipe = self.recipe.to_dict() if isinstance(self.recipe, Recipe) else str(self.recipe)
-        plan = None if self.plan is None else self.plan.to_dict()
-        own = {"quant_method": "dq", "recipe": recipe, "keep": self.keep, "compute_dtype": self.compute_dtype}
-        return {**own, "plan": plan, **self.overrides}
-
-    def to_diff_dict(self) -> dict:
-        return self.to_dict()
-
-    def __repr__(self) -> str:
-        count = "no plan yet" if self.plan is None else f"{len(self.plan.layers)} layers"
-        return f"DQConfig(recipe={str(getattr(self.recipe, 'name', self.recipe))!r}, {count})"
+IN_FP32 = (".scale", ".smooth", ".act_scale")  # ends of the names of packed tensors that are fp32 in any model
 
 
 def check_fit(model: nn.Module, plan: Plan) -> None:
@@ -117,7 +39,7 @@ def check_fit(model: nn.Module, plan: Plan) -> None:
             raise DQError(f"layer {name!r} of the plan is not in {model_name}; is this plan for another model?")
         if (kind, shape) != (layer.kind, layer.shape):
             wanted = f"{layer.kind} {tuple(layer.shape)}"
-            raise DQError(f"layer {name!r}: the plan is for {wanted}, {model_name} has {kind} {shape}; use its own plan")
+            raise DQError(f"layer {name!r}: the plan is for {wanted}, {model_name} has {kind} {shape}; plan it anew")
     if plan.edges:
         clock.argument_position(model, plan.timestep)
 
@@ -148,7 +70,7 @@ def put(model: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
 
 
 def swap(model: nn.Module, plan: Plan, compute_dtype: torch.dtype, device: str = "meta") -> None:
-    """Replace the layers a plan names by empty packed layers. DQError, before any change, when the plan does not fit."""
+    """Replace the layers a plan names by empty packed ones. DQError, before any change, when the plan does not fit."""
     check_fit(model, plan)
     for name, layer in plan.layers.items():
         if layer.kind == "stack":
@@ -160,22 +82,22 @@ def swap(model: nn.Module, plan: Plan, compute_dtype: torch.dtype, device: str =
 
 
 @torch.no_grad()
-def pack_one(model: nn.Module, name: str, plan: LayerPlan, weight: torch.Tensor, compute_dtype: torch.dtype) -> nn.Module:
-    """Replace one full-precision layer by its packed form, made from `weight`; its bias may still be to come."""
+def pack_one(model: nn.Module, name: str, plan: LayerPlan, weight: torch.Tensor, dtype: torch.dtype) -> nn.Module:
+    """Replace one full-precision layer by its packed form of compute dtype `dtype`; its bias may come later."""
     if plan.kind == "stack":
-        packed = layers.pack_stack(name, weight, plan, compute_dtype)
+        packed = layers.pack_stack(name, weight, plan, dtype)
     else:
         old = model.get_submodule(name)
-        packed = PACKED[plan.kind].like(old, plan, compute_dtype, "meta").train(old.training)
+        packed = PACKED[plan.kind].like(old, plan, dtype, "meta").train(old.training)
         layers.fill(name, packed, weight)
         if old.bias is not None and not old.bias.is_meta:
-            packed.put("bias", old.bias.data.to(weight.device, compute_dtype))
+            packed.put("bias", old.bias.data.to(weight.device, dtype))
     put(model, name, packed)
     return packed
 
 
 def start(model: nn.Module, plan: Plan) -> None:
-    """Make packed layers ready to run: frozen, bound to their kernels, and following the timestep if the plan has steps."""
+    """Make packed layers ready to run: frozen, bound to kernels, following the timestep if the plan has steps."""
     clock.detach(model)
     ticking = clock.Clock(plan.edges) if plan.edges else None
     if ticking is not None:
@@ -186,6 +108,9 @@ def start(model: nn.Module, plan: Plan) -> None:
         if not isinstance(layer, PackedStack):
             layer.clock = ticking
             layer.bind(layer.weight.device.type)
+    if isinstance(model, ModelMixin):  # tells diffusers that these do not say what dtype the model has
+        kept = type(model)._keep_in_fp32_modules or ()
+        model._keep_in_fp32_modules = [*([kept] if isinstance(kept, str) else kept), *IN_FP32]
     _align(model)
 
 
@@ -208,6 +133,7 @@ def to_dense(model: nn.Module) -> None:
             put(model, name, nn.Parameter(layer.dense_weight().to(layer.compute_dtype), requires_grad=False))
         else:
             put(model, name, layer.dense())
+    model.__dict__.pop("_keep_in_fp32_modules", None)
     clock.detach(model)
 
 
@@ -215,16 +141,17 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-class _Quantizer:
-    """What both quantizers do. The host's class brings the rest; the config is a copy, so one config serves many models."""
+class QuantizerBase:
+    """What both quantizers do; the host's class brings the rest. The config is copied: one may serve many models."""
 
     requires_calibration = False
     use_keep_in_fp32_modules = True
 
-    def __init__(self, quantization_config: DQConfig, **kwargs):
+    def __init__(self, quantization_config, **kwargs):
         super().__init__(copy.copy(quantization_config), **kwargs)
         self.pre_quantized = kwargs.get("pre_quantized", False)
         self.compute_dtype = _dtype(self.quantization_config.compute_dtype)
+        self.as_saved = False  # reloading with no dtype asked for: every tensor in the dtype it was saved in
         self.sums: dict[str, str] = {}
 
     @property
@@ -242,9 +169,11 @@ class _Quantizer:
         if "disk" not in [str(place) for place in places]:
             return
         if not self.pre_quantized:
-            raise DQError("device_map puts layers on disk while quantizing; save the quantized model first, then map it")
+            raise DQError("device_map puts layers on disk while quantizing; save the quantized model, then map that")
         if self.compute_dtype not in (None, torch.float32):
-            raise DQError("device_map puts layers on disk, which would round scales to 16 bits; use dtype=torch.float32")
+            raise DQError(
+                "device_map puts layers on disk, which would round scales to 16 bits; pass dtype=torch.float32"
+            )
 
     def prepare(self, model: nn.Module) -> None:
         """Plan the model, or swap in the empty layers of the plan it was saved with."""
@@ -269,16 +198,18 @@ class _Quantizer:
         """After the last tensor: nothing may be missing, then the layers are made ready."""
         there = packed_layers(model)
         for name in self.plan.layers:
-            missing = [key for key, value in there[name].named_parameters() if value.is_meta] if name in there else ["weight"]
-            if missing and not hasattr(there.get(name), "_hf_hook"):
+            layer = there.get(name)
+            missing = ["weight"] if layer is None else [key for key, p in layer.named_parameters() if p.is_meta]
+            if missing and not hasattr(layer, "_hf_hook"):  # with a hook: offloaded
                 raise DQError(f"the checkpoint lacks tensor '{name}.{missing[0]}'; download or save the model again")
         start(model, self.plan)
 
 
-class DQQuantizer(_Quantizer, DiffusersQuantizer):
+class DQQuantizer(QuantizerBase, DiffusersQuantizer):
     """The diffusers quantizer: see the module docstring."""
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        self.as_saved = self.pre_quantized and torch_dtype is None
         return self.settle(torch_dtype)
 
     @property
@@ -313,7 +244,7 @@ class DQQuantizer(_Quantizer, DiffusersQuantizer):
     def check_if_quantized_param(self, model, param_value, param_name, state_dict, **kwargs) -> bool:
         home, _, key = param_name.rpartition(".")
         if self.pre_quantized or key == "bias":
-            return home in self.plan.layers
+            return self.as_saved or home in self.plan.layers
         return self.is_planned(param_name) is not None
 
     def create_quantized_param(
@@ -325,10 +256,9 @@ class DQQuantizer(_Quantizer, DiffusersQuantizer):
             pack_one(model, name, self.plan.layers[name], raw, self.compute_dtype)
             return
         home, _, key = param_name.rpartition(".")
-        module = model.get_submodule(home)
-        if key in ("bias", "proj_down", "proj_up"):
+        if home in self.plan.layers and key in ("bias", "proj_down", "proj_up"):
             raw = raw.to(self.compute_dtype)
-        module._parameters[key] = nn.Parameter(raw.contiguous(), requires_grad=False)
+        set_module_tensor_to_device(model, param_name, target_device, value=raw.contiguous(), dtype=raw.dtype)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         self.finish(model)
@@ -336,7 +266,9 @@ class DQQuantizer(_Quantizer, DiffusersQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, state_dict, safe_serialization=False):
-        return state_dict, files.metadata(state_dict) if safe_serialization else {}
+        if not safe_serialization:
+            raise DQError("safe_serialization=False: quantized models are saved as safetensors only; leave it True")
+        return state_dict, files.metadata(state_dict)
 
     def get_cuda_warm_up_factor(self) -> int:
         return 2 if self.pre_quantized else 8
@@ -384,7 +316,7 @@ class _PackOnArrival(ConversionOps):
         return {}
 
 
-class DQTransformersQuantizer(_Quantizer, HfQuantizer):
+class DQTransformersQuantizer(QuantizerBase, HfQuantizer):
     """The transformers quantizer, for text encoders: the same, through that library's loader."""
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:

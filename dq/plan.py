@@ -124,9 +124,11 @@ class LayerPlan:
     def packed_bytes(self) -> int:
         """Bytes of packed weight, scales and low-rank branch (16-bit factors); bias not counted."""
         spec, grain = self.weight.spec, self.weight.grain
-        total = sum(spec.packed_bytes(self.rows, stop - start, grain) for start, stop in self.parts)
+        widths = [stop - start for start, stop in self.parts]
+        codes = [self.rows * -(-width * spec.bits // 8) for width in (self.columns, *widths)]
+        scales = sum(spec.packed_bytes(self.rows, width, grain) for width in widths) - sum(codes[1:])
         inputs = self.shape[1]
-        return total + 2 * self.rank * (self.rows + self.columns) + (4 * inputs if self.smooth else 0)
+        return codes[0] + scales + 2 * self.rank * (self.rows + self.columns) + (4 * inputs if self.smooth else 0)
 
     def check(self, name: str) -> None:
         """Raise DQError, naming the layer, when the fields contradict each other."""

@@ -125,7 +125,7 @@ def _match_keeps(found: dict, patterns: Sequence[str]) -> dict[str, str]:
 
 
 def _role(family: Family, name: str) -> str:
-    """What a layer is: "keep", "time", "modulation", "edge" or "block"."""
+    """What a layer is: "keep", "time", "modulation", "weight_only", "edge" or "block"."""
     if _any_match((*family.keep, *generic.KEEP), name):
         return "keep"
     inside = any(name.startswith(f"{block}.") or name == block for block in family.blocks)
@@ -133,6 +133,8 @@ def _role(family: Family, name: str) -> str:
         return "time"
     if _any_match((*family.modulation, *generic.MODULATION), name):
         return "modulation"
+    if _any_match(family.weight_only, name):
+        return "weight_only"
     return "block" if inside else "edge"
 
 
@@ -167,6 +169,8 @@ def _layer_plan(recipe: Recipe, role: str, weight: _Weight) -> LayerPlan | str:
     if role == "edge":
         return only(recipe.edge, "large embedder or final layer")
     form, act = recipe.linear if weight.kind == "linear" else recipe.conv
+    if role == "weight_only" and act:
+        return only(form, "sensitive activations, named by the family")
     plan = LayerPlan(weight.kind, weight.shape, TensorPlan.parse(form), TensorPlan.parse(act) if act else None)
     return _pixelwise(plan) if plan.pointwise and act else plan
 

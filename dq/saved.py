@@ -57,7 +57,7 @@ def load(name: str, dtype: str | None = None):
     dtype = dtype or (stored_dtype(place) if isinstance(place, Path) else None) or "float32"
     lone = isinstance(place, Path) and not (place / PIPELINE).is_file()
     try:
-        return (AutoModel if lone else DiffusionPipeline).from_pretrained(place, dtype=getattr(torch, dtype))
+        return (AutoModel if lone else DiffusionPipeline).from_pretrained(str(place), dtype=getattr(torch, dtype))
     except DQError:
         raise
     except (OSError, ValueError) as error:

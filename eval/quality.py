@@ -1,8 +1,8 @@
-"""How well each recipe keeps the pictures of the embedded models: `python -m eval.quality [--prompts 100] [--recipes ...]`.
+"""How well each recipe keeps the pictures of the embedded models: `python -m eval.quality [--prompts 100]`.
 
-Per row: quantize, save, load again, draw the held-out prompts, compare with the fp32 pictures of the same seeds. A row with
-recipe `none` is the unquantized model in that dtype. Rows already there for the same weights are kept, so a stopped run goes
-on; eval/results/quality.json is the file README's table is made from.
+Per row: quantize, save, load again, draw the held-out prompts, compare with the fp32 pictures of the same seeds. A row
+with recipe `none` is the unquantized model in that dtype. Rows already there for the same weights are kept, so that a
+stopped run goes on; README's table is made from eval/results/quality.json.
 """
 
 import argparse
@@ -14,12 +14,12 @@ import torch
 from tqdm import tqdm
 
 import dq
-from eval import results
+from eval import rows
 from eval.metrics import caption_accuracy, psnr, trajectory_error
 from pipelines import tiny
 from pipelines.tiny import evaluate
 
-FILE = results.FOLDER / "quality.json"
+FILE = rows.FOLDER / "quality.json"
 KEYS = ("model", "recipe", "dtype", "prompts", "seed", "weights")
 # (recipe, compute dtype): int8 also in bf16, with unquantized bf16 beside it to show what that dtype costs alone
 ROWS = [("int8", "float32"), ("none", "bfloat16"), ("int8", "bfloat16")]
@@ -38,13 +38,13 @@ def main() -> None:
     for model, recipe, dtype in tqdm(todo, desc="rows"):
         row = {"model": model, "recipe": recipe, "dtype": dtype, "prompts": options.prompts, "seed": options.seed}
         row["weights"] = fingerprint(model)
-        if any(all(old.get(key) == row[key] for key in KEYS) for old in results.read(FILE)):
+        if any(all(old.get(key) == row[key] for key in KEYS) for old in rows.read(FILE)):
             continue
         if model not in truth:
             truth = {model: draw(tiny.load(model), model, options)}
-        row |= measure(row, truth[model], options) | results.stamp()
-        results.add(FILE, row, ("model", "recipe", "dtype"))
-        tqdm.write(f"{model} {recipe} {dtype}: {row['psnr_db']:.1f} dB, caption accuracy {row['caption_accuracy']:.3f}")
+        row |= measure(row, truth[model], options) | rows.stamp()
+        rows.add(FILE, row, ("model", "recipe", "dtype"))
+        tqdm.write(f"{model} {recipe} {dtype}: {row['psnr_db']:.1f} dB, accuracy {row['caption_accuracy']:.3f}")
 
 
 def measure(row: dict, truth: tuple, options) -> dict:
@@ -95,7 +95,8 @@ def fp32_bytes(name: str) -> int:
 
 def fingerprint(name: str) -> str:
     """crc32 of the denoiser's weight files: rows of older weights are measured again."""
-    paths = [path for part in ("transformer", "unet") for path in sorted((tiny.folder(name) / part).glob("*.safetensors"))]
+    folders = [tiny.folder(name) / part for part in ("transformer", "unet")]
+    paths = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
     return f"{zlib.crc32(b''.join(path.read_bytes() for path in paths)):08x}"
 
 

@@ -1,4 +1,4 @@
-"""The clock: which step bucket runs, read off the denoiser's own timestep argument, in one tensor that stays the same."""
+"""The clock: which step bucket runs, read off the denoiser's timestep argument into one tensor that stays the same."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ COVERED = 0.90  # least share of linear, convolution and expert weights that the
 PACKED_SHARE = 0.30  # most bytes of a model's packed layers next to the same layers in fp32
 NAMES = sorted(zoo.ENTRIES)
 CLASSES = sorted(found.__name__ for found in zoo.denoiser_classes())
+SLOW_TO_BUILD = {"WuerstchenDiffNeXt"}  # its constructor initialises all layers again in every module: many seconds
 SEPARABLE = (
     "PixArtTransformer2DModel",
     "UNet2DConditionModel",
@@ -73,7 +74,7 @@ def test_int8_keeps_the_output_shrinks_the_bytes_and_reloads_to_the_bit(name, tm
     assert torch.equal(zoo.call(again, entry, dtype=torch.float32), got)
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", sorted(set(CLASSES) - SLOW_TO_BUILD))
 def test_int8_plan_covers_the_weights_of_the_default_config(name):
     model = zoo.default_model(name)
     plan = recipes.make_plan(model, recipes.get("int8"))

@@ -1,4 +1,4 @@
-"""Layers: a draft and what it packs into agree, gradients reach what is fitted, packed layers behave like plain ones."""
+"""Layers: a draft and what it packs into agree, gradients reach what is fitted, packed layers pass for plain ones."""
 
 from __future__ import annotations
 
@@ -147,15 +147,13 @@ def test_a_copied_layer_runs_and_follows_set_backend():
 def test_weights_that_are_not_finite_are_refused_by_name():
     module = source("linear")
     module.weight.data[3, 4] = torch.inf
-    with pytest.raises(
-        DQError, match=r"layer 'blocks\.0\.to_q': weight: got 1 non-finite values of 384, expected none"
-    ):
+    with pytest.raises(DQError, match=r"layer 'blocks\.0\.to_q': weight: got 1 non-finite values of 384"):
         layers.pack("blocks.0.to_q", module, plan_of(module), torch.float32)
 
 
 def test_stored_scales_need_calibration():
     module = source("linear")
-    with pytest.raises(DQError, match="layer 'to_q': plan has stored activation scales.*calibration"):
+    with pytest.raises(DQError, match=r"layer 'to_q': plan has stored activation scales.*calibration"):
         layers.pack("to_q", module, plan_of(module, act="int8/tensor/static"), torch.float32)
 
 

@@ -58,7 +58,9 @@ def test_adapter_adds_its_term_in_the_compute_dtype(dtype):
     assert layer.lora_A["a"].weight.dtype == dtype
     x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
     term = layer.lora_B["a"](layer.lora_A["a"](x)) * layer.scaling["a"]
-    assert torch.allclose(layer(x), plain.get_submodule(LAYERS[0])(x) + term, atol=2e-2 if dtype != torch.float32 else 1e-6)
+    assert torch.allclose(
+        layer(x), plain.get_submodule(LAYERS[0])(x) + term, atol=2e-2 if dtype != torch.float32 else 1e-6
+    )
     assert distance(output(adapted), output(plain)) > 0.05
 
 

@@ -21,7 +21,8 @@ class Family:
     blocks      attributes that hold the repeated blocks; layers elsewhere are embedders or final layers
     timestep    forward argument that carries the timestep, None without one
     modulation  layers that see one token per sample (adaLN, time projections)
-    keep        layers inside blocks left in full precision
+    weight_only layers inside blocks whose activations stay in floating point, because rounding them costs too much
+    keep        layers left in full precision
     """
 
     name: str
@@ -29,6 +30,7 @@ class Family:
     blocks: tuple[str, ...]
     timestep: str | None = "timestep"
     modulation: tuple[str, ...] = ()
+    weight_only: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
 
 

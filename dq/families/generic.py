@@ -15,8 +15,8 @@ TIMESTEPS += ("timestep_img", "vision_timesteps", "local_latents_time")
 # layers that see one token per sample wherever they stand: adaLN projections, time embeddings inside blocks
 MODULATION = (
     r"(.*\.)?(norm\w*|adaln\w*|ada_?ln\w*)\.(linear|lin|proj)(_\w+|\.\d+)?$",
-    r"(.*\.)?\w*(adaLN|adaln|ada_ln|modulation|modulate|mod)\w*(\.(linear|lin|proj|net|mlp|out_layer|\d+))*$",
-    r"(.*\.)?(\w*time_emb\w*|\w*time_proj\w*|emb_layers|\w*t_embedder|time_mlp|\w*timestep\w*)(\.\w+)*$",
+    r"(.*\.)?(\w*(adaLN|adaln|ada_ln|modulation|modulate)\w*|(\w+_)?mod)(\.(linear|lin|proj|net|mlp|out_layer|\d+))*$",
+    r"(.*\.)?(\w*time_emb\w*|\w*time_proj\w*|emb_layers|(\w+_)?t_embedder|time_mlp|\w*timestep\w*)(\.\w+)*$",
     r"(.*\.)?norm\w*\.emb\..*",
     r"(.*\.)?(\w*film|FiLM|scale_bias|context_mlp|\w*mapper(_\w+)?|\w*time_mod\w*|to_gamma|to_beta)(\.\w+)*$",
 )
@@ -50,14 +50,14 @@ def find_timestep(model: nn.Module) -> str | None:
 def find_blocks(model: nn.Module) -> list[str]:
     """Dotted names of the outermost lists of blocks, and of U-Net middle blocks.
 
-    A block list is an nn.ModuleList whose entries hold two or more quantizable layers each on average; a list of single
-    layers (per-block caption projections) is not one.
+    A block list is an nn.ModuleList or nn.ModuleDict whose entries hold two or more quantizable layers on average; a
+    list of single layers (per-block caption projections) is not one, nor is one of final layers (one a patch size).
     """
     found: list[str] = []
     for name, module in model.named_modules():
         if not name or any(name.startswith(f"{outer}.") for outer in found):
             continue
-        if isinstance(module, nn.ModuleList | nn.ModuleDict) and _is_block_list(module):
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and "final" not in name and _is_block_list(module):
             found.append(name)
         elif name.rpartition(".")[2] in ("mid_block", "middle_block", "mid_blocks", "bottleneck"):
             found.append(name)

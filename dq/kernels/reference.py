@@ -65,18 +65,19 @@ def input_rounder(plan: LayerPlan, dim: int) -> Callable[[torch.Tensor, torch.Te
     entries; `token` is one per pixel and part.
     """
     act = plan.act
+    spec, act_grain = (None, None) if act is None else (act.spec, act.grain)  # looked up here: torch.compile cannot
     edges = [0, *plan.splits, plan.shape[1]]
 
     def one(x: torch.Tensor, act: TensorPlan, scale: torch.Tensor | None) -> torch.Tensor:
         per_sample = dim == 1 and act.granularity == "tensor"
         rows = x.reshape(x.shape[0], -1) if per_sample else x.movedim(dim, -1).reshape(-1, x.shape[dim])
-        grain = PER_ROW if per_sample else act.grain
+        grain = PER_ROW if per_sample else act_grain
         if scale is not None:
             scale, grain = scale.reshape(1, 1), Granularity("tensor")
         shifted, whole = rows + act.shift, None
-        if act.spec.global_bytes:  # one tensor-wide scale per row, so that no row depends on another
-            whole = act.spec.fit_global(shifted.detach(), per_row=True)
-        rounded = act.spec.fake(shifted, grain, scale=scale, scale_global=whole) - act.shift
+        if spec.global_bytes:  # one tensor-wide scale per row, so that no row depends on another
+            whole = spec.fit_global(shifted.detach(), per_row=True)
+        rounded = spec.fake(shifted, grain, scale=scale, scale_global=whole) - act.shift
         return rounded.reshape(x.shape) if per_sample else rounded.reshape(x.movedim(dim, -1).shape).movedim(-1, dim)
 
     def rounded(x: torch.Tensor, act_scale: torch.Tensor | None) -> torch.Tensor:

@@ -101,7 +101,7 @@ def pixart() -> Student:
     folder = RUNS / "text-t5"
     encoder = T5EncoderModel.from_pretrained(folder / "text_encoder")
     tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer")
-    return Student("pixart", model, encoder, tokenizer, denoise, model.transformer_blocks[3], 256, "longest", 8e-4)
+    return Student("pixart", model, encoder, tokenizer, denoise, model.transformer_blocks[3], 256, "longest", 1.5e-3)
 
 
 def sd() -> Student:

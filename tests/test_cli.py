@@ -1,0 +1,172 @@
+"""The command line: what it writes, what it prints, and one clear line with exit code 2 for wrong use."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, PixArtTransformer2DModel
+from PIL import Image
+
+import dq
+from dq import cli, saved
+from pipelines import tiny
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """A Hub id that is not in the cache is refused at once, however the tests are started."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def run(monkeypatch, *words) -> int:
+    """`dq WORDS` in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["dq", *map(str, words)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return left.value.code
+
+
+def refused(monkeypatch, capsys, *words) -> str:
+    """The line that a wrong use prints."""
+    capsys.readouterr()
+    code = run(monkeypatch, *words)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2 and line.startswith("dq: ")
+    return line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """tiny-pixart, quantized by the command."""
+    out = tmp_path_factory.mktemp("cli") / "made" / "int8"
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, "quantize", "tiny-pixart", "--recipe", "int8", "--out", out, "--dtype", "fp32") == 0
+    return out
+
+
+def test_quantize_saves_what_diffusers_loads_and_leaves_nothing_else(folder):
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    assert dq.explain(pipe).recipe == "int8"
+    assert [path.name for path in folder.parent.iterdir()] == ["int8"]
+
+
+def test_quantize_takes_a_lone_denoiser_with_keep(monkeypatch, tmp_path, capsys):
+    source, out = tiny.folder("tiny-pixart") / "transformer", tmp_path / "out"
+    words = ["--recipe", "int8-weight", "--out", out, "--keep", r"transformer_blocks\.0\."]
+    assert run(monkeypatch, "quantize", source, *words) == 0
+    model = PixArtTransformer2DModel.from_pretrained(out, dtype=torch.bfloat16)
+    kept = [row for row in dq.explain(model).layers if row.name.startswith("transformer_blocks.0.")]
+    assert kept and all(row.weight is None for row in kept)
+    assert "saved to" in capsys.readouterr().out
+
+
+def test_quantize_takes_further_components_and_a_plan(monkeypatch, tmp_path, folder):
+    plan = tmp_path / "plan.json"
+    saved.plans(folder)["transformer"][1].save(plan)
+    words = ["--plan", plan, "--out", tmp_path / "out", "--component", "text_encoder=int8-weight"]
+    assert run(monkeypatch, "quantize", "tiny-pixart", *words) == 0
+    assert set(saved.plans(tmp_path / "out")) == {"transformer", "text_encoder"}
+
+
+def test_inspect_says_what_explain_says_without_reading_weights(monkeypatch, folder, capsys):
+    capsys.readouterr()
+    assert run(monkeypatch, "inspect", folder, "--json", "--device", "cpu") == 0
+    shown = json.loads(capsys.readouterr().out)
+    report = json.loads(dq.explain(DiffusionPipeline.from_pretrained(folder)).to_json())
+    assert (shown["bytes_before"], shown["bytes_after"]) == (report["bytes_before"], report["bytes_after"])
+    by_name = {row["name"]: row for row in report["layers"]}
+    assert {row["name"]: row for row in shown["layers"]} == by_name
+
+
+def test_generate_draws_the_same_picture_for_the_same_seed(monkeypatch, folder, tmp_path):
+    pictures = []
+    for name, seed in (("a.png", 1), ("b.png", 1), ("c.png", 2)):
+        words = ["--prompt", "a red circle", "--out", tmp_path / "new" / name, "--seed", seed, "--steps", 2]
+        words += ["--guidance", "3", "--height", "64", "--set", "max_sequence_length=40"]
+        assert run(monkeypatch, "generate", folder, *words) == 0
+        pictures.append(Image.open(tmp_path / "new" / name))
+    assert pictures[0].size == (64, 64)
+    assert pictures[0].tobytes() == pictures[1].tobytes() != pictures[2].tobytes()
+
+
+def test_bench_times_the_layers_and_a_saved_pipeline(monkeypatch, folder, capsys):
+    monkeypatch.setattr("dq.bench.SHAPES", ((8, 64, 64),))
+    for words, what in (([], "linear 8 x 64 -> 64"), ([folder], "PixArtTransformer2DModel step")):
+        capsys.readouterr()
+        assert run(monkeypatch, "bench", *words, "--json", "--seconds", "0", "--device", "cpu") == 0
+        row = json.loads(capsys.readouterr().out)[0]
+        assert row["what"] == what and "int8" in row["kernel"] and row["full_ms"] > 0 and row["quantized_ms"] > 0
+
+
+WRONG = {
+    "no recipe": (["quantize", "tiny-pixart", "--out", "{new}"], "--recipe NAME or --plan FILE"),
+    "unknown recipe": (["quantize", "tiny-pixart", "--out", "{new}", "--recipe", "int9"], "Did you mean 'int8'"),
+    "no such folder": (["quantize", "./nothing", "--out", "{new}", "--recipe", "int8"], "does not exist"),
+    "no model in it": (["quantize", "{empty}", "--out", "{new}", "--recipe", "int8"], "holds no model"),
+    "not on this disk": (["quantize", "no/body", "--out", "{new}", "--recipe", "int8"], "cannot be loaded"),
+    "prompts": (["quantize", "tiny-pixart", "--out", "{new}", "--recipe", "int8", "--prompts", "p.txt"], "data-free"),
+    "budget": (["quantize", "tiny-pixart", "--out", "{new}", "--recipe", "int8", "--budget-gib", "1"], "budget"),
+    "bad keep": (["quantize", "tiny-pixart", "--out", "{new}", "--recipe", "int8", "--keep", "nope"], "no layer"),
+    "bad component": (["quantize", "tiny-pixart", "--out", "{new}", "--recipe", "int8", "--component", "vae"], "="),
+    "bad dtype": (["quantize", "tiny-pixart", "--out", "{new}", "--recipe", "int8", "--dtype", "int"], "bf16"),
+    "full folder": (["quantize", "tiny-pixart", "--out", "{full}", "--recipe", "int8"], "not empty"),
+    "no model there": (["quantize", "tiny-pixart", "--out", "{full}", "--recipe", "int8", "--force"], "other than"),
+    "inspect nothing": (["inspect", str(tiny.folder("tiny-pixart"))], "no quantized model"),
+    "not a picture": (["generate", "tiny-pixart", "--prompt", "x", "--out", "{new}.what"], ".png"),
+    "unknown argument": (
+        ["generate", "tiny-pixart", "--prompt", "x", "--out", "{new}.png", "--set", "heigth=64"],
+        "Did you mean 'height'",
+    ),
+    "unknown command": (["frobnicate"], "frobnicate"),
+    "unknown option": (["inspect", "x", "--what"], "--what"),
+    "missing argument": (["inspect"], "dq inspect --help"),
+    "not a number": (["generate", "tiny-pixart", "--prompt", "x", "--out", "a.png", "--seed", "two"], "valid integer"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_use_gets_one_line_and_leaves_nothing(case, monkeypatch, capsys, tmp_path):
+    words, expected = WRONG[case]
+    (tmp_path / "empty").mkdir(), (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("dear")
+    places = {name: str(tmp_path / name) for name in ("new", "empty", "full")}
+    assert expected in refused(monkeypatch, capsys, *[word.format(**places) for word in words])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "dear"
+
+
+def test_an_embedded_name_outside_a_clone_says_where_it_lives(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(saved, "CLONE", tmp_path)
+    words = ["quantize", "tiny-pixart", "--recipe", "int8", "--out", tmp_path / "out"]
+    assert "pipelines/tiny of a clone" in refused(monkeypatch, capsys, *words)
+
+
+def test_force_replaces_a_saved_model_whole(monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    source = tiny.folder("tiny-pixart") / "transformer"
+    assert run(monkeypatch, "quantize", source, "--recipe", "int8", "--out", out) == 0
+    (out / "stale.txt").write_text("old")
+    assert run(monkeypatch, "quantize", source, "--recipe", "int4-weight", "--out", out, "--force") == 0
+    assert not (out / "stale.txt").exists() and saved.plans(out)[""][1].recipe == "int4-weight"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_fault_of_ours_is_not_hidden(monkeypatch, tmp_path):
+    def fail(*args, **kwargs):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("dq.api.quantize", fail)
+    words = ["quantize", "tiny-pixart", "--recipe", "int8", "--out", str(tmp_path / "x")]
+    monkeypatch.setattr(sys, "argv", ["dq", *words])
+    with pytest.raises(RuntimeError, match="broken"):
+        cli.main()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_process_leaves_with_code_two_and_one_line():
+    words = [sys.executable, "-m", "dq.cli", "inspect", "./nowhere"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1 and "does not exist" in done.stderr
