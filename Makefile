@@ -16,6 +16,7 @@ test: $(READY)
 
 lint: $(READY)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 table: $(READY)
 	$(PY) -m eval.table --write

@@ -36,7 +36,7 @@ def quantize(
 ) -> Report:
     """Quantize a pipeline's denoisers, or one model, in place.
 
-    target       DiffusionPipeline (every denoiser in it) or an nn.Module; on the meta device only shapes are worked out
+    target       DiffusionPipeline (every denoiser in it) or an nn.Module (on the meta device: shapes only)
     recipe       a name from `dq.recipes()`, a Recipe, a Plan, or the path of a plan or recipe JSON
     components   further parts of a pipeline and their recipes, e.g. {"text_encoder_2": "int8-weight"}
     keep         patterns, matched from the start of layer names, left in full precision

@@ -46,8 +46,9 @@ class _ReadTimestep(ModelHook):
         self.clock, self.name, self.position = clock, name, position
 
     def pre_forward(self, module: nn.Module, *args, **kwargs):
-        value = kwargs[self.name] if self.name in kwargs else args[self.position]
-        self.clock.set(value)
+        if self.name not in kwargs and len(args) <= self.position:
+            raise DQError(f"{type(module).__name__} is quantized with per-step scales: pass {self.name!r}")
+        self.clock.set(kwargs[self.name] if self.name in kwargs else args[self.position])
         return args, kwargs
 
 

@@ -2,8 +2,8 @@
 
     y = Q(W) Q(x * smooth) + up (down (x * smooth)) + bias
 
-W is already divided by `smooth` and has the low-rank branch taken out. Shapes as in `layers.py`; a draft and the layer it
-packs into give the same output, up to the compute dtype's rounding.
+W is already divided by `smooth` and has the low-rank branch taken out. Shapes as in `layers.py`; a draft and the layer
+it packs into give the same output, up to the compute dtype's rounding.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dq.plan import LayerPlan
 class DraftLinear(nn.Module):
     """A linear being fitted: x (..., in) -> (..., out).
 
-    weight (out, in), bias (out,), smooth (in,), proj_down (rank, in), proj_up (out, rank), act_scale (steps, parts): fp32
-    Parameters, None where the plan has no such thing. Starts neutral: smooth 1, branch 0, act_scale 1.
+    weight (out, in), bias (out,), smooth (in,), proj_down (rank, in), proj_up (out, rank), act_scale (steps, parts):
+    fp32 Parameters, None where the plan has no such thing. Starts neutral: smooth 1, branch 0, act_scale 1.
     """
 
     op = "linear"

@@ -4,8 +4,8 @@
 
 x (..., in), W (out, in), smooth (in,), down (rank, in), up (out, rank). Convolutions are the same with channels for
 features. Packed layers subclass the layer they replace and hold plain Parameters only (no buffers, no tensor
-subclasses), so that offload, hooks, LoRA and safetensors treat them like any other layer; weights are int8 bytes, never
-uint8. Their differentiable counterparts, for fitting, are in `drafts.py`.
+subclasses), so that offload, hooks, LoRA and safetensors treat them like any other layer; weights are int8 bytes,
+never uint8. Their differentiable counterparts, for fitting, are in `drafts.py`.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def _match_keeps(found: dict, patterns: Sequence[str]) -> dict[str, str]:
         except re.error as error:
             raise DQError(f"keep pattern {pattern!r} is not a regular expression: {error}") from None
         if not hits:
-            raise DQError(f"keep pattern {pattern!r} matches no layer from the start of its name, {nearest(pattern, found)}")
+            raise DQError(f"keep pattern {pattern!r} matches no layer (from its start), {nearest(pattern, found)}")
         kept |= dict.fromkeys(hits, f"kept by pattern {pattern!r}")
     return kept
 

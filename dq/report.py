@@ -43,8 +43,12 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
-        """The whole report as a JSON object."""
-        return json.dumps(asdict(self), indent=1)
+        """The whole report as a JSON object; an infinite error_db (an exact weight) becomes null."""
+        data = asdict(self)
+        for row in data["layers"]:
+            if row["error_db"] == float("inf"):
+                row["error_db"] = None
+        return json.dumps(data, indent=1, allow_nan=False)
 
     def __str__(self) -> str:
         quantized = [row for row in self.layers if row.weight is not None]

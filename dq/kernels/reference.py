@@ -1,4 +1,4 @@
-"""The truth: every op in every format, decoded to fp32 and computed by plain torch. Slow, differentiable, runs anywhere.
+"""The truth: every op in every format, decoded to fp32 and computed by plain torch. Slow, differentiable, everywhere.
 
     y = Q(x * smooth) W^T + (x * smooth) down^T up^T + bias        x (tokens, in), W (out, in)
 

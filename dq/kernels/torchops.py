@@ -1,11 +1,11 @@
 """Integer and fp8 matrix units through ops that PyTorch ships: `_int_mm` and `_scaled_mm`.
 
-    y[m, n] = (sum_k q[m, k] w[n, k] - z[m] sum_k w[n, k]) * sx[m] * sw[n] + bias[n]      q, w int8; sums exact in int32
+    y[m, n] = (sum_k q[m, k] w[n, k] - z[m] sum_k w[n, k]) * sx[m] * sw[n] + bias[n]     q, w int8, sums exact
 
-z is the zero point of affine activations; sum_k w comes from one more row of ones in the matrix product. A convolution is
-the product of its int8 patches (im2col) with its weight, one activation scale and zero point per sample; padding is the
-zero point. oneDNN's int8 convolution is 1.1-1.3 times as fast once its weight is laid out, but laying it out costs as much
-as the convolution, on every call or as a second copy of the weight in memory.
+z is the zero point of affine activations; sum_k w comes from one more row of ones in the matrix product. A
+convolution is the product of its int8 patches (im2col) with its weight, one activation scale and zero point a sample;
+padding is the zero point. oneDNN's int8 convolution is 1.1-1.3 times as fast once its weight is laid out, but laying
+it out costs as much as the convolution, on every call or as a second copy of the weight.
 Under autograd a layer whose input needs gradients runs `dense`, which is differentiable.
 """
 

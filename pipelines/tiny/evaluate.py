@@ -14,6 +14,8 @@ import torch
 from eval.metrics import caption_accuracy
 from pipelines import tiny
 
+from .training import write_json
+
 RESULTS = Path(__file__).resolve().parents[2] / "eval" / "results" / "tiny_models.json"
 MACHINE = "2 cores AMD Zen 5"
 
@@ -62,23 +64,30 @@ def measure_judges(count: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--objects", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--names", nargs="+", default=[*tiny.NAMES, "judges"])
     options = parser.parse_args()
-    old = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    rows = [row for row in old if _group(row) not in options.names]
     for name in options.names:
         if name == "judges":
-            rows += measure_judges(options.count)
-        else:
-            rows += [measure(name, objects, options.count) for objects in (1, 2, 3)]
-        versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps({"machine": MACHINE, "versions": versions, "rows": rows}, indent=1) + "\n")
-        print(json.dumps(rows, indent=1), flush=True)
+            record(measure_judges(options.count))
+        for objects in options.objects if name != "judges" else []:
+            record([measure(name, objects, options.count)])
 
 
-def _group(row: dict) -> str:
-    return row["model"] if row["model"] in tiny.NAMES else "judges"
+def record(fresh: list[dict]) -> None:
+    """Put rows into the results file, in place of older rows of the same model and object count."""
+    old = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    replaced = {_key(row) for row in fresh}
+    rows = sorted([row for row in old if _key(row) not in replaced] + fresh, key=_key)
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    write_json(RESULTS, {"machine": MACHINE, "versions": versions, "rows": rows})
+    for row in fresh:
+        print(json.dumps(row), flush=True)
+
+
+def _key(row: dict) -> tuple[str, int]:
+    return row["model"], row.get("objects", 0)
 
 
 if __name__ == "__main__":
