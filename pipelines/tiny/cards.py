@@ -19,7 +19,11 @@ WHAT = {
     "pixart": """`PixArtSigmaPipeline`, unmodified: a T5 encoder (3 layers, width 128), a `PixArtTransformer2DModel`
 (6 blocks, 4 heads of 64, patch 2 on a 16x16x4 latent, {denoiser:.1f} M parameters) and an `AutoencoderKL` with 4x
 reduction (latents of mean 0 and variance 1, so `scaling_factor` is 1). v-prediction, averaged weights (0.999), 10 % of
-the captions empty.""",
+the captions empty.
+
+Known limit: with two objects the colours are right but shapes are often swapped or doubled, because the jointly
+trained text encoder forgot which colour belongs to which shape; `pipelines/tiny/train_refine.py` is the second stage
+against that, not yet run for these weights.""",
     "sd": """`StableDiffusionPipeline`, unmodified, without safety checker: a CLIP text encoder (3 layers, width 128),
 a `UNet2DConditionModel` (64, 128, 192 channels, cross attention at 8x8 and 4x4, {denoiser:.1f} M parameters) and the
 same `AutoencoderKL` as tiny-pixart. v-prediction, averaged weights (0.999), 10 % of the captions empty.""",

@@ -222,7 +222,11 @@ def v_loss(student: Student, clean: torch.Tensor, texts: list[str], alphas: torc
 
 
 def write_pipeline(name: str, average: Average) -> Path:
-    """Write the whole pipeline with averaged weights in bf16, replacing the folder in one rename."""
+    """Write the pipeline with averaged weights, replacing the folder in one rename.
+
+    Denoiser and autoencoder are stored in bf16, the small text encoder in fp32: transformers loads the stored type
+    where diffusers loads fp32, so that a bare `from_pretrained` gives one type throughout.
+    """
     student = pixart() if name == "pixart" else sd()
     both = nn.ModuleDict({"denoiser": student.denoiser, "encoder": student.encoder})
     both.load_state_dict(average.values, strict=False)
@@ -235,7 +239,9 @@ def write_pipeline(name: str, average: Average) -> Path:
         extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipe = StableDiffusionPipeline(unet=student.denoiser, **parts, **extra)
     fresh, final, old = RUNS / f"tiny-{name}.new", FOLDER / f"tiny-{name}", RUNS / f"tiny-{name}.old"
-    pipe.to(torch.bfloat16).save_pretrained(fresh)
+    student.denoiser.to(torch.bfloat16)
+    vae.to(torch.bfloat16)
+    pipe.save_pretrained(fresh)
     if (final / "README.md").exists():
         for extra_file in ("README.md", "loss.png"):
             shutil.copy(final / extra_file, fresh / extra_file)
