@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from diffusers import AutoModel
 from torch import nn
 
 from dq import drafts, hub, layers, recipes
 from dq.plan import Plan
 from tests import zoo
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 FLUX, UNET, WAN, PIXART = (
     "FluxTransformer2DModel",
     "UNet2DConditionModel",
@@ -52,3 +54,14 @@ def stepped(model: nn.Module, edges: tuple[float, ...], spread: float = 4.0) -> 
         hub.put(model, name, packed)
     hub.mark(model, plan)
     return plan
+
+
+def load(folder, **options):
+    return AutoModel.from_pretrained(str(folder), **options)
+
+
+def same_state(a: nn.Module, b: nn.Module) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
+    )
