@@ -21,9 +21,9 @@ WHAT = {
 reduction (latents of mean 0 and variance 1, so `scaling_factor` is 1). v-prediction, averaged weights (0.999), 10 % of
 the captions empty.
 
-Known limit: with two objects the colours are right but shapes are often swapped or doubled, because the jointly
-trained text encoder forgot which colour belongs to which shape; `pipelines/tiny/train_refine.py` is the second stage
-against that, not yet run for these weights.""",
+Two stages: trained jointly with the transformer, the encoder lost which colour belongs to which shape, so a second
+stage (`pipelines/tiny/train_refine.py`) goes on with an encoder trained on text alone and frozen. The jump in the
+curve is where it starts.""",
     "sd": """`StableDiffusionPipeline`, unmodified, without safety checker: a CLIP text encoder (3 layers, width 128),
 a `UNet2DConditionModel` (64, 128, 192 channels, cross attention at 8x8 and 4x4, {denoiser:.1f} M parameters) and the
 same `AutoencoderKL` as tiny-pixart. v-prediction, averaged weights (0.999), 10 % of the captions empty.""",
@@ -54,11 +54,20 @@ def ship_recogniser() -> None:
     net.to(torch.bfloat16).save_pretrained(FOLDER / SHIPPED["recogniser"])
 
 
+def _curve(name: str) -> list[dict]:
+    """The losses of a run, and of its second stage if it has one, with steps and seconds going on."""
+    rows = json.loads((RUNS / name / "curve.json").read_text())
+    second, start = RUNS / f"{name}-refine" / "curve.json", rows[-1]
+    for row in json.loads(second.read_text()) if second.exists() else ():
+        rows.append(row | {key: row[key] + start[key] for key in ("step", "seconds")})
+    return rows
+
+
 def write_card(name: str) -> None:
     """README.md and loss.png of one shipped model, from its curve and its measured rows."""
     from pipelines import tiny
 
-    folder, curve = FOLDER / SHIPPED[name], json.loads((RUNS / name / "curve.json").read_text())
+    folder, curve = FOLDER / SHIPPED[name], _curve(name)
     draw_curve(curve, folder / "loss.png", LINES[name])
     call = ", ".join(f"{key}={value}" for key, value in tiny.CALL.get(SHIPPED[name], {}).items())
     text = [f"# {SHIPPED[name]}", WHAT[name].format(denoiser=_million(folder)), "## Use"]
@@ -66,7 +75,7 @@ def write_card(name: str) -> None:
     last, minutes = curve[-1], curve[-1]["seconds"] / 60
     text.append(
         f"{last['step']} steps in {minutes:.0f} minutes on one of {evaluate.MACHINE}, shared with other work "
-        f"(`python -m pipelines.tiny.train {name}`); text encoder, autoencoder and latents came before."
+        "(`python -m pipelines.tiny.train`); text encoder, autoencoder and latents came before."
     )
     text += ["![loss over steps](loss.png)", "## Held-out figures", _figures(name)]
     (folder / "README.md").write_text("\n\n".join(text) + "\n")

@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-MINUTES = {"recogniser": 7, "vae": 10, "text": 7, "pixart": 67.5, "refine": 19, "sd": 43, "clip": 4.5, "cards": 0}
+MINUTES = {"recogniser": 7, "vae": 10, "text": 7, "pixart": 67.5, "refine": 12, "sd": 43, "clip": 4.5, "cards": 0}
 
 
 def train(part: str, minutes: float) -> None:
