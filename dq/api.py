@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dq import hub, layers, loading, recipes
+from dq import adapters, hub, layers, loading, recipes
 from dq.layers import PackedStack, packed_layers
 from dq.plan import DQError, LayerPlan, Plan, Recipe, nearest
 from dq.report import Report, Row
@@ -146,7 +146,7 @@ def _plan_all(models: Mapping[str, tuple[nn.Module, Recipe | Plan]], keep: Seque
             raise DQError(
                 f"{part or type(model).__name__} is already quantized (layer {first!r}); call dq.dequantize first"
             )
-        if any(hasattr(module, "base_layer") for module in model.modules()):
+        if adapters.attached(model) is not None:
             raise DQError(f"{part or type(model).__name__} has adapters attached; fuse_lora() and unload them first")
         if isinstance(wanted, Plan) and keep:
             raise DQError(f"keep={list(keep)} goes with a recipe, got a plan; take the layers out of the plan instead")

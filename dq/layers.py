@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from dq import kernels
-from dq.clock import Clock
 from dq.formats import FormatError, check_finite
 from dq.kernels import Conv, Tensors, reference
 from dq.plan import DQError, LayerPlan
@@ -348,9 +347,3 @@ def fill(name: str, packed: nn.Module, weight: torch.Tensor) -> None:
 def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Packed layers and stacks of a model by dotted name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, _Packed | PackedStack)}
-
-
-def attach_clock(layers: list[nn.Module], clock: Clock) -> None:
-    """Let layers with step tables read `clock`."""
-    for layer in layers:
-        layer.clock = clock

@@ -164,6 +164,14 @@ class QuantizerBase:
         self.quantization_config.compute_dtype = str(self.compute_dtype).removeprefix("torch.")
         return self.compute_dtype
 
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
     def validate_environment(self, *args, device_map=None, **kwargs) -> None:
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         if "disk" not in [str(place) for place in places]:
@@ -282,14 +290,6 @@ class DQQuantizer(QuantizerBase, DiffusersQuantizer):
     def is_serializable(self) -> bool:
         return True
 
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
-
 
 def forget(model: nn.Module) -> None:
     """Drop the quantization entry from a diffusers model's config, so that it saves as an ordinary model."""
@@ -362,12 +362,4 @@ class DQTransformersQuantizer(QuantizerBase, HfQuantizer):
         return None, files.metadata(model.state_dict())
 
     def is_serializable(self, **kwargs) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
         return True

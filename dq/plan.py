@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 
 from dq import formats
@@ -106,17 +107,17 @@ class LayerPlan:
     @property
     def columns(self) -> int:
         """Columns of the weight as a matrix: input features (times kernel size for a convolution)."""
-        return self.shape[1] if self.kind == "stack" else _product(self.shape[1:])
+        return self.shape[1] if self.kind == "stack" else prod(self.shape[1:])
 
     @property
     def pointwise(self) -> bool:
         """Whether this is a convolution that looks at one pixel at a time."""
-        return self.kind.startswith("conv") and _product(self.shape[2:]) == 1
+        return self.kind.startswith("conv") and prod(self.shape[2:]) == 1
 
     @property
     def parts(self) -> list[tuple[int, int]]:
         """Column ranges [start, stop) of the weight matrix that have scales of their own (one unless split)."""
-        taps = 1 if self.kind in ("linear", "stack") else _product(self.shape[2:])
+        taps = 1 if self.kind in ("linear", "stack") else prod(self.shape[2:])
         edges = [0, *(split * taps for split in self.splits), self.columns]
         return list(pairwise(edges))
 
@@ -144,8 +145,6 @@ class LayerPlan:
             if self.act.grain.kind not in fits:
                 got = f"layer {name!r}: dynamic activation granularity {self.act.granularity!r} of a {self.kind}"
                 raise DQError(f"{got} with weight {self.shape}, expected {' or '.join(fits)}")
-        if self.rank and self.kind != "linear" and _product(self.shape[2:]) < 1:
-            raise DQError(f"layer {name!r}: rank {self.rank} needs a linear or convolution weight, got {self.shape}")
 
     def to_dict(self) -> dict:
         """JSON form; fields at their default are left out."""
@@ -279,10 +278,3 @@ def _check_fields(cls: type, data: dict, what: str) -> None:
 
 
 _spec = cache(formats.get)
-
-
-def _product(values: Iterable[int]) -> int:
-    total = 1
-    for value in values:
-        total *= value
-    return total

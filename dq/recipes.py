@@ -64,6 +64,7 @@ class _Weight:
     kind: str
     shape: tuple[int, ...]
     groups: int = 1
+    pixelwise: bool = False  # a convolution that maps each pixel by itself: kernel and stride 1, no padding
 
     @property
     def elements(self) -> int:
@@ -100,7 +101,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, _Weight]]:
     for name, module in model.named_modules():
         kind = kind_of(module)
         if kind is not None:
-            yield name, _Weight(kind, tuple(module.weight.shape), getattr(module, "groups", 1))
+            groups, pixelwise = getattr(module, "groups", 1), kind != "linear" and _is_pixelwise(module)
+            yield name, _Weight(kind, tuple(module.weight.shape), groups, pixelwise)
         elif "Expert" in type(module).__name__:
             for key, value in module.named_parameters(recurse=False):
                 if value.dim() == 3 and value.is_floating_point():
@@ -172,10 +174,15 @@ def _layer_plan(recipe: Recipe, role: str, weight: _Weight) -> LayerPlan | str:
     if role == "weight_only" and act:
         return only(form, "sensitive activations, named by the family")
     plan = LayerPlan(weight.kind, weight.shape, TensorPlan.parse(form), TensorPlan.parse(act) if act else None)
-    return _pixelwise(plan) if plan.pointwise and act else plan
+    return _per_pixel(plan) if weight.pixelwise and act else plan
 
 
-def _pixelwise(plan: LayerPlan) -> LayerPlan:
+def _is_pixelwise(module: nn.Module) -> bool:
+    sizes = (*module.kernel_size, *module.stride, module.groups)
+    return all(size == 1 for size in sizes) and not any(module._reversed_padding_repeated_twice)
+
+
+def _per_pixel(plan: LayerPlan) -> LayerPlan:
     """A pointwise convolution is a linear over channels: one activation scale per pixel instead of one per sample."""
     return replace(plan, act=replace(plan.act, granularity="token"))
 

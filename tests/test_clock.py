@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dq import clock, drafts, layers
+from dq import clock, drafts
 from dq.clock import Clock
 from dq.plan import DQError, LayerPlan, TensorPlan
 
@@ -85,7 +85,7 @@ def test_a_layer_with_a_table_uses_the_scale_of_the_running_step():
     draft = drafts.draft(model.proj, LayerPlan("linear", (4, 4), TensorPlan.parse("int8/channel"), act, steps=2))
     draft.act_scale.copy_(torch.tensor([[0.1], [0.5]]))
     model.proj = draft.pack(torch.float32)
-    layers.attach_clock([model.proj], running)
+    model.proj.clock = running
     clock.attach(model, running, "timestep")
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     weight, bias = model.proj.dense_weight(), model.proj.bias

@@ -191,3 +191,16 @@ def test_recipes_come_by_name_object_and_file(tmp_path):
     assert isinstance(recipes.get(str(tmp_path / "plan.json")), Plan)
     with pytest.raises(DQError, match=r"recipe 'int8-wieght' is unknown, .*Did you mean 'int8-weight'"):
         recipes.get("int8-wieght")
+
+
+@pytest.mark.parametrize("options", [{"stride": 2}, {"padding": 1}, {}], ids=["strided", "padded", "plain"])
+def test_pointwise_convolutions_of_any_geometry_are_quantized(options):
+    model = nn.Sequential(nn.Conv2d(32, 32, 1, **options))
+    x = torch.randn(2, 32, 6, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(x)
+        plan = recipes.make_plan(model, recipes.get("int8"))
+        assert str(plan.layers["0"].act) == ("int8a/tensor" if options else "int8a/token")
+        dq.quantize(model, plan, progress=False)
+        noise = (model(x) - before).square().mean()
+    assert 10 * torch.log10(before.square().mean() / noise) > 35

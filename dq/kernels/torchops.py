@@ -42,7 +42,7 @@ def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> 
         return "torch's int8 kernels have no fixed activation shift"
     if conv is not None and conv.groups > 1:
         return "a grouped convolution is one small product per group"
-    if op == "conv" and plan.splits and not plan.pointwise:
+    if op == "conv" and plan.splits and plan.act.granularity != "token":
         return "an input split needs one convolution per part"
     if device == "cuda" and any(size % 8 for size in (plan.shape[0], *(b - a for a, b in plan.parts))):
         return f"_int_mm on CUDA needs sizes in multiples of 8, got {plan.shape}"
@@ -67,7 +67,7 @@ def label(op: str, plan: LayerPlan) -> str:
     if plan.weight.format == "fp8":
         return "torch._scaled_mm fp8 x fp8"
     pair = f"{plan.weight.format} x {plan.act.format}"
-    patches = " on patches" if op == "conv" and not plan.pointwise else ""
+    patches = " on patches" if op == "conv" and plan.act.granularity != "token" else ""
     return f"torch._int_mm {pair}{patches}"
 
 
