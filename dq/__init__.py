@@ -17,6 +17,7 @@ _HOMES = {
     "explain": "api",
     "dequantize": "api",
     "recipes": "recipes",
+    "Calibration": "calibration",
     "Report": "report",
     "set_backend": "layers",
     "save": "hub",

@@ -1,4 +1,4 @@
-"""The verbs: quantize = plan -> validate -> pack -> swap -> mark; explain; dequantize.
+"""The verbs: quantize = plan -> validate -> (capture -> fit) -> pack -> swap -> mark; explain; dequantize.
 
 Quantizing is a transaction: every layer of every component is packed before the first one is swapped, so a failure
 leaves the target as it was.
@@ -7,6 +7,7 @@ leaves the target as it was.
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dq import adapters, hub, layers, loading, recipes
+from dq import adapters, families, hub, layers, loading, recipes
 from dq.layers import PackedStack, packed_layers
 from dq.plan import DQError, LayerPlan, Plan, Recipe, nearest
 from dq.report import Report, Row
@@ -38,28 +39,39 @@ def quantize(
 
     target       DiffusionPipeline (every denoiser in it) or an nn.Module (on the meta device: shapes only)
     recipe       a name from `dq.recipes()`, a Recipe, a Plan, or the path of a plan or recipe JSON
-    components   further parts of a pipeline and their recipes, e.g. {"text_encoder_2": "int8-weight"}
+    calibration  for recipes of a method: a dq.Calibration, or a function that runs a bare model as its user does
+    components   further parts of a pipeline and their data-free recipes, e.g. {"text_encoder_2": "int8-weight"}
     keep         patterns, matched from the start of layer names, left in full precision
     Raises DQError for wrong use; the target is then as it was.
     """
     start = time.perf_counter()
     wanted = recipes.get(recipe)
-    _refuse_unfitted(wanted, recipe, calibration, budget)
+    if budget is not None:
+        raise DQError("budget: this version has no mixed-precision search; leave budget=None and choose a recipe")
+    calibration = _resolve(target, wanted, calibration)
     models = {name: (model, wanted) for name, model in find_denoisers(target).items()}
     models |= _named_components(target, components or {})
     keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
     plans = _plan_all(models, keep)
-    packed, rows, before = {}, [], _bytes(model for model, _ in models.values())
+    before = _bytes(model for model, _ in models.values())
+    packed, errors, notes = {}, {}, []
+    fitted = {part: entry[0] for part, entry in models.items() if calibration and entry[1] is wanted}
+    if fitted:
+        packed, errors, notes = _fit_all(target, fitted, plans, wanted, calibration, progress)
     for part, (model, _) in models.items():
-        packed[part], found = _pack_all(part, model, plans[part], progress)
-        rows += found
+        if part not in fitted:
+            packed[part], errors[part] = _pack_all(part, model, plans[part], progress)
+    rows = [
+        row for part, (model, _) in models.items() for row in _rows(part, model, plans[part], packed[part], errors)
+    ]
     for part, (model, _) in models.items():
         for name, layer in packed[part].items():
             loading.put(model, name, layer)
         hub.mark(model, plans[part])
     after = _bytes(model for model, _ in models.values())
     name = getattr(wanted, "name", None) or getattr(wanted, "recipe", "")
-    return Report(_with_kernels(rows, models), before, after, time.perf_counter() - start, name)
+    notes += _step_notes(plans)
+    return Report(_with_kernels(rows, models), before, after, time.perf_counter() - start, name, notes=notes)
 
 
 def explain(target) -> Report:
@@ -77,7 +89,10 @@ def explain(target) -> Report:
         rows += [_kept_row(part, model, name, reason) for name, reason in kept.items()]
     before = sum(_dense_bytes(model) for model in models.values())
     recipe = ", ".join(dict.fromkeys(hub.plan_of(model).recipe for model in models.values()))
-    return Report(_with_kernels(rows, models), before, _bytes(models.values()), 0.0, recipe)
+    plans = {part: hub.plan_of(model) for part, model in models.items()}
+    report = Report(_with_kernels(rows, models), before, _bytes(models.values()), 0.0, recipe)
+    report.notes += _step_notes(plans)
+    return report
 
 
 def dequantize(target) -> None:
@@ -126,15 +141,59 @@ def _named_components(target, components: Mapping) -> dict[str, tuple[nn.Module,
     return found
 
 
-def _refuse_unfitted(wanted: Recipe | Plan, recipe, calibration, budget) -> None:
-    if budget is not None:
-        raise DQError("budget: this version has no mixed-precision search; leave budget=None and choose a recipe")
-    if getattr(wanted, "needs_calibration", False):
-        if calibration is None:
-            raise DQError(f"recipe {recipe!r} needs calibration data; pass calibration=dq.Calibration(prompts=...)")
-        raise DQError(f"recipe {recipe!r} needs a calibration method, and this version has data-free recipes only")
-    if calibration is not None:
-        raise DQError(f"recipe {recipe!r} is data-free; leave calibration=None")
+def _resolve(target, wanted: Recipe | Plan, calibration):
+    """The Calibration a recipe is fitted with, None for a data-free one. DQError when the two do not go together."""
+    name = getattr(wanted, "name", None) or getattr(wanted, "recipe", "")
+    if not getattr(wanted, "needs_calibration", False):
+        if calibration is not None:
+            raise DQError(f"recipe {name!r} is data-free; leave calibration=None")
+        return None
+    from dq import calibration as capturing
+    from dq import methods
+
+    if wanted.method not in methods.files():
+        raise DQError(
+            f"recipe {name!r}: method {wanted.method!r} is unknown, {nearest(wanted.method, methods.files())}"
+        )
+    if calibration is None:
+        hint = "dq.Calibration(prompts=...)" if not isinstance(target, nn.Module) else "a function that runs the model"
+        raise DQError(f"recipe {name!r} needs calibration data; pass calibration={hint}")
+    return capturing.resolve(calibration)
+
+
+def _fit_all(target, models, plans, recipe, calibration, progress: bool):
+    """Capture what the denoisers see and fit them; -> packed layers and errors by part, notes. Plans are updated."""
+    from dq import calibration as capturing
+    from dq import methods
+    from dq.trace import Trace
+
+    packed, errors, notes = {}, {}, []
+    for part, model in models.items():
+        plans[part] = methods.prepared(model, plans[part], recipe)
+    identity = json.dumps(recipe.to_dict(), sort_keys=True)
+    with calibration.workplace() as folder:
+        named = {part or "model": model for part, model in models.items()}
+        begun = time.perf_counter()
+        capturing.capture(target, named, calibration, folder, progress)
+        notes.append(f"captured in {time.perf_counter() - begun:.0f} s")
+        for part, model in models.items():
+            place, family = folder / (part or "model"), families.of(model)
+            most = methods.calls_worth(place, recipe)
+            trace = Trace(model, plans[part], family, place, calibration.seed, identity=identity, most=most)
+            fitted = methods.walk(trace, recipe, getattr(torch, plans[part].compute_dtype), progress)
+            plans[part] = methods.finish(model, plans[part], trace, fitted)
+            packed[part], errors[part] = fitted.packed, fitted.error_db
+            notes += fitted.notes(trace)
+    return packed, errors, notes
+
+
+def _step_notes(plans: Mapping[str, Plan]) -> list[str]:
+    return [
+        f"{part or 'model'}: activation scales for {len(plan.edges) + 1} step buckets, cut at {plan.timestep} = "
+        f"{plan.edges[0]:g} ... {plan.edges[-1]:g}; a timestep beyond takes the nearest bucket"
+        for part, plan in plans.items()
+        if plan.edges
+    ]
 
 
 def _plan_all(models: Mapping[str, tuple[nn.Module, Recipe | Plan]], keep: Sequence[str]) -> dict[str, Plan]:
@@ -165,9 +224,9 @@ def _compute_dtype(model: nn.Module) -> torch.dtype:
     return max(sizes, key=sizes.get, default=torch.float32)
 
 
-def _pack_all(part: str, model: nn.Module, plan: Plan, progress: bool) -> tuple[dict[str, nn.Module], list[Row]]:
-    """Pack every planned layer beside the model, which stays untouched; rows in plan order, kept layers last."""
-    packed, rows, dtype = {}, [], getattr(torch, plan.compute_dtype)
+def _pack_all(part: str, model: nn.Module, plan: Plan, progress: bool) -> tuple[dict, dict]:
+    """Pack every planned layer beside the model, which stays untouched; -> layers and weight SQNR in dB by name."""
+    packed, errors, dtype = {}, {}, getattr(torch, plan.compute_dtype)
     bar = tqdm(plan.layers.items(), desc=f"quantize {part or type(model).__name__}", disable=not progress, delay=2)
     for name, layer_plan in bar:
         weight, source = _weight_of(model, name, layer_plan)
@@ -175,10 +234,17 @@ def _pack_all(part: str, model: nn.Module, plan: Plan, progress: bool) -> tuple[
             packed[name] = layers.pack_stack(name, weight, layer_plan, dtype)
         else:
             packed[name] = layers.pack(name, source, layer_plan, dtype)
-        decibels = _sqnr_db(weight, packed[name].dense_weight())
-        rows.append(_row(part, name, layer_plan, _layer_bytes(packed[name]), decibels, layer_plan.reason))
-    rows += [_kept_row(part, model, name, reason) for name, reason in plan.kept.items()]
-    return packed, rows
+        errors[name] = _sqnr_db(weight, packed[name].dense_weight())
+    return packed, errors
+
+
+def _rows(part: str, model: nn.Module, plan: Plan, packed: Mapping, errors: Mapping) -> list[Row]:
+    """Report rows of one model, in plan order, kept layers last."""
+    rows = [
+        _row(part, name, layer, _layer_bytes(packed[name]), errors[part].get(name), layer.reason)
+        for name, layer in plan.layers.items()
+    ]
+    return rows + [_kept_row(part, model, name, reason) for name, reason in plan.kept.items()]
 
 
 def _weight_of(model: nn.Module, name: str, plan: LayerPlan) -> tuple[torch.Tensor, nn.Module | None]:

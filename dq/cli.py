@@ -63,6 +63,14 @@ def quantize(
     recipe: Annotated[Optional[str], typer.Option(help="A recipe name, or a recipe JSON.")] = None,  # noqa: UP045
     plan: Annotated[Optional[Path], typer.Option(help="A plan JSON, in place of a recipe.")] = None,  # noqa: UP045
     prompts: Annotated[Optional[Path], typer.Option(help="Calibration prompts, one a line.")] = None,  # noqa: UP045
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a calibration run.")] = 20,
+    samples: Annotated[int, typer.Option(min=1, help="Denoiser inputs to record for calibration.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration runs.")] = 0,
+    policy: Annotated[
+        str, typer.Option(help="Which inputs: stratified, uniform, all, normal, clustered.")
+    ] = "stratified",
+    extra: Annotated[list[str], typer.Option("--set", help="Calibration call argument: name=JSON, may repeat.")] = [],  # noqa: B006
+    work: Annotated[Optional[Path], typer.Option(help="Folder to calibrate in; a killed run goes on there.")] = None,  # noqa: UP045
     budget_gib: Annotated[Optional[float], typer.Option(help="Most GiB of the denoiser.")] = None,  # noqa: UP045
     dtype: Dtype = "bf16",
     keep: Annotated[list[str], typer.Option(help="Layers left as they are: a pattern, may repeat.")] = [],  # noqa: B006
@@ -75,14 +83,20 @@ def quantize(
     if (recipe is None) == (plan is None):
         raise DQError(f"got {'no recipe' if plan is None else 'two'}, expected either --recipe NAME or --plan FILE")
     wanted = recipes.get(recipe or plan)
-    if prompts is not None:
-        raise DQError(f"recipe {recipe or str(plan)!r} is data-free and reads no prompts; leave --prompts out")
+    fitted = getattr(wanted, "needs_calibration", False)
+    if not fitted and (prompts is not None or work is not None):
+        option = "--prompts" if prompts is not None else "--work"
+        raise DQError(f"recipe {recipe or str(plan)!r} is data-free and reads no prompts; leave {option} out")
     parts = dict(_pair(text, "--component", "text_encoder=int8-weight") for text in component)
     with replacing(out, force) as place:
         target = saved.load(model, _dtype(dtype))
         import dq
 
-        report = dq.quantize(target, wanted, budget=budget_gib, components=parts, keep=keep)
+        given = None
+        if fitted:
+            call = _plain_size(target) | _arguments(extra)
+            given = dq.Calibration(prompts, steps, samples, seed, policy, call, folder=work)
+        report = dq.quantize(target, wanted, calibration=given, budget=budget_gib, components=parts, keep=keep)
         dq.save(target, place)
     print(report)
     print(f"saved to {out}")
@@ -123,7 +137,7 @@ def generate(
     pipe = saved.load(folder, _dtype(dtype)).to(_device(device))
     given = {"negative_prompt": negative_prompt, "guidance_scale": guidance, "height": height, "width": width}
     call = {"num_inference_steps": steps} | {key: value for key, value in given.items() if value is not None}
-    call |= {key: _value(text) for key, text in (_pair(text, "--set", "eta=0.5") for text in extra)}
+    call |= _arguments(extra)
     _draw(pipe, prompt, seed, call).save(out)
     print(f"wrote {out}")
 
@@ -234,6 +248,11 @@ def _pair(text: str, option: str, example: str) -> tuple[str, str]:
     if not (name and equals and value):
         raise DQError(f"{option}: got {text!r}, expected name=value, for example {option} {example}")
     return name, value
+
+
+def _arguments(texts: list[str]) -> dict:
+    """Call arguments given as name=JSON."""
+    return {key: _value(value) for key, value in (_pair(text, "--set", "eta=0.5") for text in texts)}
 
 
 def _value(text: str):

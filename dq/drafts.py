@@ -1,9 +1,9 @@
 """The layers while they are fitted: float weights rounded in every forward, differentiable in all their tensors.
 
-    y = Q(W) Q(x * smooth) + up (down (x * smooth)) + bias
+    y = Q(W) Q(z) + up (down z) + bias,    z = (x * smooth) R
 
-W is already divided by `smooth` and has the low-rank branch taken out. Shapes as in `layers.py`; a draft and the layer
-it packs into give the same output, up to the compute dtype's rounding.
+W is already divided by `smooth`, rotated, and has the low-rank branch taken out. Shapes as in `layers.py`; a draft and
+the layer it packs into give the same output, up to the compute dtype's rounding.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dq import hadamard
+from dq.formats import Scales
 from dq.kernels import Conv, Tensors, dense, reference
 from dq.layers import PACKED, encode, geometry, per_channel
 from dq.plan import LayerPlan
@@ -21,7 +23,8 @@ class DraftLinear(nn.Module):
     """A linear being fitted: x (..., in) -> (..., out).
 
     weight (out, in), bias (out,), smooth (in,), proj_down (rank, in), proj_up (out, rank), act_scale (steps, parts):
-    fp32 Parameters, None where the plan has no such thing. Starts neutral: smooth 1, branch 0, act_scale 1.
+    fp32 Parameters, None where the plan has no such thing. Starts neutral: smooth 1, branch 0, act_scale 1; the weight
+    is the layer's, rotated if the plan says so. scales: weight scales of each part, None to follow the weight's range.
     """
 
     op = "linear"
@@ -29,7 +32,9 @@ class DraftLinear(nn.Module):
     def __init__(self, module: nn.Module, plan: LayerPlan):
         super().__init__()
         self.plan, self.source, self.clock = plan, [module], None  # a list hides the source from named_modules
-        self.weight = nn.Parameter(module.weight.detach().float().clone())
+        weight = module.weight.detach().float()
+        self.weight = nn.Parameter(hadamard.rotate(weight, plan.rotate, 1) if plan.rotate else weight.clone())
+        self.scales: list[Scales] | None = None
         self.bias = None if module.bias is None else nn.Parameter(module.bias.detach().float().clone())
         self.smooth = self._new(torch.ones, plan.shape[1]) if plan.smooth else None
         self.proj_down = self._new(torch.zeros, plan.rank, plan.columns) if plan.rank else None
@@ -45,13 +50,19 @@ class DraftLinear(nn.Module):
         """The weight as the packed layer will hold it: fp32, full shape, straight-through gradient."""
         spec, grain = self.plan.weight.spec, self.plan.weight.grain
         rows = self.weight.reshape(self.plan.rows, -1)
-        parts = [spec.fake(rows[:, first:last], grain) for first, last in self.plan.parts]
+        given = self.scales or [()] * len(self.plan.parts)
+        pairs = zip(self.plan.parts, given, strict=True)
+        parts = [spec.fake(rows[:, first:last], grain, *scale) for (first, last), scale in pairs]
         return torch.cat(parts, 1).reshape(self.plan.shape)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        wide = self._padded(input.float())
+    def transform(self, x: torch.Tensor) -> torch.Tensor:
+        """The input as it is rounded: smoothed and rotated."""
         if self.smooth is not None:
-            wide = wide * per_channel(self.smooth, wide, self.op == "conv")
+            x = x * per_channel(self.smooth, x, self.op == "conv")
+        return hadamard.rotate(x, self.plan.rotate, 1 if self.op == "conv" else -1) if self.plan.rotate else x
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        wide = self.transform(self._padded(input.float()))
         stored = self.act_scale
         if stored is not None:
             stored = stored.index_select(0, self.clock.to(stored.device))[0] if self.plan.steps > 1 else stored[0]
@@ -75,7 +86,7 @@ class DraftLinear(nn.Module):
         """The packed layer that ships in this one's place."""
         device = self.weight.device
         packed = PACKED[self.plan.kind].like(self.source[0], self.plan, compute_dtype, str(device))
-        for name, value in encode(self.weight.reshape(self.plan.rows, -1), self.plan).items():
+        for name, value in encode(self.weight.reshape(self.plan.rows, -1), self.plan, self.scales).items():
             packed.put(name, value)
         for name in ("smooth", "act_scale"):
             if getattr(self, name) is not None:

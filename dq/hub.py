@@ -63,7 +63,7 @@ __all__ = ["DQConfig", "DQQuantizer", "check_fit", "load", "mark", "plan_of", "p
 __all__ += ["save", "swap", "to_dense", "unmark"]
 
 
-OVERRIDES = {field.name for field in dataclasses.fields(Recipe)} - {"name", "keep", "needs_calibration"}
+OVERRIDES = {field.name for field in dataclasses.fields(Recipe)} - {"name", "keep", "method", "options"}
 
 
 class DQMethod(str, enum.Enum):  # noqa: UP042 - a StrEnum prints differently in the host's messages

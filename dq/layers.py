@@ -1,24 +1,24 @@
 """The layers that ship: bytes and kernels in place of a linear, a convolution or stacked expert weights.
 
-    y = W' Q(x * smooth) + up (down (x * smooth)) + bias,    W' = Q(W / smooth - up down)
+    y = W' Q(z) + up (down z) + bias,    z = (x * smooth) R,    W' = Q((W / smooth) R - up down)
 
-x (..., in), W (out, in), smooth (in,), down (rank, in), up (out, rank). Convolutions are the same with channels for
-features. Packed layers subclass the layer they replace and hold plain Parameters only (no buffers, no tensor
-subclasses), so that offload, hooks, LoRA and safetensors treat them like any other layer; weights are int8 bytes,
-never uint8. Their differentiable counterparts, for fitting, are in `drafts.py`.
+x (..., in), W (out, in), smooth (in,), R (in, in) of Hadamard blocks, down (rank, in), up (out, rank). Convolutions
+are the same with channels for features. Packed layers subclass the layer they replace and hold plain Parameters only
+(no buffers, no tensor subclasses), so that offload, hooks, LoRA and safetensors treat them like any other layer;
+weights are int8 bytes, never uint8. Their differentiable counterparts, for fitting, are in `drafts.py`.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dq import kernels
-from dq.formats import FormatError, check_finite
+from dq import hadamard, kernels
+from dq.formats import FormatError, Scales, check_finite
 from dq.kernels import Conv, Tensors, reference
 from dq.plan import DQError, LayerPlan
 
@@ -58,10 +58,15 @@ def tensor_shapes(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dty
     return shapes
 
 
-def encode(weight: torch.Tensor, plan: LayerPlan) -> dict[str, torch.Tensor]:
-    """Round a float matrix (rows, columns) to the packed tensors `weight`, `scale` and what else the format has."""
+def encode(weight: torch.Tensor, plan: LayerPlan, scales: Sequence[Scales] | None = None) -> dict[str, torch.Tensor]:
+    """Round a float matrix (rows, columns) to the packed tensors `weight`, `scale` and what else the format has.
+
+    scales  of each part of the plan; without them they are fitted to the weight's range
+    """
     spec, grain = plan.weight.spec, plan.weight.grain
-    parts = [spec.encode(weight[:, first:last], grain) for first, last in plan.parts]
+    given = scales or [()] * len(plan.parts)
+    pairs = zip(plan.parts, given, strict=True)
+    parts = [spec.encode(weight[:, first:last], grain, *scale) for (first, last), scale in pairs]
     out = {"weight": spec.pack(torch.cat([part.codes for part in parts], 1).contiguous())}
     for name, dim in (("scale", 1), ("zero", 1), ("scale_global", 0)):
         if getattr(parts[0], name) is not None:
@@ -154,20 +159,24 @@ class _Packed(_Frozen):
         )
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        """smooth, then the chosen kernel: quantize, multiply, low-rank branch, bias."""
+        """smooth, rotate, then the chosen kernel: quantize, multiply, low-rank branch, bias."""
         if x.device.type != self._device:
             self.bind(x.device.type)
         if self.smooth is not None:
             x = x * per_channel(self.smooth, x, self.op == "conv")
+        if self.plan.rotate:
+            x = hadamard.rotate(x, self.plan.rotate, 1 if self.op == "conv" else -1)
         return self.choice.run(x, self.tensors())
 
     @torch.no_grad()
     def dense_weight(self) -> torch.Tensor:
-        """The fp32 weight this layer stands for, low-rank branch and smoothing included, in its original shape."""
+        """The fp32 weight this layer stands for, branch, rotation and smoothing included, in its original shape."""
         weight = reference.weight_decoder(self.plan)(self.tensors())
         if self.proj_up is not None:
             weight = weight + self.proj_up.float() @ self.proj_down.float()
         weight = weight.reshape(self.plan.shape)
+        if self.plan.rotate:
+            weight = hadamard.rotate(weight, self.plan.rotate, 1, inverse=True)
         if self.smooth is not None:
             weight = weight * self.smooth.reshape(1, -1, *[1] * (weight.dim() - 2))
         return weight
@@ -336,6 +345,8 @@ def fill(name: str, packed: nn.Module, weight: torch.Tensor) -> None:
     except FormatError as error:
         raise DQError(str(error)) from None
     rows = weight.transpose(1, 2) if plan.kind == "stack" else weight
+    if plan.rotate:
+        rows = hadamard.rotate(rows.float(), plan.rotate, 1)
     for key, value in encode(rows.reshape(plan.rows, -1).float(), plan).items():
         packed.put(key, value)
     for key, (shape, dtype) in tensor_shapes(plan).items():

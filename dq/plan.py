@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from dq import formats
 
@@ -84,6 +85,7 @@ class LayerPlan:
     act     None keeps activations in the compute dtype (weight-only). Dynamic scales never cross batch entries: a
             convolution's `tensor` is one scale per sample, its `token` one per pixel (pointwise convolutions only)
     smooth  a vector multiplies the input (its inverse is folded into the weight)
+    rotate  order of the Hadamard blocks that turn the (smoothed) input channels, 0 for none; folded into the weight
     rank    columns of the low-rank branch y += up @ (down @ x)
     splits  input channels at which the input is cut; each part has its own activation and weight scales
     steps   rows of the activation scale table (1 unless act.scale is "table")
@@ -94,6 +96,7 @@ class LayerPlan:
     weight: TensorPlan
     act: TensorPlan | None = None
     smooth: bool = False
+    rotate: int = 0
     rank: int = 0
     splits: tuple[int, ...] = ()
     steps: int = 1
@@ -138,8 +141,11 @@ class LayerPlan:
         inside = all(0 < split < self.shape[1] for split in self.splits)
         if not inside or list(self.splits) != sorted(set(self.splits)):
             raise DQError(f"layer {name!r}: splits {self.splits} must rise strictly inside its {self.shape[1]} inputs")
-        if self.kind == "stack" and (self.act or self.smooth or self.rank or self.splits):
-            raise DQError(f"layer {name!r}: stacked experts are weight-only; remove act, smooth, rank and splits")
+        if self.kind == "stack" and (self.act or self.smooth or self.rotate or self.rank or self.splits):
+            raise DQError(f"layer {name!r}: stacked experts are weight-only; leave only their weight format")
+        if self.rotate and any(split % self.rotate for split in (*self.splits, self.shape[1])):
+            cuts = f"{self.shape[1]} inputs" + (f" split at {self.splits}" if self.splits else "")
+            raise DQError(f"layer {name!r}: rotate is {self.rotate}, expected a divisor of its {cuts}")
         if self.act and self.act.scale == "dynamic":
             fits = ("token", "group") if self.kind == "linear" else ("tensor", "token")[: 1 + self.pointwise]
             if self.act.grain.kind not in fits:
@@ -228,6 +234,8 @@ class Recipe:
     modulation         weight of linears that see one token per sample (adaLN, time projections); weight-only
     edge               weight of embedders and final layers that are too big to keep; weight-only
     keep               anchored regular expressions of layers left in full precision, added to the family's
+    method             file of dq/methods that fits the layers to calibration data, "" for none
+    options            arguments of the method
     """
 
     name: str
@@ -236,7 +244,12 @@ class Recipe:
     modulation: str = "int8/channel"
     edge: str = "int8/channel"
     keep: tuple[str, ...] = ()
-    needs_calibration: bool = False
+    method: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return bool(self.method)
 
     def to_dict(self) -> dict:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}

@@ -1,4 +1,4 @@
-"""The named recipes, as data, and the planning of data-free ones: family + recipe + model -> Plan.
+"""The data-free recipes, as data, and planning: family + recipe + model -> Plan. Calibrated recipes: see `methods`.
 
 Layers inside blocks get the recipe's formats. Linears that see one token per sample are weight-only: quantizing their
 activations saves nothing and costs the most. Embedders and final layers are kept, smallest first, as long as all kept
@@ -37,8 +37,14 @@ RECIPES = {recipe.name: recipe for recipe in DATA_FREE}
 
 
 def names() -> list[str]:
-    """Names of all recipes."""
-    return list(RECIPES)
+    """Names of all recipes, the data-free ones first."""
+    return list(_all())
+
+
+def _all() -> dict[str, Recipe]:
+    from dq import methods  # the fit half: only for those who ask for more than a data-free recipe
+
+    return RECIPES | methods.recipes()
 
 
 def get(recipe: str | Path | Recipe | Plan) -> Recipe | Plan:
@@ -54,7 +60,10 @@ def get(recipe: str | Path | Recipe | Plan) -> Recipe | Plan:
     if text.endswith(".json") or Path(text).is_file():
         data = read_json(text)
         return Plan.from_dict(data) if "layers" in data else Recipe.from_dict(data)
-    raise DQError(f"recipe {text!r} is unknown, {nearest(text, RECIPES)}")
+    known = _all()
+    if text not in known:
+        raise DQError(f"recipe {text!r} is unknown, {nearest(text, known)}")
+    return known[text]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""README's results table, made from the committed rows: `python -m eval.table [--write]`."""
+"""README's result tables, made from the committed rows: `python -m eval.table [--write]`."""
 
 import argparse
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from eval import rows
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-START, END = "<!-- results -->", "<!-- /results -->"
+TABLES = ("results", "methods")  # each between lines <!-- name --> and <!-- /name --> of README.md
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -38,12 +38,52 @@ def speed(found: list[dict]) -> list[str]:
     return lines
 
 
+def methods(found: list[dict]) -> list[str]:
+    """Markdown lines of the table of methods, and why a row does not beat what it is set against."""
+    # imported here: only this table needs the recipes
+    from eval.methods import ENTRIES, REASONS
+
+    order = [entry.name for entry in ENTRIES]
+    against = {entry.name: entry.against for entry in ENTRIES}
+    decibels = {(row["model"], row["row"]): row["psnr_db"] for row in found}
+    head = ["model", "row", "bits", "PSNR to fp32 (gain)", "feature distance", "caption accuracy"]
+    head += ["noise SQNR early / middle / late", "bytes", "branch", "seconds", "kernel"]
+    lines, below = [_line(head), "|---" * len(head) + "|"], []
+    known = [row for row in found if row["row"] in order]
+    for row in sorted(known, key=lambda row: (row["model"], order.index(row["row"]))):
+        rival = decibels.get((row["model"], against[row["row"]]))
+        gain = None if rival is None else row["psnr_db"] - rival
+        lines.append(_line(_method_cells(row, gain)))
+        if gain is not None and gain <= 0:
+            reason = REASONS.get((row["model"], row["row"]), "no reason known")
+            below.append(f"- `{row['row']}` on {row['model']} does not beat {against[row['row']]}: {reason}")
+    return [*lines, "", *below] if below else lines
+
+
+def _method_cells(row: dict, gain: float | None) -> list[str]:
+    noise = " / ".join(f"{row[f'noise_sqnr_{third}_db']:.1f}" for third in ("early", "middle", "late"))
+    accuracy = f"{100 * row['caption_accuracy']:.0f} % (fp32: {100 * row['caption_accuracy_fp32']:.0f} %)"
+    kernel, count = max(row["kernels"].items(), key=lambda item: item[1])
+    cells = [row["model"], row["row"], row["bits"]]
+    cells += [f"{row['psnr_db']:.1f} dB" + ("" if gain is None else f" ({gain:+.1f})")]
+    cells += [f"{row['feature_distance']:.3f}", accuracy, f"{noise} dB"]
+    cells += [
+        f"{row['bytes'] / row['fp32_bytes']:.2f}x",
+        f"{100 * row['branch_share']:.0f} %" if row["branch_share"] else "",
+    ]
+    return [*cells, f"{row['seconds']:.0f}", f"{kernel} ({count} of {sum(row['kernels'].values())})"]
+
+
 def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def render() -> str:
-    """What stands between the markers, from eval/results."""
+def render(name: str = "results") -> str:
+    """What stands between the markers of a table, from eval/results; "" without rows."""
+    return {"results": _results, "methods": _methods}[name]()
+
+
+def _results() -> str:
     parts = []
     if found := rows.read(rows.FOLDER / "quality.json"):
         text = f"{found[0]['prompts']} held-out prompts a row, the same seeds; more figures are in eval/results."
@@ -53,28 +93,52 @@ def render() -> str:
     return "\n\n".join(parts)
 
 
-def current(text: str) -> str:
-    """What stands between the markers in a README's text; ValueError without them."""
-    _, start, rest = text.partition(START)
-    inside, end, _ = rest.partition(END)
-    if not start or not end:
-        raise ValueError(f"README.md lacks the lines {START} and {END}")
+def _methods() -> str:
+    found = rows.read(rows.FOLDER / "methods.json")
+    if not found:
+        return ""
+    commits = ", ".join(sorted({row["commit"] for row in found}))
+    text = (
+        f"{found[0]['prompts']} held-out prompts a row, seed {found[0]['seed']}, 20 steps, commit {commits}. Gain: "
+        "over plain rounding of the same layers, groups and activations (8-bit recipes: over `int8` or one range for "
+        "all steps). Feature distance: eval/metrics/feature_distance.py. Noise SQNR: the denoiser alone, on the "
+        "inputs of the fp32 run. Branch: low-rank factors, of the packed bytes. Kernel: of most layers."
+    )
+    return "\n".join([*methods(found), "", text])
+
+
+def current(text: str, name: str = "results") -> str | None:
+    """What stands between the markers of a table in a README's text; None without them.
+
+    ValueError for the table of results, which README.md must have, and for half a pair.
+    """
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if start not in text and end not in text and name != "results":
+        return None
+    _, found, rest = text.partition(start)
+    inside, closed, _ = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"README.md lacks the lines {start} and {end}")
     return inside.strip("\n")
+
+
+def written(text: str) -> str:
+    """A README's text with its tables made anew; tables without markers or rows stay as they are."""
+    for name in TABLES:
+        if current(text, name) is not None and (made := render(name)):
+            start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+            head, _, rest = text.partition(start)
+            text = f"{head}{start}\n{made}\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put it into README.md")
+    parser.add_argument("--write", action="store_true", help="put them into README.md")
     if parser.parse_args().write:
-        text = README.read_text()
-        README.write_text(text.replace(f"{START}{_between(text)}{END}", f"{START}\n{render()}\n{END}"))
+        README.write_text(written(README.read_text()))
     else:
-        print(render())
-
-
-def _between(text: str) -> str:
-    current(text)
-    return text.partition(START)[2].partition(END)[0]
+        print("\n\n".join(filter(None, map(render, TABLES))))
 
 
 if __name__ == "__main__":

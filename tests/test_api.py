@@ -247,7 +247,7 @@ def misshapen():
     return Plan.from_dict(json.loads(json.dumps(plan.to_dict()).replace("[32, 64]", "[32, 63]")))
 
 
-CALIBRATED = recipes.Recipe("mine", ("int8", "int8/token"), ("int8", None), needs_calibration=True)
+CALIBRATED = recipes.Recipe("mine", ("int8", "int8/token"), ("int8", None), method="mine")
 WRONG = {
     "recipe": ("int8-wight", {}, r"recipe 'int8-wight' is unknown, expected one of .*Did you mean 'int8-weight'\?"),
     "keep": ("int8", {"keep": ["to_q"]}, "keep pattern 'to_q' matches no layer"),

@@ -7,11 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from PIL import Image
+from torch import nn
 
 from eval import metrics
-from eval.metrics import psnr, trajectory_error
+from eval.metrics import feature_distance, noise_sqnr, psnr, trajectory_error
+from pipelines.tiny import scenes
+from pipelines.tiny.recogniser import as_tensor
 
 NAMES = [item.name for item in pkgutil.iter_modules(metrics.__path__)]
 
@@ -80,3 +84,89 @@ def test_trajectory_error_counts_every_step():
 def test_trajectory_error_refuses_runs_of_different_length():
     with pytest.raises(ValueError, match="2 and 1 steps"):
         trajectory_error.score([torch.ones(1, 1), torch.ones(1, 1)], [torch.ones(1, 1)])
+
+
+@pytest.fixture(scope="module")
+def renders():
+    drawn = [scenes.sample(i, scenes.HELD_OUT)[0] for i in range(6)]
+    return as_tensor(scenes.render(drawn))
+
+
+def _blurred(images: torch.Tensor, times: int) -> torch.Tensor:
+    for _ in range(times):
+        images = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    return images
+
+
+def test_feature_distance_of_equal_pictures_is_zero(renders):
+    assert feature_distance.score(renders, renders) == {"feature_distance": 0.0, "feature_distance_worst": 0.0}
+
+
+def test_feature_distance_grows_with_noise_and_with_blur(renders):
+    noise = torch.randn(renders.shape, generator=torch.Generator().manual_seed(0))
+    noisy = [(renders + level * noise).clamp(0, 1) for level in (0.01, 0.03, 0.1)]
+    for row in (noisy, [_blurred(renders, times) for times in (1, 2, 4)]):
+        found = torch.stack([feature_distance.per_picture(images, renders) for images in row])
+        assert (found > 0).all() and (found.diff(dim=0) > 0).all()
+
+
+def test_feature_distance_is_symmetric_and_at_most_four_a_stage(renders):
+    other = renders.flip(0)
+    there, back = feature_distance.per_picture(renders, other), feature_distance.per_picture(other, renders)
+    assert torch.allclose(there, back) and there.max() <= 4 * 8
+
+
+def test_feature_distance_of_one_stage_is_what_its_docstring_says(renders, monkeypatch):
+    maps = [torch.tensor([3.0, 4.0]).reshape(1, 2, 1, 1), torch.tensor([0.0, 2.0]).reshape(1, 2, 1, 1)]
+    monkeypatch.setattr(feature_distance, "_directions", lambda images: [F.normalize(maps.pop(0), dim=1)])
+    assert feature_distance.score(renders[:1], renders[:1])["feature_distance"] == pytest.approx(0.6**2 + 0.2**2)
+
+
+def test_feature_distance_leaves_no_hooks_and_refuses_sets_that_do_not_fit(renders):
+    feature_distance.score(renders[:1], renders[:1])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in feature_distance._recogniser().modules())
+    with pytest.raises(ValueError, match="equal shape"):
+        feature_distance.score(renders, renders[:1])
+
+
+class _Denoiser(nn.Module):
+    """Answers `gain` times its input, and a variance beside it."""
+
+    def __init__(self, gain: float):
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, hidden_states, timestep=None, return_dict=False):
+        answer = self.gain * hidden_states
+        return (torch.cat([answer, torch.full_like(answer, timestep)], 1),)
+
+
+def _three_thirds(model):
+    with noise_sqnr.record(model) as calls:
+        for step in range(6):
+            model(torch.full((2, 4, 3, 3), 1.0 + step), timestep=float(step), return_dict=False)
+    return calls
+
+
+def test_noise_sqnr_compares_predictions_of_the_same_inputs():
+    exact = _Denoiser(1.0)
+    calls = _three_thirds(exact)
+    assert len(calls) == 6 and calls[0].prediction.shape == (2, 4, 3, 3) and not exact._forward_hooks
+    reference = [call.prediction for call in calls]
+    figures = noise_sqnr.score(noise_sqnr.replay(_Denoiser(1.1), calls), reference)
+    assert figures == pytest.approx(dict.fromkeys(noise_sqnr.UNITS, 20.0), abs=1e-3)
+    assert set(noise_sqnr.score(noise_sqnr.replay(exact, calls), reference).values()) == {noise_sqnr.MOST_DB}
+
+
+def test_noise_sqnr_keeps_the_thirds_apart():
+    reference = [torch.ones(1, 4)] * 7
+    predictions = [torch.full((1, 4), value) for value in (1.1, 1.1, 1.01, 1.01, 1.01, 1.001, 1.001)]
+    figures = noise_sqnr.score(predictions, reference)
+    assert list(figures.values()) == pytest.approx([20.0, 40.0, 60.0], abs=0.1)
+
+
+def test_noise_sqnr_refuses_runs_that_do_not_fit():
+    with pytest.raises(ValueError, match="2 and 2 steps"):
+        noise_sqnr.score([torch.ones(1, 1)] * 2, [torch.ones(1, 1)] * 2)
+    with pytest.raises(ValueError, match=r"\(1, 2\), reference \(1, 1\)"):
+        noise_sqnr.score([torch.ones(1, 2)] * 3, [torch.ones(1, 1)] * 3)

@@ -10,7 +10,7 @@ import pytest
 
 import dq
 from dq import cli
-from eval import quality, rows, table
+from eval import methods, quality, rows, table
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -48,13 +48,21 @@ def test_commands_work_in_the_order_given(clone, monkeypatch, capsys):
     assert (clone / "out" / "star.png").exists()
 
 
-def test_the_results_table_is_made_from_the_committed_rows():
-    assert table.current(TEXT) == table.render(), "run `make table`"
+@pytest.mark.parametrize("name", table.TABLES)
+def test_the_results_tables_are_made_from_the_committed_rows(name):
+    assert (table.current(TEXT, name) or "") == table.render(name), "run `make table`"
 
 
-def test_quality_rows_are_of_the_models_that_are_shipped():
-    for row in rows.read(quality.FILE):
-        assert row["weights"] == quality.fingerprint(row["model"]), "run `python -m eval.quality` and `make table`"
+@pytest.mark.parametrize("module", [quality, methods])
+def test_rows_are_of_the_models_that_are_shipped(module):
+    for row in rows.read(module.FILE):
+        name = module.__name__
+        assert row["weights"] == quality.fingerprint(row["model"]), f"run `python -m {name}` and `make table`"
+
+
+def test_a_method_that_does_not_beat_plain_rounding_says_why():
+    found = rows.read(methods.FILE)
+    assert found == [] or "no reason known" not in "".join(table.methods(found)), "add to eval.methods.REASONS"
 
 
 def test_emulated_arithmetic_gets_no_row_of_speeds():

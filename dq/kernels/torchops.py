@@ -38,6 +38,8 @@ def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> 
         return "stored activation scales come without zero points"
     if plan.weight.grain.kind == "group":
         return "torch's int8 kernels take one weight scale per output channel, not per group"
+    if plan.act.grain.kind == "group":
+        return "torch's int8 kernels take one activation scale per token, not per group"
     if plan.act.shift:
         return "torch's int8 kernels have no fixed activation shift"
     if conv is not None and conv.groups > 1:

@@ -1,0 +1,31 @@
+"""PTQ4DM: one stored activation range per layer for all steps. Shang et al., CVPR 2023, arXiv 2211.15736.
+
+    s = argmin_f mean |z - q(z; f |z|max / 127)|^2 |W_c|^2,   y^ = q(W) q(z; s) + bias       z (rows, in), W (out, in)
+
+The calibration set is the full-precision model's own trajectory, timesteps normal and skewed to the clean end:
+`dq.Calibration(policy="normal")`; any other policy works too. Deviations: the error that ranges minimise is squared
+and weighed by the weight's columns where the paper takes a power of 2.4; inputs are smoothed per channel, or shifted,
+where that leaves less error at the layer's output; weights are rounded by GPTQ where that does. Options: `plain` gives
+minimum and maximum of everything seen and none of these, `smooth`, `shift` and `round` turn single ones off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dq.drafts import DraftLinear
+from dq.fit import static
+from dq.plan import Recipe
+from dq.seen import Needs, Seen, Unit
+
+NEEDS = Needs(rows=4096, gram=True, absmax=True, hat=True)
+FORMATS = ("int8/channel", "int8/tensor/static")
+RECIPES = (Recipe("ptq4dm-w8a8", FORMATS, FORMATS, method="ptq4dm"),)
+BASELINE = Recipe("ptq4dm-w8a8-minmax", FORMATS, FORMATS, method="ptq4dm", options={"plain": True})
+PLAIN = static.Wish("minmax", smooth=False, shift=False, rotate=False, margins=(1.0,), round="nearest")
+
+
+def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
+    """Drafts of the unit's layers with stored ranges; weight-only layers are left to plain rounding."""
+    asked = {key: value for key, value in options.items() if key != "plain"}
+    return static.layers(unit, seen, PLAIN if options.get("plain") else static.Wish(**asked))

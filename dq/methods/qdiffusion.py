@@ -1,0 +1,93 @@
+"""Q-Diffusion: learned rounding block by block, U-Net shortcuts in two halves. Li et al., ICCV 2023, arXiv 2302.04304.
+
+    min_V E|f(hat; W^(V)) - y|^2 / E|y|^2 + penalty(V),   conv(cat(h, skip)) = W_1^ q(h; s_1) + W_2^ q(skip; s_2) + b
+
+f is a residual or transformer block (any pytree in and out), W^ (out, in) on the int4 grid of its output channel, h
+(batch, c, ...) and skip (batch, in - c, ...) the two halves. The calibration set is `dq.Calibration(policy=
+"stratified")`. Deviations: a few hundred steps of Adam from GPTQ's rounding instead of 20 000 from the nearest one;
+activations get dynamic scales, per token (linears) or per sample (convolutions), where the paper learns one range for
+all steps (option `static`); attention's own products stay in floating point. Options: `splits`, `static`,
+`start` ("gptq" or "nearest"), `steps`, `lr`, `batch`, `strength`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from dq import hadamard
+from dq.drafts import DraftLinear, draft
+from dq.families import Family
+from dq.fit import reconstruct, rounding, splits, static
+from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
+from dq.seen import LayerSeen, Needs, Seen, Unit
+
+NEEDS = Needs(rows=4096, gram=True, absmax=True, calls=True, hat=True)
+RECIPES = (
+    Recipe("qdiffusion-w4a8", ("int4/channel", "int8/token"), ("int4/channel", "int8a/tensor"), method="qdiffusion"),
+)
+STEPS, LEARNING_RATE, BATCH, STRENGTH = 200, 0.3, 1, 1e4
+
+
+def prepare(model: nn.Module, plan: Plan, family: Family, options: Mapping) -> Plan:
+    """Cut concatenated inputs, and give stored ranges to all activations if asked to."""
+    plan = splits.apply(plan, model, family) if options.get("splits", True) else plan
+    if options.get("static"):
+        plan = replace(plan, layers={name: _stored(layer) for name, layer in plan.layers.items()})
+    return plan
+
+
+def _stored(layer: LayerPlan) -> LayerPlan:
+    return layer if layer.act is None else replace(layer, act=TensorPlan("int8", "tensor", "static"))
+
+
+def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
+    """Drafts of the unit's layers: rounded one by one, then all together on the unit's output."""
+    made, targets = {}, {}
+    for name, plan in unit.layers.items():
+        if name in seen.layers:
+            made[name], targets[name] = rounded(unit.layer(name), plan, seen.layers[name], seen, options)
+    learn(unit, seen, made, targets, options)
+    return made
+
+
+def rounded(
+    module: nn.Module, plan: LayerPlan, layer: LayerSeen, seen: Seen, options: Mapping
+) -> tuple[DraftLinear, torch.Tensor]:
+    """A draft whose weight is rounded by itself, and the weight (rows, columns) before that."""
+    stored = plan.act is not None and plan.act.scale != "dynamic"
+    made = static.fit(module, plan, layer, seen, static.Wish(round="nearest")) if stored else draft(module, plan)
+    start = _matrix(module, made)
+    if options.get("start", "gptq") == "gptq" and layer.gram is not None:
+        gram, cross = static.moments(layer, made)
+        target = rounding.compensated(start, gram, cross)
+        weight, made.scales = rounding.gptq(target, made.plan, gram, search=True)
+    else:
+        target, made.scales = start, rounding.mse_scales(start, made.plan)
+        weight = rounding.on_grid(start, made.plan, made.scales)
+    made.weight.data.copy_(weight.reshape(made.plan.shape))
+    return made, target
+
+
+def _matrix(module: nn.Module, made: DraftLinear) -> torch.Tensor:
+    """The full-precision weight (rows, columns) as it meets the draft's transformed input."""
+    weight = module.weight.detach().float()
+    if made.smooth is not None:
+        weight = weight / made.smooth.data.reshape(1, -1, *[1] * (weight.dim() - 2))
+    weight = hadamard.rotate(weight, made.plan.rotate, 1) if made.plan.rotate else weight
+    return weight.reshape(made.plan.rows, -1)
+
+
+def learn(unit: Unit, seen: Seen, made: Mapping[str, DraftLinear], targets: Mapping, options: Mapping) -> None:
+    """Learned rounding of the drafts that have a target, on the unit's output; kept if calls held out gain."""
+    steps = options.get("steps", STEPS)
+    if not targets or not steps:
+        return
+    learned = {name: made[name] for name in targets}
+    learning = reconstruct.AdaRound(learned, targets, options.get("strength", STRENGTH))
+    settings = reconstruct.Settings(steps, options.get("lr", LEARNING_RATE), options.get("batch", BATCH))
+    outcome = reconstruct.reconstruct(unit, seen, made, learning.parameters, settings, learning)
+    next(iter(made.values())).outcome = outcome

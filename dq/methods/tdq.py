@@ -1,0 +1,28 @@
+"""Temporal Dynamic Quantization: activation steps from a small network of the timestep. So et al., NeurIPS 2023.
+
+    y^ = q(W) q(z; s(t)) + bias,   s(t) = softplus(MLP(t)) s_0      z (rows, in), W (out, in), s (buckets,)
+
+The network learns by the straight-through gradient of the step size and is tabulated afterwards: one row per step
+bucket, no network at run time. Deviations: post-training, layer by layer, on the input's weighted rounding error (the
+paper also trains weights); e(t) is t itself instead of Fourier features; s_0 comes from a range search, not from mean
+and deviation; smoothing, shift and GPTQ by measured output error, as in `ptq4dm`. Between calibrated steps the nearest
+bucket serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dq.drafts import DraftLinear
+from dq.fit import static
+from dq.plan import Recipe
+from dq.seen import Needs, Seen, Unit
+
+NEEDS = Needs(rows=4096, gram=True, absmax=True, hat=True)
+FORMATS = ("int8/channel", "int8/tensor/table")
+RECIPES = (Recipe("tdq-w8a8", FORMATS, FORMATS, method="tdq"),)
+
+
+def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
+    """Drafts of the unit's layers with a table of ranges; weight-only layers are left to plain rounding."""
+    return static.layers(unit, seen, static.Wish(**{"ranges": "network", **options}))

@@ -1,0 +1,51 @@
+"""ViDiT-Q: a scale for each token while it runs, smoothing and rotation against uneven channels. arXiv 2406.02540.
+
+    y = Q(W / s R) Q((x * s) R) + b,   s_c = max_row |W_rc|^(1-alpha) / max |x_c|^alpha     x (tokens, in), W (out, in)
+
+Dynamic scales take the variation over tokens, steps and guidance branches away; smoothing takes the static part of the
+imbalance between channels, Hadamard rotation the rest. The maxima are those of the earliest (noisiest) quarter of
+steps, where the imbalance is worst. Deviations: alpha (the paper: one per model) and whether to smooth or rotate at
+all are chosen for each input by output error; rotation is in blocks of at most 128 channels; convolutions are smoothed
+only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from dq.drafts import DraftLinear
+from dq.fit import groups, smooth, weights
+from dq.plan import Recipe
+from dq.seen import LayerSeen, Needs, Seen, Unit
+
+NEEDS = Needs(rows=2048, absmax=True, hat=False)
+FEW_CALLS = True
+EARLY = 0.25  # share of the steps whose maxima are used
+
+RECIPES = (
+    Recipe("viditq-w8a8", ("int8/channel", "int8/token"), ("int8/channel", "int8a/tensor"), method="viditq"),
+    Recipe("viditq-w4a8", ("int4a/channel", "int8/token"), ("int4a/channel", "int8a/tensor"), method="viditq"),
+)
+
+
+def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
+    """Drafts of all layers of a unit that saw data."""
+    made = {}
+    for shared in groups.shared(unit, seen):
+        shared.seen = _early(shared.seen)
+        rotations = smooth.orders(shared.plan) if shared.plan.kind == "linear" and shared.plan.act else ()
+        wish = smooth.Search(betas=("1-alpha",), rotations=rotations)
+        found = smooth.search(shared, wish) if shared.plan.act else smooth.NOTHING
+        for name, module in shared.modules.items():
+            made[name] = smooth.transformed(module, shared.plans[name], found.best)
+            weights.fit(made[name], module, seen.layers[name], weights.Wish(rounding="nearest"))
+            made[name].plan = replace(made[name].plan, reason=found.reason)
+            made[name].tried = found.tried
+    return made
+
+
+def _early(seen: LayerSeen) -> LayerSeen:
+    """Channel maxima of the noisiest steps only: buckets rise with the timestep, the last ones are the noisiest."""
+    first = int(len(seen.absmax) * (1 - EARLY))
+    return replace(seen, absmax=seen.absmax[first:]) if float(seen.absmax[first:].amax()) > 0 else seen

@@ -1,0 +1,325 @@
+"""Trees of tensors on disk, under names: the calls of a denoiser and the outputs of its units.
+
+One entry is a folder `<key>.entry` with `tree.safetensors`: its tensors, flat, and as metadata the structure as
+JSON with the crc32 of every tensor. Nothing is pickled. A tensor shared by content lies in a file of its own
+beside it, as a hard link to `.shared/<sha1 of the content>`: the file system counts who refers to it, so that several
+processes may write and drop entries of one store at once, and a kill leaves no wrong count.
+Entries are filled in `.partial/` and renamed into place, so an entry is whole or not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import _TYPES, save_file
+
+from dq.plan import DQError
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this platform: leftovers of a kill then stay until the folder is deleted
+    fcntl = None
+
+SHARED_BYTES = 4096  # smaller tensors are cheaper to repeat than to look up
+KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
+ENTRY, TREE, META = ".entry", "tree.safetensors", "dq"
+STORABLE = frozenset(_TYPES.values())
+PLAIN = (type(None), bool, int, float, str)
+_DAMAGED = "delete the folder and record again"
+
+
+class Store:
+    """A folder of named trees.
+
+    Leaves: tensors of any dtype, None, bool, int, float, str, torch.dtype, torch.device. Containers: tuple, list, dict
+    with str or int keys, NamedTuples, dataclasses and model outputs whose class can be imported. Tensors come back
+    contiguous, without gradient; a tensor object that stands twice in a tree comes back as one object.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Open or make the store; leftovers of a kill are removed if no other process has it open."""
+        self.folder = Path(folder).absolute()
+        self._partial, self._shared = self.folder / ".partial", self.folder / ".shared"
+        with _refusing(f"cannot open {str(self.folder)!r}"):
+            for place in (self._partial, self._shared):
+                place.mkdir(parents=True, exist_ok=True)
+            # closed with the object, hence no `with`
+            self._lock = (self.folder / ".lock").open("a")
+            self._clean()
+
+    def write(self, key: str, tree: Any, share: bool = True) -> None:
+        """Store `tree` under `key`, in place of what was there.
+
+        share   tensors of 4 KiB or more with equal content cost their bytes once in the whole store; False saves the
+                search for them. Raises DQError for a tree that cannot come back, or when the disk is full.
+        """
+        place, packer = self._place(key), _Packer(share)
+        text = json.dumps(packer.encode(tree, key), separators=(",", ":"))
+        with _refusing(f"cannot write {key!r} to {str(self.folder)!r}"), self._temporary() as made:
+            inner = {str(i): value for i, value in enumerate(packer.values) if packer.names[i] is None}
+            stated = json.dumps({"tree": text, "tensors": packer.rows}, separators=(",", ":"))
+            save_file(inner, made / TREE, metadata={META: f"{zlib.crc32(stated.encode()):08x}{stated}"})
+            for name, value in zip(packer.names, packer.values, strict=True):
+                if name is not None:
+                    self._link(name, value, made / name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            self.drop(key)
+            made.rename(place)
+
+    def read(self, key: str, device: torch.device | str | None = None) -> Any:
+        """The tree stored under `key`.
+
+        device   where tensors go that were not on the CPU when written; None: all tensors come to the CPU.
+        Raises DQError naming the file when it is missing, truncated or holds other bytes than were written.
+        """
+        place = self._place(key)
+        if not place.is_dir():
+            raise DQError(f"{str(place)!r} is missing: {key!r} was never written or was dropped; {_DAMAGED}")
+        stored, metadata = _load(place / TREE)
+        text = metadata.get(META, "")
+        if text[:8] != f"{zlib.crc32(text[8:].encode()):08x}":
+            raise DQError(f"{str(place / TREE)!r} is damaged: its structure has another checksum; {_DAMAGED}")
+        stated, tensors = json.loads(text[8:]), []
+        for i, row in enumerate(stated["tensors"]):
+            value = _load(place / row["file"])[0].get("0") if row["file"] else stored.get(str(i))
+            tensors.append(_restore(value, row, place / (row["file"] or TREE), device))
+        return _decode(json.loads(stated["tree"]), tensors)
+
+    def has(self, key: str) -> bool:
+        """Whether a whole entry of that name is there."""
+        return self._place(key).is_dir()
+
+    def drop(self, key: str) -> None:
+        """Forget `key`, and every shared tensor that nobody else refers to. A key that is not there is no error."""
+        place = self._place(key)
+        if not place.is_dir():
+            return
+        with _refusing(f"cannot drop {key!r} from {str(self.folder)!r}"), self._temporary() as made:
+            place.rename(made)
+            names = [item.name for item in made.iterdir() if item.name != TREE]
+            shutil.rmtree(made)
+            for name in names:
+                self._release(self._shared / name)
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """All keys that begin with `prefix`, sorted."""
+        top = self.folder / prefix.rpartition("/")[0]
+        return sorted(key for key in self._below(top) if key.startswith(prefix))
+
+    def _below(self, folder: Path) -> Iterator[str]:
+        if folder.is_dir():
+            for item in os.scandir(folder):
+                if item.name.endswith(ENTRY) and item.is_dir():
+                    yield Path(item.path).relative_to(self.folder).as_posix().removesuffix(ENTRY)
+                elif item.is_dir() and not item.name.startswith("."):
+                    yield from self._below(Path(item.path))
+
+    def _place(self, key: str) -> Path:
+        if not KEY.fullmatch(key):
+            raise DQError(f"key {key!r}: expected parts of letters, digits, '_', '-' and '.', joined by '/'")
+        return self.folder / f"{key}{ENTRY}"
+
+    @contextlib.contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        made = Path(tempfile.mkdtemp(dir=self._partial))
+        try:
+            yield made
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+    def _link(self, name: str, value: torch.Tensor, place: Path) -> None:
+        """Put the shared tensor at `place`; where links are refused (file system, too many), as a copy of its own."""
+        known = self._shared / name
+        if place.exists():  # equal tensors in one tree
+            return
+        with contextlib.suppress(OSError):
+            os.link(known, place)
+            return
+        save_file({"0": value.view(torch.uint8)}, place)  # as bytes: any dtype may share them
+        with contextlib.suppress(OSError):
+            os.link(place, known)
+
+    def _release(self, known: Path) -> None:
+        """Remove a shared tensor whose only name is the one in `.shared`.
+
+        An entry that is linking to it right now keeps the bytes by its own link.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if known.stat().st_nlink == 1:
+                known.unlink()
+
+    def _clean(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # somebody is at work here
+            pass
+        else:
+            shutil.rmtree(self._partial)
+            self._partial.mkdir()
+            for item in self._shared.iterdir():
+                self._release(item)
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+
+
+@contextlib.contextmanager
+def _refusing(doing: str) -> Iterator[None]:
+    """Errors of the disk as one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise DQError(f"{doing}: {error}; free space or choose another folder, then start again") from error
+
+
+class _Packer:
+    """Turns a tree into JSON and a list of flat tensors with what it takes to restore them."""
+
+    def __init__(self, share: bool):
+        self.share = share
+        self.values: list[torch.Tensor] = []
+        self.names: list[str | None] = []  # file in `.shared`, None for a tensor inside the entry's own file
+        self.rows: list[dict] = []
+        self._indexes: dict[int, int] = {}
+        self._alive: list[torch.Tensor] = []  # a tensor that died could lend its id to another one
+
+    def encode(self, node: Any, where: str) -> Any:
+        """JSON of a node: plain values as they are, everything else as [kind, content]."""
+        if type(node) in PLAIN:
+            return node
+        if isinstance(node, torch.Tensor):
+            return ["tensor", self._index(node, where)]
+        if isinstance(node, (torch.dtype, torch.device)):
+            return [type(node).__name__, str(node).removeprefix("torch.")]
+        if type(node) in (tuple, list, torch.Size):
+            return [type(node).__name__, self._all(enumerate(node), where)]
+        if type(node) is dict:
+            self._check_keys(node, where)
+            return ["dict", [[name, value] for name, value in zip(node, self._all(node.items(), where), strict=True)]]
+        return self._encode_object(node, where)
+
+    def _encode_object(self, node: Any, where: str) -> Any:
+        cls = type(node)
+        path, fields = f"{cls.__module__}:{cls.__qualname__}", _fields(cls)
+        if fields is None or _find(path) is not cls:
+            known = "tensors, numbers, str, None, tuple, list, dict, NamedTuples, dataclasses"
+            raise DQError(f"{where}: cannot store a {cls.__name__}, expected {known} that can be imported")
+        if fields:
+            return ["object", [path, self._all([(name, getattr(node, name)) for name in fields], where)]]
+        self._check_keys(node, where)
+        return ["mapping", [path, self.encode(dict(node), where)]]
+
+    def _all(self, items, where: str) -> list:
+        return [self.encode(value, f"{where}.{name}") for name, value in items]
+
+    def _check_keys(self, node: Mapping, where: str) -> None:
+        wrong = [name for name in node if type(name) not in (str, int)]
+        if wrong:
+            raise DQError(f"{where}: a dict key is a {type(wrong[0]).__name__}, expected str or int")
+
+    def _index(self, tensor: torch.Tensor, where: str) -> int:
+        if id(tensor) in self._indexes:
+            return self._indexes[id(tensor)]
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise DQError(f"{where}: cannot store a {tensor.layout} tensor on {tensor.device}, expected dense values")
+        flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+        raw = flat.view(torch.uint8).numpy() if flat.numel() else b""
+        row = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+        row |= {"crc32": f"{zlib.crc32(raw):08x}", "cpu": tensor.device.type == "cpu", "file": None}
+        if self.share and len(raw) >= SHARED_BYTES:
+            row["file"] = hashlib.sha1(raw, usedforsecurity=False).hexdigest()
+        if flat.dtype not in STORABLE:
+            flat = flat.view(torch.uint8)
+        # safetensors wants tensors that do not overlap; views into one storage might
+        owned = flat.untyped_storage().nbytes() == flat.nbytes and flat.data_ptr() not in self._pointers()
+        self.values.append(flat if owned else flat.clone())
+        self.names.append(row["file"])
+        self.rows.append(row)
+        self._alive.append(tensor)
+        self._indexes[id(tensor)] = len(self.values) - 1
+        return len(self.values) - 1
+
+    def _pointers(self) -> set[int]:
+        return {value.data_ptr() for value in self.values}
+
+
+def _fields(cls: type) -> list[str] | None:
+    """Fields of a NamedTuple or dataclass, [] for another kind of dict, None for what cannot be rebuilt."""
+    if issubclass(cls, tuple) and hasattr(cls, "_fields"):
+        return list(cls._fields) or None
+    if dataclasses.is_dataclass(cls):
+        return [field.name for field in dataclasses.fields(cls) if field.init] or None
+    return [] if issubclass(cls, dict) and not issubclass(cls, defaultdict) else None
+
+
+def _find(path: str) -> type | None:
+    """The class `module:name`, None when it cannot be imported."""
+    module, _, name = path.partition(":")
+    try:
+        found = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        return None
+    return found if isinstance(found, type) else None
+
+
+def _decode(node: Any, tensors: list[torch.Tensor]) -> Any:
+    if not isinstance(node, list):
+        return node
+    kind, content = node
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dtype":
+        return getattr(torch, content)
+    if kind == "device":
+        return torch.device(content)
+    if kind == "dict":
+        return {name: _decode(value, tensors) for name, value in content}
+    if kind in ("object", "mapping"):
+        return _build(*content, tensors)
+    items = [_decode(value, tensors) for value in content]
+    return items if kind == "list" else {"tuple": tuple, "Size": torch.Size}[kind](items)
+
+
+def _build(path: str, content: list, tensors: list[torch.Tensor]) -> Any:
+    cls = _find(path)
+    fields = None if cls is None else _fields(cls)
+    if fields is None:
+        raise DQError(f"class {path!r} of a stored value is not there; use the versions it was recorded with")
+    if fields:
+        return cls(**dict(zip(fields, (_decode(value, tensors) for value in content), strict=True)))
+    return cls(_decode(content, tensors))
+
+
+def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors (mapped privately: changing one leaves the file alone) and metadata of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DQError(f"{str(path)!r} is missing or damaged: {error}; {_DAMAGED}") from None
+
+
+def _restore(flat: torch.Tensor | None, row: dict, path: Path, device) -> torch.Tensor:
+    raw = flat.view(torch.uint8).numpy() if flat is not None and flat.numel() else b""
+    if flat is None or f"{zlib.crc32(raw):08x}" != row["crc32"]:
+        raise DQError(f"{str(path)!r} is damaged: a tensor has another checksum than when written; {_DAMAGED}")
+    value = flat.view(getattr(torch, row["dtype"])).reshape(row["shape"])
+    return value if device is None or row["cpu"] else value.to(device)
