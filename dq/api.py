@@ -11,6 +11,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -170,7 +171,7 @@ def _fit_all(target, models, plans, recipe, calibration, progress: bool):
     packed, errors, notes = {}, {}, []
     for part, model in models.items():
         plans[part] = methods.prepared(model, plans[part], recipe)
-    identity = json.dumps(recipe.to_dict(), sort_keys=True)
+    identity = json.dumps([version("dq-diffusion"), recipe.to_dict()], sort_keys=True)
     with calibration.workplace() as folder:
         named = {part or "model": model for part, model in models.items()}
         begun = time.perf_counter()

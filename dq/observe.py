@@ -119,6 +119,7 @@ class Observer:
         if needs.quantiles and not needs.rows:
             raise DQError("a method asks for quantiles without rows to take them from; set rows in its NEEDS")
         self.needs, self.calls, self.buckets, self.twice, self.apart = needs, calls, buckets, twice, apart
+        self.name = unit.name
         self.layers = {name: _Layer(unit.layer(name), "expert" in name) for name in unit.layers}
         self.sums: dict[str, Sums] = {}
         self.torn: set[str] = set()  # layers that once shared an input and once did not
@@ -129,8 +130,12 @@ class Observer:
         return sums
 
     @contextmanager
-    def watch(self, call: CallInfo, hat: bool) -> Iterator[None]:
-        """Record one call of the unit: first under the full stream, then, if both run, under the quantized one."""
+    def watch(self, call: CallInfo, hat: bool) -> Iterator[Callable[[tuple, dict], None]]:
+        """Record one call of the unit: first under the full stream, then, if both run, under the quantized one.
+
+        Gives a function to be told the unit's own inputs: a unit that is itself a layer is being called already, and
+        hooks set now would come too late.
+        """
         self._call, self._draws, self._inputs = call, {}, {}
         if not hat:
             self._taken = {name: [] for name in self.layers}
@@ -143,10 +148,11 @@ class Observer:
 
             return before
 
-        layers = self.layers.items()
-        hooks = [layer.module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers]
+        own = hook(self.name) if self.name in self.layers else lambda *given: None
+        inner = [(name, layer.module) for name, layer in self.layers.items() if name != self.name]
+        hooks = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in inner]
         try:
-            yield
+            yield lambda args, kwargs: own(None, args, kwargs)
         finally:
             self._inputs = {}
             for handle in hooks:

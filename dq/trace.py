@@ -254,7 +254,8 @@ class Trace(Replay):
 
             def watched(hat: bool, info=info) -> Callable:
                 def visit(args, kwargs):
-                    with observer.watch(info, hat):
+                    with observer.watch(info, hat) as told:
+                        told(args, kwargs)
                         return self._moved(forward, args, kwargs)
 
                 return visit

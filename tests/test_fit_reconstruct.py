@@ -148,12 +148,12 @@ def test_error_adds_up_all_floating_tensors():
 
 def test_one_layer_is_a_unit_too():
     torch.manual_seed(0)
-    layer = nn.Linear(24, 24)
+    layer, mix = nn.Linear(24, 24), torch.randn(24, 24)
     unit = Unit("proj", layer, {"proj": plan(24, 24)})
 
     def replay(stream):
         for seed in range(6):
-            x = torch.randn(64, 24, generator=torch.Generator().manual_seed(seed)) * torch.linspace(0.1, 2, 24)
+            x = torch.randn(64, 24, generator=torch.Generator().manual_seed(seed)) @ mix
             yield UnitCall((x,), {}, layer(x).detach(), 0)
 
     made, outcome = learned(unit, Seen({}, 1, (), replay))

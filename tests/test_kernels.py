@@ -248,6 +248,20 @@ def test_the_fast_kernel_is_chosen_and_every_refusal_has_a_reason():
     assert slow.backend == "dense" and ("torchops", "weight-only: activations stay in floating point") in slow.refusals
 
 
+@pytest.mark.parametrize("act", ["int4/group:16", "int8/group:16"])
+def test_activation_groups_are_left_to_kernels_that_have_them(act):
+    """An integer product over all columns would silently take one scale a row."""
+    p = plan("linear", (24, 64), "int8/channel", act)
+    assert "per token, not per group" in torchops.why_not("linear", p, "cpu")
+    choice = kernels.choose("linear", p, "cpu")
+    x = torch.randn(17, 64, generator=generator(8)) * torch.logspace(0, 3, 4).repeat_interleave(16)
+    t = tensors(p)
+    truth = reference.build("linear", p, None)(x, t)
+    assert choice.backend != "torchops" and torch.allclose(choice.run(x, t), truth, rtol=1e-4, atol=1e-2)
+    coarse = reference.build("linear", plan("linear", (24, 64), act=act.replace("group:16", "token")), None)(x, t)
+    assert (coarse - truth).abs().max() > 1, "groups make a difference on this input"
+
+
 def test_a_selected_backend_says_why_the_others_were_passed_over():
     kernels.select("reference")
     try:

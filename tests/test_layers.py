@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from dq import drafts, layers
+from dq import drafts, hadamard, layers
 from dq.clock import Clock
+from dq.kernels import reference
 from dq.layers import PACKED, PackedStack
 from dq.plan import DQError, LayerPlan, TensorPlan
 
@@ -82,11 +83,78 @@ def test_packing_a_draft_keeps_its_rounded_weight_to_the_bit(weight, kind):
     assert torch.equal(draft.pack(torch.float32).dense_weight(), draft.rounded_weight())
 
 
+def rotated(module, smoothed, **more):
+    """A draft whose weight is smoothed and rotated so that it stands for `module`."""
+    plan = plan_of(module, smooth=smoothed, rotate=8 if isinstance(module, nn.Linear) else 4, **more)
+    draft, weight = drafts.draft(module, plan), module.weight.detach()
+    if smoothed:
+        vector = torch.rand(plan.shape[1], generator=torch.Generator().manual_seed(4)) + 0.5
+        draft.smooth.data.copy_(vector)
+        weight = hadamard.rotate(weight / vector.reshape(1, -1, *[1] * (weight.dim() - 2)), plan.rotate, 1)
+        draft.weight.data.copy_(weight)
+    return draft
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_rotation_and_smoothing_change_nothing_when_nothing_is_rounded(smoothed, kind):
+    module = source(kind)
+    draft = rotated(module, smoothed, weight="int8/group:1", act=None)  # a scale for each weight: exact
+    packed, x = draft.pack(torch.float32), batch(module)
+    torch.testing.assert_close(draft(x), module(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(packed(x), module(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(packed.dense_weight(), module.weight, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(packed.dense()(x), module(x), rtol=1e-4, atol=1e-5)
+    inner = reference.weight_decoder(packed.plan)(packed.tensors()).reshape(packed.plan.shape)
+    assert (inner - module.weight).abs().max() > 0.05, "the weight that is stored is another one"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("act", ["int8", "int8/tensor/static"])
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_rotated_layer_keeps_given_scales_and_codes_to_the_bit(weight, act, kind):
+    module = source(kind)
+    draft = rotated(module, True, weight=weight, act=act, splits=(8,) if kind == "linear" else (4,))
+    rows, spec = draft.weight.reshape(draft.plan.rows, -1), draft.plan.weight.spec
+    fitted_scales = [spec.fit(rows[:, a:b], draft.plan.weight.grain) for a, b in draft.plan.parts]
+    free = draft.rounded_weight()
+    draft.scales = fitted_scales if spec.fixed else [s._replace(scale=s.scale * 0.8) for s in fitted_scales]
+    if draft.act_scale is not None:
+        draft.act_scale.fill_(0.02)
+    packed, x = draft.pack(torch.float32), batch(module)
+    kept = reference.weight_decoder(packed.plan)(packed.tensors()).reshape(packed.plan.shape)
+    assert torch.equal(kept, draft.rounded_weight()) and torch.equal(kept, free) == spec.fixed
+    layers.set_backend("reference")
+    try:
+        packed.bind("cpu")
+        assert torch.equal(packed(x), draft(x))
+    finally:
+        layers.set_backend("auto")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_free_packing_rotates_the_weight(kind):
+    module = source(kind)
+    plan = plan_of(module, weight="int8/channel", act=None, rotate=4)
+    packed, x = layers.pack("layer", module, plan, torch.float32), batch(module)
+    assert torch.equal(packed.dense_weight(), drafts.draft(module, plan).pack(torch.float32).dense_weight())
+    assert (packed(x) - module(x)).abs().max() < 0.02 * module(x).abs().max()
+
+
+@pytest.mark.parametrize(("rotate", "splits"), [(5, ()), (3, ()), (8, (4,)), (64, ())])
+def test_blocks_that_do_not_fit_the_input_are_refused(rotate, splits):
+    with pytest.raises(DQError, match=rf"layer 'layer': rotate is {rotate}, expected a divisor of its 32 inputs"):
+        plan_of(source("linear"), rotate=rotate, splits=splits)
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 @pytest.mark.parametrize("act", ["int8", "int8/tensor/table"])
 def test_gradients_reach_everything_that_is_fitted(act, kind):
     module = source(kind)
-    draft = fitted(module, plan_of(module, "int4/channel", act, smooth=True, rank=2))
+    draft = fitted(module, plan_of(module, "int4/channel", act, smooth=True, rank=2, rotate=4))
     x = batch(module).requires_grad_()
     draft(x).square().mean().backward()
     found = {name: value.grad for name, value in draft.named_parameters()} | {"x": x.grad}

@@ -128,14 +128,21 @@ def model_without(model: nn.Module) -> nn.Module:
     return quantized(type(model).__name__)
 
 
-def test_fusing_beside_a_branch_and_smoothing_of_the_layer_is_exact():
+def calibrated(dense: nn.Module, rotate: int, rank: int = 3, act: str | None = None) -> nn.Module:
+    """A packed layer as calibration leaves it: smoothed, rotated, with a low-rank branch."""
     torch.manual_seed(0)
-    dense = nn.Linear(64, 48)
-    plan = dq.LayerPlan("linear", (48, 64), dq.TensorPlan.parse("int4/group:32"), smooth=True, rank=3)
+    kind, weight = ("linear" if isinstance(dense, nn.Linear) else "conv2d"), dq.TensorPlan.parse("int4/group:32")
+    planned = dq.TensorPlan.parse(act) if act else None
+    plan = dq.LayerPlan(kind, tuple(dense.weight.shape), weight, planned, smooth=True, rotate=rotate, rank=rank)
     draft = drafts.draft(dense, plan)
     draft.smooth.data.uniform_(0.5, 2.0)
     draft.proj_down.data.normal_(), draft.proj_up.data.normal_()
-    layer, x = draft.pack(torch.float32), torch.randn(5, 64)
+    return draft.pack(torch.float32)
+
+
+@pytest.mark.parametrize("rotate", [0, 4, 64])
+def test_fusing_beside_a_branch_smoothing_and_rotation_of_the_layer_is_exact(rotate):
+    layer, x = calibrated(nn.Linear(64, 48), rotate), torch.randn(5, 64)
     down, up = torch.randn(2, 64), torch.randn(48, 2)
     before = layer(x)
     adapters.widen(layer, down, up)
@@ -143,6 +150,29 @@ def test_fusing_beside_a_branch_and_smoothing_of_the_layer_is_exact():
     assert layer.plan.rank == 5
     adapters.narrow(layer, 3)
     assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize(
+    ("dense", "act"),
+    [
+        (nn.Linear(64, 48), "int8/token"),
+        (nn.Conv2d(16, 12, 3, padding=1, stride=2), "int8/tensor"),
+        (nn.Conv2d(16, 12, 3, padding=2, dilation=2), None),
+    ],
+    ids=["linear", "strided", "dilated"],
+)
+@torch.no_grad()
+def test_an_adapter_of_a_calibrated_layer_gives_the_same_fused_and_unfused(dense, act):
+    holder = nn.Sequential(calibrated(dense, rotate=16, act=act))
+    x = torch.randn(5, 64) if isinstance(dense, nn.Linear) else torch.randn(2, 16, 7, 7)
+    plain = holder(x)
+    peft.inject_adapter_in_model(LoraConfig(r=4, target_modules=["0"], init_lora_weights=False), holder)
+    adapted = holder(x)
+    assert distance(adapted, plain) > 1e-3
+    holder[0].merge()
+    assert holder[0].get_base_layer().plan.rank == 7 and distance(holder(x), adapted) < 1e-5
+    holder[0].unmerge()
+    assert torch.equal(holder(x), adapted)
 
 
 def test_fused_adapter_stays_after_unloading_and_survives_saving(tmp_path):

@@ -31,36 +31,24 @@ def _turn(matrix: torch.Tensor, draft: DraftLinear) -> torch.Tensor:
     return blocks.reshape(matrix.shape)
 
 
+def rounded(seen: LayerSeen, draft: DraftLinear) -> torch.Tensor:
+    """E[q(z) q(z)^T] (columns, columns) fp32: what GPTQ rounds the weight against."""
+    return transformed(seen, draft) + noise(seen, draft).diag()
+
+
 @torch.no_grad()
 def noise(seen: LayerSeen, draft: DraftLinear) -> torch.Tensor:
-    """(columns,) mean square that dynamic activation rounding adds to each column of z; 0 without such rounding."""
+    """(columns,) mean square that activation rounding adds to each column of z; 0 without such rounding.
+
+    Measured for dynamic scales; for stored ones that of a uniform error, mean over the steps.
+    """
     plan, taps = draft.plan, draft.plan.columns // draft.plan.shape[1]
-    if plan.act is None or plan.act.scale != "dynamic":
-        return seen.x.new_zeros(plan.columns, dtype=torch.float32)
+    if draft.act_scale is not None:
+        steps = draft.act_scale.detach().square().mean(0) / 12
+        return torch.cat([step.expand(last - first) for step, (first, last) in zip(steps, plan.parts, strict=True)])
+    if plan.act is None:
+        return torch.zeros(plan.columns, device=seen.gram.device)
     z = draft.transform(seen.hat.float())
     dim = -1 if plan.kind == "linear" else 1
     error = reference.input_rounder(plan, dim)(z, None) - z
     return error.square().movedim(dim, -1).flatten(0, -2).mean(0).repeat_interleave(taps)
-
-
-from dataclasses import dataclass  # noqa: E402
-
-
-@dataclass(frozen=True, eq=False)
-class Moments:  # being removed: use `transformed` and `noise`
-    gram: torch.Tensor
-    cross: torch.Tensor
-    noise: torch.Tensor
-
-    @property
-    def rounded(self):
-        return self.gram + self.noise.diag()
-
-
-def of(seen, draft):
-    return Moments(transformed(seen, draft), None, noise(seen, draft))
-
-
-def compensated(weight, met, branch, start):
-    """Measured to be worse than not compensating (removed soon): gives `start` back."""
-    return start

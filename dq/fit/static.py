@@ -21,7 +21,7 @@ from torch import nn
 from dq import hadamard
 from dq.clock import Clock
 from dq.drafts import DraftLinear, draft
-from dq.fit import rounding, tables
+from dq.fit import moments, rounding, tables
 from dq.plan import LayerPlan
 from dq.seen import LayerSeen, Seen, Unit
 
@@ -39,7 +39,7 @@ class Wish:
     ranges         "minmax", "search", "learned" or, for tables, "network"
     smooth, shift, rotate  whether candidates have them; margins: factors on the range that are tried
     power          of the error that the range search minimises
-    round          "nearest", or "gptq": nearest and GPTQ with and without compensation, whatever leaves least error
+    round          "nearest", or "gptq": nearest or GPTQ, whatever leaves least error
     """
 
     ranges: str = "search"
@@ -226,11 +226,10 @@ def _score(layer: Layer, change: Change, wish: Wish, scores: dict[Change, float]
 
 
 def _round(layer: Layer, made: DraftLinear) -> int:
-    """Set weight and weight scales to whatever of nearest, GPTQ and compensated GPTQ leaves the least error."""
+    """Set weight and weight scales to whatever of nearest and GPTQ leaves the least error."""
     start, plan = made.weight.data.reshape(made.plan.rows, -1).clone(), made.plan
-    gram, cross = moments(layer.seen, made)
-    variants = [rounding.nearest(start, plan), rounding.gptq(start, plan, gram, search=True)]
-    variants.append(rounding.gptq(start, plan, gram, cross, search=True))
+    met = moments.rounded(layer.seen, made)
+    variants = [rounding.nearest(start, plan), rounding.gptq(start, plan, met, search=True)]
     errors = []
     for weight, scales in variants:
         made.weight.data.copy_(weight.reshape(plan.shape))
@@ -241,48 +240,13 @@ def _round(layer: Layer, made: DraftLinear) -> int:
     return len(variants)
 
 
-@torch.no_grad()
-def moments(seen: LayerSeen, made: DraftLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    """E[q^T q] and E[q^T z'] (columns, columns): q the rounded, z' the full-precision input, both transformed.
-
-    Rounding errors are taken as uncorrelated with everything else.
-    """
-    noise = torch.zeros(made.plan.columns)
-    if made.act_scale is not None:
-        for part, (a, b) in enumerate(made.plan.parts):
-            noise[a:b] = made.act_scale.data[:, part].square().mean() / 12
-    elif made.plan.act is not None:
-        z, dim = made.transform(seen.hat.float()), -1 if made.op == "linear" else 1
-        error = (made._round(z, None) - z).square().movedim(dim, -1).flatten(0, -2).mean(0)
-        noise = error.repeat_interleave(made.plan.columns // made.plan.shape[1])
-    gram, cross = (_turn(_turn(matrix, made).t(), made).t().contiguous() for matrix in (seen.gram, seen.cross))
-    return gram + noise.diag(), cross
-
-
-def _turn(matrix: torch.Tensor, made: DraftLinear) -> torch.Tensor:
-    """(columns, n) moments of raw inputs -> of transformed ones, along the first axis."""
-    blocks = matrix.reshape(made.plan.shape[1], -1)
-    if made.smooth is not None:
-        blocks = blocks * made.smooth.data[:, None]
-    if made.plan.rotate:
-        blocks = hadamard.rotate(blocks, made.plan.rotate, 0)
-    return blocks.reshape(matrix.shape)
-
-
 def layers(unit: Unit, seen: Seen, wish: Wish) -> dict[str, DraftLinear]:
-    """Drafts of all layers of a unit that are planned to have stored activation scales."""
+    """Drafts of the layers of a unit that saw data and are planned to have stored activation scales."""
     made = {}
     for name, plan in unit.layers.items():
-        if plan.act is not None and plan.act.scale != "dynamic":
-            module, layer = unit.layer(name), seen.layers.get(name)
-            made[name] = unseen(module, plan) if layer is None else fit(module, plan, layer, seen, wish)
+        if plan.act is not None and plan.act.scale != "dynamic" and name in seen.layers:
+            made[name] = fit(unit.layer(name), plan, seen.layers[name], seen, wish)
     return made
-
-
-def unseen(module: nn.Module, plan: LayerPlan) -> DraftLinear:
-    """A layer that no call reached: scales per call, weight to nearest."""
-    grain = "token" if plan.kind == "linear" or plan.act.granularity == "token" else "tensor"
-    return draft(module, replace(plan, act=replace(plan.act, granularity=grain, scale="dynamic", shift=0.0)))
 
 
 def middle(buckets: int) -> Clock:

@@ -128,7 +128,7 @@ def finite_set(values: Values, act: TensorPlan, power: float = POWER) -> torch.T
 
 
 def widened(scale: torch.Tensor) -> torch.Tensor:
-    """(buckets, parts): each bucket's scale or a neighbour's, the largest: a few calls a step miss what others bring."""
+    """(buckets, parts): the largest of each scale and its neighbours'; few calls a step miss some values."""
     return F.max_pool1d(scale.t()[None], 3, 1, 1)[0].t().contiguous()
 
 

@@ -132,7 +132,10 @@ def _fit_unit(
 def _nearest(unit: Unit, name: str) -> DraftLinear:
     """A layer that saw no data, rounded to nearest with dynamic activation scales."""
     plan = unit.layers[name]
-    act = None if plan.act is None else replace(plan.act, scale="dynamic", shift=0.0)
+    act = plan.act
+    if act is not None and act.scale != "dynamic":
+        grain = "token" if plan.kind == "linear" or act.granularity == "token" else "tensor"
+        act = replace(act, granularity=grain, scale="dynamic", shift=0.0)
     return drafts.draft(unit.layer(name), replace(plan, act=act, steps=1, smooth=False, rotate=0, rank=0))
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from dq import hadamard
 from dq.drafts import DraftLinear, draft
 from dq.families import Family
-from dq.fit import reconstruct, rounding, splits, static
+from dq.fit import moments, reconstruct, rounding, splits, static
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 from dq.seen import LayerSeen, Needs, Seen, Unit
 
@@ -62,14 +62,12 @@ def rounded(
     made = static.fit(module, plan, layer, seen, static.Wish(round="nearest")) if stored else draft(module, plan)
     start = _matrix(module, made)
     if options.get("start", "gptq") == "gptq" and layer.gram is not None:
-        gram, cross = static.moments(layer, made)
-        target = rounding.compensated(start, gram, cross)
-        weight, made.scales = rounding.gptq(target, made.plan, gram, search=True)
+        weight, made.scales = rounding.gptq(start, made.plan, moments.rounded(layer, made), search=True)
     else:
-        target, made.scales = start, rounding.mse_scales(start, made.plan)
+        made.scales = rounding.mse_scales(start, made.plan)
         weight = rounding.on_grid(start, made.plan, made.scales)
     made.weight.data.copy_(weight.reshape(made.plan.shape))
-    return made, target
+    return made, start
 
 
 def _matrix(module: nn.Module, made: DraftLinear) -> torch.Tensor:

@@ -18,7 +18,7 @@ from dq.fit import static
 from dq.plan import Recipe
 from dq.seen import Needs, Seen, Unit
 
-NEEDS = Needs(rows=4096, gram=True, absmax=True, hat=True)
+NEEDS = Needs(rows=4096, gram=True, absmax=True, hat=False)
 FORMATS = ("int8/channel", "int8/tensor/table")
 RECIPES = (Recipe("tdq-w8a8", FORMATS, FORMATS, method="tdq"),)
 
