@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, PixArtTransformer2DModel
 from PIL import Image
+from safetensors.torch import load_file
 
 import dq
 from dq import cli, saved
@@ -68,6 +69,48 @@ def test_quantize_takes_further_components_and_a_plan(monkeypatch, tmp_path, fol
     words = ["--plan", plan, "--out", tmp_path / "out", "--component", "text_encoder=int8-weight"]
     assert run(monkeypatch, "quantize", "tiny-pixart", *words) == 0
     assert set(saved.plans(tmp_path / "out")) == {"transformer", "text_encoder"}
+
+
+ONE_LAYER = r"transformer_blocks\.(?!0\.attn1\.to_out)"  # kept: all other layers
+FITTED = ["--recipe", "svdquant-int4", "--dtype", "fp32", "--keep", ONE_LAYER, "--steps", 2, "--samples", 2]
+
+
+def test_quantize_fits_a_recipe_on_prompts_of_a_file_and_keeps_its_work(monkeypatch, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a red circle\n\ntwo blue rings\n")
+    words = [*FITTED, "--prompts", tmp_path / "prompts.txt", "--work", tmp_path / "work", "--seed", 3]
+    words += ["--policy", "all", "--set", "height=64", "--set", "width=64", "--set", "guidance_scale=3.0"]
+    for out in ("one", "two"):
+        assert run(monkeypatch, "quantize", "tiny-pixart", *words, "--out", tmp_path / out) == 0
+        shown = capsys.readouterr().out
+        assert "candidates tried a layer; peak memory" in shown and "saved to" in shown
+    assert "all units were fitted before" in shown and (tmp_path / "work" / "calibration.json").exists()
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    one, two = (load_file(tmp_path / out / name) for out in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(value, two[key]) for key, value in one.items())
+    plan = saved.plans(tmp_path / "one")["transformer"][1]
+    assert plan.recipe == "svdquant-int4" and any(layer.rank for layer in plan.layers.values())
+    other = [*words, "--set", "guidance_scale=2.0", "--out", tmp_path / "three"]
+    assert "another calibration: call_kwargs differs" in refused(
+        monkeypatch, capsys, "quantize", "tiny-pixart", *other
+    )
+    assert not (tmp_path / "three").exists()
+
+
+WRONG_FIT = {
+    "fewer samples than steps": (["--samples", "1"], "raise samples to 2"),
+    "no prompts file": (["--prompts", "nowhere.txt"], "cannot read the prompts file 'nowhere.txt'"),
+    "unknown policy": (["--policy", "al"], "Did you mean 'all'"),
+    "unknown argument": (["--set", "heigth=64"], "Did you mean 'height'"),
+    "no value": (["--set", "height"], "expected name=value"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FIT)
+def test_wrong_calibration_gets_one_line_and_leaves_nothing(case, monkeypatch, capsys, tmp_path):
+    words, expected = WRONG_FIT[case]
+    words = ["quantize", "tiny-pixart", "--out", tmp_path / "out", *FITTED, *words]
+    assert expected in refused(monkeypatch, capsys, *words)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_inspect_says_what_explain_says_without_reading_weights(monkeypatch, folder, capsys):

@@ -144,6 +144,20 @@ def test_units_run_on_what_the_quantized_units_before_give(tmp_path):
     assert not same(full, hat)
 
 
+@torch.no_grad()
+def test_a_unit_that_is_one_layer_sees_its_own_input(tmp_path):
+    record("UNet2DConditionModel", tmp_path, count=2)
+    trace = traced("UNet2DConditionModel", tmp_path)
+    alone = [unit for unit in trace.units if unit.name in unit.layers]
+    assert alone
+    for unit in trace.units:
+        if unit in alone:
+            seen = trace.observe(unit, Needs(rows=100, gram=True, hat=False)).layers[unit.name]
+            inputs = torch.cat([args[0].flatten() for args, _ in trace.inputs(unit)])
+            assert seen.gram.diagonal().min() > 0 and torch.isin(seen.x.flatten(), inputs).all()
+        trace.skip(unit)
+
+
 def test_only_outputs_that_are_needed_later_stay(tmp_path):
     record(PIXART, tmp_path, 2)
     trace = traced(PIXART, tmp_path)
