@@ -138,7 +138,10 @@ def _named_components(target, components: Mapping) -> dict[str, tuple[nn.Module,
         known = [key for key, value in target.components.items() if isinstance(value, nn.Module)]
         if not isinstance(part, nn.Module):
             raise DQError(f"component {name!r} is not a model of {type(target).__name__}, {nearest(name, known)}")
-        found[name] = (part, recipes.get(recipe))
+        wanted = recipes.get(recipe)
+        if getattr(wanted, "needs_calibration", False):
+            raise DQError(f"component {name!r}: {wanted.name!r} needs calibration; components take data-free recipes")
+        found[name] = (part, wanted)
     return found
 
 

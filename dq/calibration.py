@@ -97,6 +97,8 @@ class Calibration:
         if self.folder is not None:
             yield Path(self.folder)
         else:
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise DQError("calibration: several processes need a folder all of them see; give folder=...")
             with tempfile.TemporaryDirectory(prefix="dq-") as made:
                 yield Path(made)
 

@@ -44,12 +44,28 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         home.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=home))
         yield made
+        for path in made.rglob("*.safetensors"):
+            _settle(path)
         _move_into(made, target)
     except (OSError, SafetensorError) as error:
         raise DQError(f"cannot save to {str(folder)!r}: {error}; nothing was changed there") from error
     finally:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
+
+
+def _settle(path: Path) -> None:
+    """Sort the header of a safetensors file, whose metadata come in another order in every process: same model, same
+    bytes. The header keeps its length, so that no tensor moves."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _move_into(source: Path, target: Path) -> None:

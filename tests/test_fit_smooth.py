@@ -322,6 +322,7 @@ def test_a_fitted_weight_is_never_worse_than_nearest_and_ships_as_it_is(kind, wi
     assert error(made, module, x) <= 1.02 * plain
     assert len(errors) == 1 or errors[1] < 0.9 * errors[0]
     assert made.plan.rank in (0, wish.rank)
+    assert torch.equal(made.rounded_weight(), made.weight), "the weight lies on the grid of the scales it ships with"
     packed = made.pack(torch.float32)
     kept = reference.weight_decoder(packed.plan)(packed.tensors()).reshape(packed.plan.shape)
     assert torch.equal(kept, made.rounded_weight())

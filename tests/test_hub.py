@@ -312,3 +312,12 @@ def test_saving_again_after_a_change_of_the_plan_writes_the_new_plan(tmp_path, b
     dq.adapters.widen(layer, torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2))
     model.save_pretrained(tmp_path)
     assert load(tmp_path).transformer_blocks[0].attn.to_q.plan.rank == 2
+
+
+def test_the_same_model_saves_to_the_same_bytes(tmp_path):
+    model = zoo.build(PIXART)
+    dq.quantize(model, "int8", progress=False)
+    saves = [tmp_path / str(number) for number in range(6)]
+    for folder in saves:
+        model.save_pretrained(folder)
+    assert len({(folder / WEIGHTS).read_bytes() for folder in saves}) == 1
