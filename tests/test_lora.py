@@ -140,10 +140,10 @@ def calibrated(dense: nn.Module, rotate: int, rank: int = 3, act: str | None = N
     return draft.pack(torch.float32)
 
 
-@pytest.mark.parametrize("rotate", [0, 4, 64])
+@pytest.mark.parametrize("rotate", [0, 4, 12])  # order 12 is not symmetric
 def test_fusing_beside_a_branch_smoothing_and_rotation_of_the_layer_is_exact(rotate):
-    layer, x = calibrated(nn.Linear(64, 48), rotate), torch.randn(5, 64)
-    down, up = torch.randn(2, 64), torch.randn(48, 2)
+    layer, x = calibrated(nn.Linear(96, 48), rotate), torch.randn(5, 96)
+    down, up = torch.randn(2, 96), torch.randn(48, 2)
     before = layer(x)
     adapters.widen(layer, down, up)
     assert torch.allclose(layer(x), before + x @ down.T @ up.T, atol=1e-4)
