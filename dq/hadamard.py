@@ -30,15 +30,22 @@ def hadamard(order: int) -> torch.Tensor:
     factors = _factors(order)
     if factors is None:
         raise DQError(f"rotation: no Hadamard matrix of order {order} is built here; choose 2, 4 or another order")
-    matrix = torch.ones(1, 1)
-    for factor in factors:
-        matrix = torch.kron(matrix, _base(factor))
-    return matrix / order**0.5
+    # kept for good, so it must not depend on who asks first: not in inference mode, not on the meta device
+    with torch.inference_mode(False), torch.device("cpu"):
+        matrix = torch.ones(1, 1, dtype=torch.float32)
+        for factor in factors:
+            matrix = torch.kron(matrix, _base(factor).float())
+        return matrix / order**0.5
 
 
-def rotate(x: torch.Tensor, order: int, dim: int = -1, inverse: bool = False) -> torch.Tensor:
-    """x times R (or its transpose) along the channels `dim`, in x's dtype; their number is a multiple of `order`."""
-    matrix = hadamard(order).to(x.device, x.dtype)
+def rotate(
+    x: torch.Tensor, order: int, dim: int = -1, inverse: bool = False, matrix: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x times R (or its transpose) along the channels `dim`, in x's dtype; their number is a multiple of `order`.
+
+    matrix  hadamard(order) where the caller keeps it, so that a compiled graph need not build it
+    """
+    matrix = (hadamard(order) if matrix is None else matrix).to(x.device, x.dtype)
     rows = x.movedim(dim, -1)
     blocks = rows.reshape(*rows.shape[:-1], -1, order) @ (matrix.t() if inverse else matrix)
     return blocks.reshape(rows.shape).movedim(-1, dim)
@@ -47,8 +54,8 @@ def rotate(x: torch.Tensor, order: int, dim: int = -1, inverse: bool = False) ->
 @cache
 def _factors(order: int) -> tuple[int, ...] | None:
     """Orders of base matrices whose Kronecker product has this order, None if there is none."""
-    if order == 1:
-        return ()
+    if order <= 1:
+        return () if order == 1 else None
     power = order & -order
     if power == order:
         exponent = order.bit_length() - 1

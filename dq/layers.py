@@ -127,7 +127,7 @@ class _Packed(_Frozen):
 
     def _allocate(self, plan: LayerPlan, has_bias: bool, compute_dtype: torch.dtype, device: str) -> None:
         self.plan, self.compute_dtype, self.clock = plan, compute_dtype, None
-        self.choice, self._device = None, None
+        self.choice, self._device, self._turn = None, None, None
         for name, (shape, dtype) in tensor_shapes(plan).items():
             self.put(name, torch.empty(shape, dtype=dtype or compute_dtype, device=device))
         for name in OPTIONAL:
@@ -145,6 +145,7 @@ class _Packed(_Frozen):
     def bind(self, device: str) -> None:
         """Choose the kernel for a device type."""
         self.choice, self._device = kernels.choose(self.op, self.plan, device, self._conv()), device
+        self._turn = hadamard.hadamard(self.plan.rotate).to(device) if self.plan.rotate else None
 
     def _conv(self) -> Conv | None:
         return None
@@ -165,7 +166,7 @@ class _Packed(_Frozen):
         if self.smooth is not None:
             x = x * per_channel(self.smooth, x, self.op == "conv")
         if self.plan.rotate:
-            x = hadamard.rotate(x, self.plan.rotate, 1 if self.op == "conv" else -1)
+            x = hadamard.rotate(x, self.plan.rotate, 1 if self.op == "conv" else -1, matrix=self._turn)
         return self.choice.run(x, self.tensors())
 
     @torch.no_grad()

@@ -247,7 +247,7 @@ def misshapen():
     return Plan.from_dict(json.loads(json.dumps(plan.to_dict()).replace("[32, 64]", "[32, 63]")))
 
 
-CALIBRATED = recipes.Recipe("mine", ("int8", "int8/token"), ("int8", None), method="mine")
+CALIBRATED = recipes.Recipe("mine", ("int8", "int8/token"), ("int8", None), method="gptq")
 WRONG = {
     "recipe": ("int8-wight", {}, r"recipe 'int8-wight' is unknown, expected one of .*Did you mean 'int8-weight'\?"),
     "keep": ("int8", {"keep": ["to_q"]}, "keep pattern 'to_q' matches no layer"),
@@ -259,7 +259,7 @@ WRONG = {
         {},
         r"layer 'blocks\.0\.2': the plan is for linear \(32, 63\), Denoiser has linear \(32, 64\)",
     ),
-    "calibration": (CALIBRATED, {}, "needs calibration data; pass calibration=dq.Calibration"),
+    "calibration": (CALIBRATED, {}, "recipe 'mine' needs calibration data; pass calibration=a function that runs"),
     "data-free": ("int8", {"calibration": print}, "recipe 'int8' is data-free; leave calibration=None"),
     "no file": ("nowhere.json", {}, "file 'nowhere.json' does not exist"),
 }

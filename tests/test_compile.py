@@ -62,7 +62,10 @@ def convolution_and_linear(recipe: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("recipe", recipes.names())
+DYNAMIC = [name for name in recipes.names() if not (recipes.get(name).linear[1] or "").endswith(("static", "table"))]
+
+
+@pytest.mark.parametrize("recipe", DYNAMIC)  # stored scales come with data: see the step tables below
 def test_kernels_of_every_recipe_compile(recipe):
     model, x = convolution_and_linear(recipe), torch.randn(2, 8, 16, 16)
     assert close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))

@@ -280,6 +280,15 @@ def test_layers_with_one_input_get_one_transform(fit):
     assert q.plan.reason == k.plan.reason and q.plan.reason.startswith(f"best of {q.tried}: ")
 
 
+@pytest.mark.parametrize("fit", [svdquant, viditq], ids=["svdquant", "viditq"])
+def test_activations_that_stay_in_floating_point_are_left_as_they_are(fit):
+    unit, seen = attention(weight="int4/channel", act=None)
+    for name in unit.layers:  # a vector would help these weights
+        unit.layer(name).weight.data[:, [3, 17, 40]] /= 60
+    for found in fit.fit(unit, seen, {"rank": 8, "share": 0.13}).values():
+        assert found.smooth is None and not found.plan.rotate and not found.plan.rank
+
+
 @pytest.mark.parametrize("shape", [(64, 64), (128, 64), (1024, 256), (3072, 3072)])
 @pytest.mark.parametrize("weight", ["int4/group:64", "nvfp4", "int8/channel"])
 @pytest.mark.parametrize("element", [2, 4])

@@ -122,6 +122,7 @@ def test_linear_is_within_twice_torchs_rounding(backend, device, act, weight, ro
     within_twice_torch(ours, *truth_and_torch("linear", p, None, x, t), dtype)
 
 
+torch.manual_seed(0)
 CONVOLUTIONS = [
     nn.Conv1d(6, 5, 3, padding=1),
     nn.Conv1d(6, 4, 3, padding="same", dilation=2, bias=False),

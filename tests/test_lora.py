@@ -153,16 +153,18 @@ def test_fusing_beside_a_branch_smoothing_and_rotation_of_the_layer_is_exact(rot
 
 
 @pytest.mark.parametrize(
-    ("dense", "act"),
+    ("build", "act"),
     [
-        (nn.Linear(64, 48), "int8/token"),
-        (nn.Conv2d(16, 12, 3, padding=1, stride=2), "int8/tensor"),
-        (nn.Conv2d(16, 12, 3, padding=2, dilation=2), None),
+        (lambda: nn.Linear(64, 48), "int8/token"),
+        (lambda: nn.Conv2d(16, 12, 3, padding=1, stride=2), "int8/tensor"),
+        (lambda: nn.Conv2d(16, 12, 3, padding=1), None),
     ],
-    ids=["linear", "strided", "dilated"],
+    ids=["linear", "strided", "weight-only"],
 )
 @torch.no_grad()
-def test_an_adapter_of_a_calibrated_layer_gives_the_same_fused_and_unfused(dense, act):
+def test_an_adapter_of_a_calibrated_layer_gives_the_same_fused_and_unfused(build, act):
+    torch.manual_seed(0)
+    dense = build()
     holder = nn.Sequential(calibrated(dense, rotate=16, act=act))
     x = torch.randn(5, 64) if isinstance(dense, nn.Linear) else torch.randn(2, 16, 7, 7)
     plain = holder(x)

@@ -214,12 +214,15 @@ def test_no_guidance_branch_depends_on_the_other(name, recipe, fitted, observed)
 
 def test_maxima_are_those_of_the_noisiest_quarter_of_steps():  # ViDiT-Q: where channels are least even
     x = torch.ones(4, 3)
-    absmax = torch.arange(8.0).reshape(8, 1, 1).expand(8, 2, 3)
+    absmax = torch.ones(8, 2, 3)
+    absmax[:, :, 0] = torch.arange(2.0, 10.0)[:, None]  # channel 0 stands out the more, the later the bucket
     seen = LayerSeen(x, x, torch.zeros(4), torch.zeros(4), absmax=absmax)
-    assert viditq._early(seen).absmax.unique().tolist() == [6, 7]
-    quiet = replace(seen, absmax=torch.cat([absmax[:6], torch.zeros(2, 2, 3)]))
-    assert viditq._early(quiet) is quiet, "steps that were never recorded tell nothing"
-    assert viditq._early(replace(seen, absmax=absmax[:1] + 1)).absmax.shape[0] == 1
+    assert viditq._early(seen).absmax[:, 0, 0].tolist() == [8, 9]
+    falling = replace(seen, absmax=absmax.flip(0))  # models whose timestep falls with the noise
+    assert viditq._early(falling).absmax[:, 0, 0].tolist() == [9, 8]
+    unseen = replace(seen, absmax=torch.cat([absmax[:6], torch.zeros(2, 2, 3)]))
+    assert viditq._early(unseen).absmax[:, 0, 0].tolist() == [2, 3], "steps that were never recorded tell nothing"
+    assert viditq._early(replace(seen, absmax=absmax[:1])).absmax.shape[0] == 1
 
 
 def correlated(count, seed, spread):

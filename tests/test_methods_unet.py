@@ -11,7 +11,7 @@ import torch
 from dq import calibration, families, layers, methods, recipes
 from dq.clock import Clock
 from dq.drafts import draft
-from dq.fit import reconstruct, static, tables
+from dq.fit import reconstruct, tables
 from dq.methods import ptq4dm, qdiffusion, tdq, tfmq
 from dq.plan import LayerPlan, TensorPlan
 from dq.trace import Trace
@@ -86,10 +86,7 @@ def unit_error(unit, seen, drafts) -> float:
 
 def nearest(unit) -> dict:
     """Plain rounding with dynamic activations."""
-    return {
-        name: static.unseen(unit.layer(name), row) if row.act else draft(unit.layer(name), row)
-        for name, row in unit.layers.items()
-    }
+    return {name: methods._nearest(unit, name) for name in unit.layers}
 
 
 ALL = (*ptq4dm.RECIPES, *tdq.RECIPES, *tfmq.RECIPES, *qdiffusion.RECIPES)

@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from torch import nn
+
 from dq.drafts import DraftLinear
 from dq.fit import groups, smooth, weights
 from dq.plan import LayerPlan, Recipe
@@ -60,18 +62,23 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
 
 def _fit_shared(shared: smooth.Shared, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     plan = shared.plan
-    element = next(iter(shared.modules.values())).weight.element_size()
-    rank = groups.affordable_rank(plan, options["rank"], options["share"], element) if plan.act else 0
-    found = smooth.search(shared, wish(plan, shared, rank)) if plan.act else smooth.NOTHING
+    ranks = {name: _rank(shared.plans[name], module, options) for name, module in shared.modules.items()}
+    found = smooth.search(shared, wish(plan, shared, min(ranks.values()))) if plan.act else smooth.NOTHING
     drafts = {}
     for name, module in shared.modules.items():
-        own = seen.layers[name]
         made = smooth.transformed(module, shared.plans[name], found.best)
-        weights.fit(made, module, own, weights.Wish(rank=rank))
+        weights.fit(made, module, seen.layers[name], weights.Wish(rank=ranks[name]))
         made.plan = replace(made.plan, reason=found.reason)
         made.tried = found.tried
         drafts[name] = made
     return drafts
+
+
+def _rank(plan: LayerPlan, module: nn.Module, options: Mapping) -> int:
+    """Columns of a layer's branch: what its bytes allow; weight-only layers have none."""
+    if plan.act is None:
+        return 0
+    return groups.affordable_rank(plan, options["rank"], options["share"], module.weight.element_size())
 
 
 def wish(plan: LayerPlan, shared: smooth.Shared, rank: int) -> smooth.Search:

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
+
 from dq.drafts import DraftLinear
 from dq.fit import groups, smooth, weights
 from dq.plan import Recipe
@@ -46,6 +48,13 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
 
 
 def _early(seen: LayerSeen) -> LayerSeen:
-    """Channel maxima of the noisiest steps only: buckets rise with the timestep, the last ones are the noisiest."""
-    first = int(len(seen.absmax) * (1 - EARLY))
-    return replace(seen, absmax=seen.absmax[first:]) if float(seen.absmax[first:].amax()) > 0 else seen
+    """Channel maxima of the noisiest steps only: at the end of the timesteps where channels differ the most."""
+    count = max(1, round(len(seen.absmax) * EARLY))
+    ends = [part for part in (seen.absmax[-count:], seen.absmax[:count]) if float(part.amax()) > 0]
+    return replace(seen, absmax=max(ends, key=_imbalance)) if ends else seen
+
+
+def _imbalance(absmax: torch.Tensor) -> float:
+    """Largest channel maximum over the mean one."""
+    tops = absmax.flatten(0, -2).amax(0)
+    return float(tops.amax() / tops.mean())
