@@ -45,13 +45,13 @@ def methods(found: list[dict]) -> list[str]:
 
     order = [entry.name for entry in ENTRIES]
     against = {entry.name: entry.against for entry in ENTRIES}
-    decibels = {(row["model"], row["row"]): row["psnr_db"] for row in found}
-    head = ["model", "row", "bits", "PSNR to fp32 (gain)", "feature distance", "caption accuracy"]
+    decibels = {(row["model"], row["row"], row["prompts"]): row["psnr_db"] for row in found}
+    head = ["model", "row", "prompts", "bits", "PSNR to fp32 (gain)", "feature distance", "caption accuracy"]
     head += ["noise SQNR early / middle / late", "bytes", "branch", "seconds", "kernel"]
     lines, below = [_line(head), "|---" * len(head) + "|"], []
     known = [row for row in found if row["row"] in order]
     for row in sorted(known, key=lambda row: (row["model"], order.index(row["row"]))):
-        rival = decibels.get((row["model"], against[row["row"]]))
+        rival = decibels.get((row["model"], against[row["row"]], row["prompts"]))
         gain = None if rival is None else row["psnr_db"] - rival
         lines.append(_line(_method_cells(row, gain)))
         if gain is not None and gain <= 0:
@@ -64,7 +64,7 @@ def _method_cells(row: dict, gain: float | None) -> list[str]:
     noise = " / ".join(f"{row[f'noise_sqnr_{third}_db']:.1f}" for third in ("early", "middle", "late"))
     accuracy = f"{100 * row['caption_accuracy']:.0f} % (fp32: {100 * row['caption_accuracy_fp32']:.0f} %)"
     kernel, count = max(row["kernels"].items(), key=lambda item: item[1])
-    cells = [row["model"], row["row"], row["bits"]]
+    cells = [row["model"], row["row"], str(row["prompts"]), row["bits"]]
     cells += [f"{row['psnr_db']:.1f} dB" + ("" if gain is None else f" ({gain:+.1f})")]
     cells += [f"{row['feature_distance']:.3f}", accuracy, f"{noise} dB"]
     cells += [
@@ -99,8 +99,8 @@ def _methods() -> str:
         return ""
     commits = ", ".join(sorted({row["commit"] for row in found}))
     text = (
-        f"{found[0]['prompts']} held-out prompts a row, seed {found[0]['seed']}, 20 steps, commit {commits}. Gain: "
-        "over plain rounding of the same layers, groups and activations (8-bit recipes: over `int8` or one range for "
+        f"Held-out prompts, seed {found[0]['seed']}, 20 steps, 32 other prompts for calibration, commit {commits}. "
+        "Gain: over plain rounding of the same layers, groups and activations (8-bit: over `int8` or one range for "
         "all steps). Feature distance: eval/metrics/feature_distance.py. Noise SQNR: the denoiser alone, on the "
         "inputs of the fp32 run. Branch: low-rank factors, of the packed bytes. Kernel: of most layers."
     )

@@ -37,7 +37,7 @@ from dq.trace import Trace
 from dq.units import tensors_in
 
 FEWEST_CALLS = 16
-ENOUGH = 2**19
+ENOUGH = 2**18
 
 
 @cache

@@ -27,6 +27,7 @@ NEEDS = Needs(rows=2048, gram=True, absmax=True, hat=False)
 FEW_CALLS = True
 RANK = 32
 BRANCH_SHARE = 0.13
+WIDE = 2**20  # weights from which branch and rounding take one turn: GPTQ is a third of the time there
 GELU_SHIFT = 0.171875  # minus the least value of GELU, rounded up
 ONE_SIDED = 0.25  # an input whose low end is closer to 0 than this share of its high end is called one-sided
 
@@ -67,7 +68,8 @@ def _fit_shared(shared: smooth.Shared, seen: Seen, options: Mapping) -> dict[str
     drafts = {}
     for name, module in shared.modules.items():
         made = smooth.transformed(module, shared.plans[name], found.best)
-        weights.fit(made, module, seen.layers[name], weights.Wish(rank=ranks[name]))
+        turns = 2 if module.weight.numel() < WIDE else 1
+        weights.fit(made, module, seen.layers[name], weights.Wish(rank=ranks[name], iterations=turns))
         made.plan = replace(made.plan, reason=found.reason)
         made.tried = found.tried
         drafts[name] = made
