@@ -23,20 +23,21 @@ class DraftLinear(nn.Module):
     """A linear being fitted: x (..., in) -> (..., out).
 
     weight (out, in), bias (out,), smooth (in,), proj_down (rank, in), proj_up (out, rank), act_scale (steps, parts):
-    fp32 Parameters, None where the plan has no such thing. Starts neutral: smooth 1, branch 0, act_scale 1; the weight
-    is the layer's, rotated if the plan says so. scales: weight scales of each part, None to follow the weight's range.
+    fp32 Parameters, None where the plan lacks it. Starts with the given smooth (else 1), branch 0, act_scale 1
+    and the layer's own weight. scales: weight scales of each part, None to follow the weight's range.
     """
 
     op = "linear"
 
-    def __init__(self, module: nn.Module, plan: LayerPlan):
+    def __init__(self, module: nn.Module, plan: LayerPlan, smooth: torch.Tensor | None = None):
         super().__init__()
         self.plan, self.source, self.clock = plan, [module], None  # a list hides the source from named_modules
-        weight = module.weight.detach().float()
-        self.weight = nn.Parameter(hadamard.rotate(weight, plan.rotate, 1) if plan.rotate else weight.clone())
+        self.smooth = self._new(torch.ones, plan.shape[1]) if plan.smooth else None
+        if smooth is not None:
+            self.smooth.data.copy_(smooth)
+        self.weight = nn.Parameter(self.unrounded().clone())
         self.scales: list[Scales] | None = None
         self.bias = None if module.bias is None else nn.Parameter(module.bias.detach().float().clone())
-        self.smooth = self._new(torch.ones, plan.shape[1]) if plan.smooth else None
         self.proj_down = self._new(torch.zeros, plan.rank, plan.columns) if plan.rank else None
         self.proj_up = self._new(torch.zeros, plan.rows, plan.rank) if plan.rank else None
         stored = plan.act is not None and plan.act.scale != "dynamic"
@@ -44,7 +45,14 @@ class DraftLinear(nn.Module):
         self._round = reference.input_rounder(plan, -1 if self.op == "linear" else 1)
 
     def _new(self, fill, *shape: int) -> nn.Parameter:
-        return nn.Parameter(fill(shape, device=self.weight.device))
+        return nn.Parameter(fill(shape, device=self.source[0].weight.device))
+
+    def unrounded(self) -> torch.Tensor:
+        """The layer's own weight as it meets the transformed input: fp32, full shape, divided by smooth, rotated."""
+        weight = self.source[0].weight.detach().float()
+        if self.smooth is not None:
+            weight = weight / self.smooth.detach().reshape(1, -1, *[1] * (weight.dim() - 2))
+        return hadamard.rotate(weight, self.plan.rotate, 1) if self.plan.rotate else weight
 
     def rounded_weight(self) -> torch.Tensor:
         """The weight as the packed layer will hold it: fp32, full shape, straight-through gradient."""
@@ -104,8 +112,8 @@ class DraftConv2d(DraftLinear):
 
     op = "conv"
 
-    def __init__(self, module: nn.Module, plan: LayerPlan):
-        super().__init__(module, plan)
+    def __init__(self, module: nn.Module, plan: LayerPlan, smooth: torch.Tensor | None = None):
+        super().__init__(module, plan, smooth)
         self._geometry, self._pad, self._pad_mode = geometry(module)
 
     def _padded(self, x: torch.Tensor) -> torch.Tensor:
@@ -118,6 +126,6 @@ class DraftConv2d(DraftLinear):
         return self._geometry
 
 
-def draft(module: nn.Module, plan: LayerPlan) -> DraftLinear:
-    """The draft of a full-precision layer under a plan, with neutral smoothing and an empty low-rank branch."""
-    return (DraftLinear if plan.kind == "linear" else DraftConv2d)(module, plan)
+def draft(module: nn.Module, plan: LayerPlan, smooth: torch.Tensor | None = None) -> DraftLinear:
+    """The draft of a full-precision layer under a plan, smoothed by `smooth` (in,), with an empty low-rank branch."""
+    return (DraftLinear if plan.kind == "linear" else DraftConv2d)(module, plan, smooth)

@@ -1,9 +1,12 @@
-"""Layers of a unit that share one input, and the rank a branch may have."""
+"""Layers of a unit that share one input: found, fitted together, and the rank a branch may have."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
+from dq.drafts import DraftLinear
+from dq.fit import smooth, weights
 from dq.fit.smooth import Shared
 from dq.plan import LayerPlan
 from dq.seen import Seen, Unit
@@ -18,6 +21,19 @@ def shared(unit: Unit, seen: Seen) -> Iterator[Shared]:
     for names in groups.values():
         plans = {name: unit.layers[name] for name in names}
         yield Shared(plans, {name: unit.layer(name) for name in names}, seen.layers[names[0]])
+
+
+def fit(
+    shared: Shared, seen: Seen, search: smooth.Search | None, wishes: Mapping[str, weights.Wish]
+) -> dict[str, DraftLinear]:
+    """One transform for all layers of an input (none without a search), then each layer's branch and weight."""
+    found = smooth.search(shared, search) if search is not None else smooth.NOTHING
+    drafts = {}
+    for name, module in shared.modules.items():
+        made = drafts[name] = smooth.transformed(module, shared.plans[name], found.best)
+        weights.fit(made, module, seen.layers[name], wishes[name])
+        made.plan, made.tried = replace(made.plan, reason=found.reason or made.plan.reason), found.tried
+    return drafts
 
 
 def affordable_rank(plan: LayerPlan, most: int, share: float, element_bytes: int) -> int:

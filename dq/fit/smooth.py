@@ -69,17 +69,16 @@ class Shared:
 
     def weight_absmax(self) -> torch.Tensor:
         """(in,) largest weight on each input channel over all layers."""
-        tops = [
-            module.weight.detach().float().abs().flatten(2).amax(2).amax(0)
-            if module.weight.dim() > 2
-            else module.weight.detach().float().abs().amax(0)
-            for module in self.modules.values()
-        ]
-        return torch.stack(tops).amax(0)
+        return torch.stack([column_absmax(module.weight) for module in self.modules.values()]).amax(0)
 
     @property
     def _channels(self) -> int:
         return -1 if self.plan.kind == "linear" else 1
+
+
+def column_absmax(weight: torch.Tensor) -> torch.Tensor:
+    """(in,) largest magnitude of a weight (rows, in, *kernel) on each input channel."""
+    return weight.detach().float().abs().transpose(0, 1).flatten(1).amax(1)
 
 
 def balance(shared: Shared, alpha: float, beta: float) -> torch.Tensor:
@@ -95,12 +94,7 @@ def transformed(module: nn.Module, plan: LayerPlan, change: Transform) -> DraftL
     """The draft of a layer under a transform: weight divided by s and rotated, branch empty."""
     act = change.act if change.act is not None and plan.act is not None else plan.act
     plan = replace(plan, act=act, smooth=change.smooth is not None, rotate=change.rotate)
-    made = draft(module, plan)
-    if change.smooth is not None:
-        made.smooth.data.copy_(change.smooth)
-        weight = module.weight.detach().float() / change.smooth.reshape(1, -1, *[1] * (module.weight.dim() - 2))
-        made.weight.data.copy_(hadamard.rotate(weight, plan.rotate, 1) if plan.rotate else weight)
-    return made
+    return draft(module, plan, change.smooth)
 
 
 @dataclass(frozen=True)

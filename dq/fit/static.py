@@ -22,6 +22,7 @@ from dq import hadamard
 from dq.clock import Clock
 from dq.drafts import DraftLinear, draft
 from dq.fit import moments, rounding, tables
+from dq.fit.smooth import column_absmax
 from dq.plan import LayerPlan
 from dq.seen import LayerSeen, Seen, Unit
 
@@ -80,18 +81,12 @@ class Layer:
     def start(self, change: Change, rows: torch.Tensor) -> DraftLinear:
         """A draft with this transform, from the statistics of these rows; act_scale not yet set."""
         act = replace(self.plan.act, shift=change.shift)
-        made = draft(self.module, replace(self.plan, smooth=change.powers is not None, rotate=change.rotate, act=act))
-        if change.powers is not None:
-            made.smooth.data.copy_(self.balance(*change.powers, rows))
-            weight = self.module.weight.detach().float()
-            weight = weight / made.smooth.data.reshape(1, -1, *[1] * (weight.dim() - 2))
-            made.weight.data.copy_(hadamard.rotate(weight, change.rotate, 1) if change.rotate else weight)
-        return made
+        plan = replace(self.plan, smooth=change.powers is not None, rotate=change.rotate, act=act)
+        return draft(self.module, plan, None if change.powers is None else self.balance(*change.powers, rows))
 
     def balance(self, alpha: float, beta: float, rows: torch.Tensor) -> torch.Tensor:
         """(in,) smoothing vector of the module docstring, geometric mean 1."""
-        w = self.module.weight.detach().float().abs().transpose(0, 1).flatten(1).amax(1)
-        log = beta * _floored(w).log() - alpha * _floored(self.absmax(rows)).log()
+        log = beta * _floored(column_absmax(self.module.weight)).log() - alpha * _floored(self.absmax(rows)).log()
         return (log - log.mean()).exp()
 
     def absmax(self, rows: torch.Tensor) -> torch.Tensor:

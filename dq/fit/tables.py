@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dq.formats import SCALE_FLOOR, Format, Granularity
+from dq.formats import SCALE_FLOOR, Granularity
 from dq.plan import LayerPlan, TensorPlan
 
 WHOLE = Granularity("tensor")
@@ -107,12 +107,7 @@ def widest(values: Values, act: TensorPlan) -> torch.Tensor:
 def error(values: Values, scale: torch.Tensor, act: TensorPlan, power: float = 2.0) -> torch.Tensor:
     """(buckets, parts) weighted mean |x - x^|^power under scales of that shape."""
     step = scale[..., None]
-    return (values.weight * (snap(values.value / step, act.spec) * step - values.value).abs() ** power).sum(-1)
-
-
-def snap(units: torch.Tensor, spec: Format) -> torch.Tensor:
-    """Nearest representable values of numbers in units of the step."""
-    return spec.snap(units)
+    return (values.weight * (act.spec.snap(values.value / step) * step - values.value).abs() ** power).sum(-1)
 
 
 @torch.no_grad()

@@ -55,7 +55,8 @@ def _variants(made: DraftLinear, seen: LayerSeen, wish: Wish) -> Iterator[tuple]
     yield *rounding.nearest(weight, plan), *nothing
     if seen.gram is None or (wish.rounding == "nearest" and not wish.rank):
         return
-    gram, met = moments.transformed(seen, made), moments.rounded(seen, made)
+    gram = moments.transformed(seen, made)
+    met = gram + moments.noise(seen, made).diag()
 
     def round_(rest: torch.Tensor) -> tuple[torch.Tensor, list[Scales]]:
         return rounding.gptq(rest, plan, met) if wish.rounding == "gptq" else rounding.nearest(rest, plan)

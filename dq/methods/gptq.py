@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dq.drafts import DraftLinear
-from dq.fit import smooth, weights
+from dq.fit import groups, weights
 from dq.plan import Recipe
 from dq.seen import Needs, Seen, Unit
 
@@ -26,8 +26,6 @@ RECIPES = (
 def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     """Drafts of all layers of a unit that saw data."""
     made = {}
-    for name in unit.layers:
-        if name in seen.layers:
-            made[name] = smooth.transformed(unit.layer(name), unit.layers[name], smooth.Transform())
-            weights.fit(made[name], unit.layer(name), seen.layers[name], weights.Wish(rank=0))
+    for shared in groups.shared(unit, seen):
+        made |= groups.fit(shared, seen, None, dict.fromkeys(shared.plans, weights.Wish()))
     return made

@@ -18,7 +18,6 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from dq import hadamard
 from dq.drafts import DraftLinear, draft
 from dq.families import Family
 from dq.fit import moments, reconstruct, rounding, splits, static
@@ -60,7 +59,7 @@ def rounded(
     """A draft whose weight is rounded by itself, and the weight (rows, columns) before that."""
     stored = plan.act is not None and plan.act.scale != "dynamic"
     made = static.fit(module, plan, layer, seen, static.Wish(round="nearest")) if stored else draft(module, plan)
-    start = _matrix(module, made)
+    start = made.unrounded().reshape(made.plan.rows, -1)
     if options.get("start", "gptq") == "gptq" and layer.gram is not None:
         weight, made.scales = rounding.gptq(start, made.plan, moments.rounded(layer, made), search=True)
     else:
@@ -68,15 +67,6 @@ def rounded(
         weight = rounding.on_grid(start, made.plan, made.scales)
     made.weight.data.copy_(weight.reshape(made.plan.shape))
     return made, start
-
-
-def _matrix(module: nn.Module, made: DraftLinear) -> torch.Tensor:
-    """The full-precision weight (rows, columns) as it meets the draft's transformed input."""
-    weight = module.weight.detach().float()
-    if made.smooth is not None:
-        weight = weight / made.smooth.data.reshape(1, -1, *[1] * (weight.dim() - 2))
-    weight = hadamard.rotate(weight, made.plan.rotate, 1) if made.plan.rotate else weight
-    return weight.reshape(made.plan.rows, -1)
 
 
 def learn(unit: Unit, seen: Seen, made: Mapping[str, DraftLinear], targets: Mapping, options: Mapping) -> None:

@@ -31,25 +31,17 @@ WIDE = 2**20  # weights from which branch and rounding take one turn: GPTQ is a 
 GELU_SHIFT = 0.171875  # minus the least value of GELU, rounded up
 ONE_SIDED = 0.25  # an input whose low end is closer to 0 than this share of its high end is called one-sided
 
-_INT4 = ("int4/group:64", "int4/group:64")
-_OPTIONS = {"rank": RANK, "share": BRANCH_SHARE}
-RECIPES = (
-    Recipe("svdquant-int4", _INT4, ("int4/group:64", "int8a/tensor"), method="svdquant", options=_OPTIONS),
-    Recipe("svdquant-nvfp4", ("nvfp4", "nvfp4"), ("nvfp4", "int8a/tensor"), method="svdquant", options=_OPTIONS),
-    Recipe(
-        "svdquant-w4a8",
-        ("int4/group:64", "int8/token"),
-        ("int4/group:64", "int8a/tensor"),
-        method="svdquant",
-        options=_OPTIONS,
-    ),
-    Recipe(
-        "svdquant-int8",
-        ("int8/channel", "int8/token"),
-        ("int8/channel", "int8a/tensor"),
-        method="svdquant",
-        options=_OPTIONS,
-    ),
+# weights and activations of linears; convolutions have the same weights and round activations to 8 bits
+FORMATS = {
+    "int4": ("int4/group:64", "int4/group:64"),
+    "nvfp4": ("nvfp4", "nvfp4"),
+    "w4a8": ("int4/group:64", "int8/token"),
+    "int8": ("int8/channel", "int8/token"),
+}
+OPTIONS = {"rank": RANK, "share": BRANCH_SHARE}
+RECIPES = tuple(
+    Recipe(f"svdquant-{name}", pair, (pair[0], "int8a/tensor"), method="svdquant", options=OPTIONS)
+    for name, pair in FORMATS.items()
 )
 
 
@@ -57,30 +49,18 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     """Drafts of all layers of a unit that saw data."""
     made = {}
     for shared in groups.shared(unit, seen):
-        made |= _fit_shared(shared, seen, options)
+        wishes = {name: _wish(shared.plans[name], module, options) for name, module in shared.modules.items()}
+        least = min(each.rank for each in wishes.values())
+        made |= groups.fit(shared, seen, wish(shared.plan, shared, least) if shared.plan.act else None, wishes)
     return made
 
 
-def _fit_shared(shared: smooth.Shared, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
-    plan = shared.plan
-    ranks = {name: _rank(shared.plans[name], module, options) for name, module in shared.modules.items()}
-    found = smooth.search(shared, wish(plan, shared, min(ranks.values()))) if plan.act else smooth.NOTHING
-    drafts = {}
-    for name, module in shared.modules.items():
-        made = smooth.transformed(module, shared.plans[name], found.best)
-        turns = 2 if module.weight.numel() < WIDE else 1
-        weights.fit(made, module, seen.layers[name], weights.Wish(rank=ranks[name], iterations=turns))
-        made.plan = replace(made.plan, reason=found.reason)
-        made.tried = found.tried
-        drafts[name] = made
-    return drafts
-
-
-def _rank(plan: LayerPlan, module: nn.Module, options: Mapping) -> int:
-    """Columns of a layer's branch: what its bytes allow; weight-only layers have none."""
-    if plan.act is None:
-        return 0
-    return groups.affordable_rank(plan, options["rank"], options["share"], module.weight.element_size())
+def _wish(plan: LayerPlan, module: nn.Module, options: Mapping) -> weights.Wish:
+    """A branch of as many columns as its bytes allow; none for weight-only layers."""
+    rank = 0
+    if plan.act is not None:
+        rank = groups.affordable_rank(plan, options["rank"], options["share"], module.weight.element_size())
+    return weights.Wish(rank, iterations=2 if module.weight.numel() < WIDE else 1)
 
 
 def wish(plan: LayerPlan, shared: smooth.Shared, rank: int) -> smooth.Search:

@@ -37,13 +37,8 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     for shared in groups.shared(unit, seen):
         shared.seen = _early(shared.seen)
         rotations = smooth.orders(shared.plan) if shared.plan.kind == "linear" and shared.plan.act else ()
-        wish = smooth.Search(betas=("1-alpha",), rotations=rotations)
-        found = smooth.search(shared, wish) if shared.plan.act else smooth.NOTHING
-        for name, module in shared.modules.items():
-            made[name] = smooth.transformed(module, shared.plans[name], found.best)
-            weights.fit(made[name], module, seen.layers[name], weights.Wish(rounding="nearest"))
-            made[name].plan = replace(made[name].plan, reason=found.reason)
-            made[name].tried = found.tried
+        wish = smooth.Search(betas=("1-alpha",), rotations=rotations) if shared.plan.act else None
+        made |= groups.fit(shared, seen, wish, dict.fromkeys(shared.plans, weights.Wish(rounding="nearest")))
     return made
 
 
