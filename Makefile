@@ -2,7 +2,7 @@
 # make test   install and run all tests      make lint   style      make table   README's results from eval/results
 PYTHON ?= python3
 PY := .venv/bin/python
-READY := .venv/.installed
+READY := .venv/.installed .venv/.native
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test lint table
@@ -22,9 +22,14 @@ table: $(READY)
 	$(PY) -m eval.table --write
 
 # torch alone comes first, pinned, so that pip settles on the build its configuration offers before anything needs it
-$(READY): pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml constraints.txt hatch_build.py
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "dq needs Python 3.11 or newer; make PYTHON=python3.12 " + "names another one")'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q -c constraints.txt torch
 	$(PY) -m pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# after a change to the sources; without a compiler dq runs on torch's own ops
+.venv/.native: .venv/.installed $(wildcard dq/kernels/cpu/native/*)
+	-$(PY) dq/kernels/cpu/compile.py
 	@touch $@

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dq import adapters, families, hub, layers, loading, recipes
+from dq import adapters, families, fusions, hub, layers, loading, recipes
 from dq.layers import PackedStack, packed_layers
 from dq.plan import DQError, LayerPlan, Plan, Recipe, nearest
 from dq.report import Report, Row
@@ -93,6 +93,7 @@ def explain(target) -> Report:
     plans = {part: hub.plan_of(model) for part, model in models.items()}
     report = Report(_with_kernels(rows, models), before, _bytes(models.values()), 0.0, recipe)
     report.notes += _step_notes(plans)
+    report.notes += [f"{part or 'model'}: {line}" for part, model in models.items() for line in fusions.notes(model)]
     return report
 
 

@@ -1,6 +1,7 @@
 """Milliseconds of quantized layers and models next to full precision: one process, in turn, medians.
 
-Runs alternate (full, quantized, full, quantized, ...), so that a machine that slows down slows both.
+Runs alternate (full, quantized, full, quantized, ...), so that a machine that slows down slows both. What the kernels
+move and compute is counted too, for `roofline`.
 """
 
 from __future__ import annotations
@@ -9,22 +10,30 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from dq import layers, recipes
+from dq import layers, recipes, roofline
 from dq.plan import DQError, LayerPlan, Recipe, TensorPlan
 
 # (rows, inputs, outputs): attention and feed-forward of small and large diffusion transformers
 SHAPES = ((256, 384, 384), (1024, 1152, 1152), (1024, 1152, 4608), (4096, 1536, 1536), (4096, 3072, 3072))
 
 
+OURS = "cpu_attention"  # the op of dq.kernels.cpu.attention; its last argument tells bytes from bf16
+
+
 @dataclass(frozen=True)
 class Timing:
-    """One row. full_ms, quantized_ms: medians per call; dtype: of the full-precision layer and of all activations."""
+    """One row. full_ms, quantized_ms: medians per call; dtype: of the full-precision layer and of all activations.
+
+    lines: a line of the roofline per kernel of the quantized side.
+    """
 
     what: str
     device: str
@@ -33,6 +42,7 @@ class Timing:
     full_ms: float
     quantized_ms: float
     rounds: int
+    lines: tuple[roofline.Line, ...] = ()
 
     @property
     def speedup(self) -> float:
@@ -74,7 +84,9 @@ def linears(recipe: str, device: str, dtype: torch.dtype = torch.bfloat16, secon
         packed = layers.pack("bench", full, LayerPlan("linear", (outputs, inputs), weight, act), dtype)
         x = torch.randn(count, inputs, device=device, dtype=dtype)
         what = f"linear {count} x {inputs} -> {outputs}"
-        rows.append(_timing(what, full, packed, lambda layer, x=x: layer(x), seconds, packed.choice.label))
+        timing = _timing(what, full, packed, lambda layer, x=x: layer(x), seconds, packed.choice.label)
+        line = roofline.Line(timing.kernel, 1, timing.quantized_ms, layer_work(packed, x, packed(x)))
+        rows.append(replace(timing, lines=(line,)))
     return rows
 
 
@@ -96,7 +108,80 @@ def denoiser(pipe, name: str, prompt: str = "a red circle", seconds: float = 5.0
     inputs = recorded_inputs(pipe, name, prompt, **call)
     labels = dict.fromkeys(layer.choice.label for layer in found.values() if getattr(layer, "choice", None))
     run = lambda model: model(*inputs[0], **inputs[1])  # noqa: E731
-    return _timing(f"{type(quantized).__name__} step", full, quantized, run, seconds, ", ".join(labels))
+    timing = _timing(f"{type(quantized).__name__} step", full, quantized, run, seconds, ", ".join(labels))
+    return replace(timing, lines=tuple(kernel_lines(quantized, lambda: run(quantized))))
+
+
+def layer_work(layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> roofline.Work:
+    """What one call of a packed linear or convolution has to move and compute."""
+    unit = roofline.unit_of(layer.plan, layer.choice.label, x.dtype)
+    width, bias = x.element_size(), layer.bias is not None
+    if layer.op == "linear":
+        return roofline.linear(layer.plan, x.numel() // layer.plan.columns, unit, width, bias)
+    return roofline.convolution(layer.plan, x.shape, y.shape, unit, width, bias)
+
+
+def kernel_lines(model: nn.Module, call: Callable[[], object], rounds: int = 3) -> list[roofline.Line]:
+    """A line per kernel of the packed layers, and of attention, in one call of the model, longest first.
+
+    Times are medians over `rounds` calls of the sum over all layers the kernel serves. The hooks that watch a layer
+    keep fused modules apart: a GELU in an epilogue is not in these times.
+    """
+    passes = []
+    for _ in range(rounds):
+        with _Kernels(model) as kernels:
+            call()
+        passes.append(kernels.lines)
+    lines = []
+    for name, last in passes[-1].items():
+        lines.append(replace(last, ms=statistics.median(each[name].ms for each in passes if name in each)))
+    return sorted(lines, key=lambda line: -line.ms)
+
+
+class _Kernels(TorchFunctionMode):
+    """Watches the packed layers of a model, and calls of torch's and dq's attention, while the block runs."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.lines, self.hooks, self.began = model, {}, [], 0.0
+
+    def __enter__(self):
+        for layer in layers.packed_layers(self.model).values():
+            if hasattr(layer, "op"):
+                self.hooks += [layer.register_forward_pre_hook(self._before), layer.register_forward_hook(self._after)]
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        super().__exit__(*error)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        ours = OURS in str(function)
+        if not ours and function is not F.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        self._before()
+        y = function(*args, **(kwargs or {}))
+        q, k = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key")))
+        unit = "int8" if ours and args[-1] else roofline.NAMES.get(q.dtype, str(q.dtype))
+        work = roofline.attention(*q.shape[:3], k.shape[2], q.shape[3], unit, q.element_size())
+        self._add(f"dq attention {unit}" if ours else "F.scaled_dot_product_attention", work)
+        return y
+
+    def _before(self, *_) -> None:
+        _wait()
+        self.began = time.perf_counter()
+
+    def _after(self, layer: nn.Module, args: tuple, y: torch.Tensor) -> None:
+        self._add(layer.choice.label, layer_work(layer, args[0], y))
+
+    def _add(self, kernel: str, work: roofline.Work) -> None:
+        _wait()
+        spent, old = 1000 * (time.perf_counter() - self.began), self.lines.get(kernel)
+        line = roofline.Line(kernel, 1, spent, work)
+        if old is not None:
+            line = roofline.Line(kernel, old.calls + 1, old.ms + spent, old.work + work)
+        self.lines[kernel] = line
 
 
 def recorded_inputs(pipe, name: str, prompt: str | list[str], **call) -> tuple[tuple, dict]:

@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -150,13 +151,22 @@ def bench(
     seconds: Annotated[float, typer.Option(help="Time spent on each row.")] = 1.0,
     device: Device = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
+    peers: Annotated[bool, typer.Option("--peers", help="dq, torchao and SDNQ on models of random weights.")] = False,
+    model: Annotated[list[str], typer.Option(help="With --peers: linears, pixart, flux, unet; may repeat.")] = [],  # noqa: B006
+    contender: Annotated[list[str], typer.Option(help="With --peers: only this one; may repeat.")] = [],  # noqa: B006
+    without: Annotated[list[str], typer.Option(help="With --peers: not this one; may repeat.")] = [],  # noqa: B006
+    peers_folder: Annotated[str, typer.Option(help="Where pip --target put the peers.")] = "",
+    threads: Annotated[Optional[int], typer.Option(min=1, help="With --peers: of each process.")] = None,  # noqa: UP045
 ) -> None:
     """Time quantized layers, or a saved pipeline's denoisers, next to full precision: in turn, medians."""
     import torch
 
     from dq import bench as timing
-    from dq import saved
+    from dq import roofline, saved
 
+    if peers:
+        _bench_peers(model, contender, without, peers_folder, threads or torch.get_num_threads(), seconds, as_json)
+        return
     if folder is None:
         rows = timing.linears(recipe, _device(device), getattr(torch, _dtype(dtype)), seconds)
     else:
@@ -166,7 +176,26 @@ def bench(
         if not names:
             raise DQError(f"{folder!r} is no quantized pipeline; {saved.MAKE_ONE}")
         rows = [timing.denoiser(pipe, name, seconds=seconds, **_plain_size(pipe)) for name in names]
-    print(json.dumps([vars(row) for row in rows], indent=1)) if as_json else _print_timings(rows)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+        return
+    _print_timings(rows)
+    lines = [line for row in rows for line in row.lines]
+    peaks = roofline.measure(_device(device), (line.work.unit for line in lines)).raised(lines)
+    _print_lines([(f"{row.what}: {line.kernel}", line) for row in rows for line in row.lines], peaks)
+
+
+def _bench_peers(models, entered, without, folder: str, threads: int, seconds: float, as_json: bool) -> None:
+    from dq import race
+
+    chosen, names = race.contenders(entered, without), race.models(models or race.MODELS)
+    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    setting = race.Setting(seconds, threads=threads, folder=folder, say=say)
+    for found in race.race([(name, chosen) for name in names], setting):
+        if as_json:
+            print(json.dumps({"model": found.model, "results": [asdict(row) for row in found.results]}), flush=True)
+        else:
+            _print_race(found)
 
 
 def _print_timings(rows: list) -> None:
@@ -178,6 +207,37 @@ def _print_timings(rows: list) -> None:
         ratio = f"{row.speedup:.2f}"
         table.add_row(row.what, row.device, f"{row.full_ms:.2f}", f"{row.quantized_ms:.2f}", ratio, row.kernel)
     Console().print(table)
+
+
+def _print_lines(named: list, peaks) -> None:
+    """A roofline line per kernel, and the peaks they are shares of."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("kernel", "calls", "ms", "MB", "G operations", "on", "share of the peak", title="Roofline")
+    for name, line in named:
+        work, share = line.work, f"{100 * peaks.share(line):.0f} %"
+        sizes = (f"{line.ms:.2f}", f"{work.moved_bytes / 1e6:.1f}", f"{work.operations / 1e9:.2f}")
+        table.add_row(name, str(line.calls), *sizes, work.unit, share)
+    Console().print(table)
+    print(peaks)
+
+
+def _print_race(found) -> None:
+    """One model's contenders, those that were left out with the reason, and dq's kernels."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dq import widths
+
+    table = Table("", "ms", "times bf16", "dB to bf16", "kernel", title=widths.shown(found.model))
+    for row in found.results:
+        decibels = "" if row.error_db is None else f"{row.error_db:.1f}"
+        figures = ("", "", "", row.skipped) if row.skipped else None
+        table.add_row(row.contender, *(figures or (f"{row.ms:.2f}", f"{row.times_base:.2f}", decibels, row.kernel)))
+    Console().print(table)
+    if found.peaks is not None:
+        _print_lines([(line.kernel, line) for line in found.lines], found.peaks)
 
 
 @contextlib.contextmanager

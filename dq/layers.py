@@ -159,15 +159,19 @@ class _Packed(_Frozen):
             self.weight, self.scale, self.zero, self.scale_global, self.bias, stored, self.proj_down, self.proj_up
         )
 
-    def run(self, x: torch.Tensor) -> torch.Tensor:
-        """smooth, rotate, then the chosen kernel: quantize, multiply, low-rank branch, bias."""
+    def run(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+        """smooth, rotate, then the chosen kernel: quantize, multiply, branch, bias; with `gelu` a tanh GELU last."""
         if x.device.type != self._device:
             self.bind(x.device.type)
         if self.smooth is not None:
             x = x * per_channel(self.smooth, x, self.op == "conv")
         if self.plan.rotate:
             x = hadamard.rotate(x, self.plan.rotate, 1 if self.op == "conv" else -1, matrix=self._turn)
-        return self.choice.run(x, self.tensors())
+        if not gelu:
+            return self.choice.run(x, self.tensors())
+        if self.choice.gelu is None:
+            return F.gelu(self.choice.run(x, self.tensors()), approximate="tanh")
+        return self.choice.gelu(x, self.tensors())
 
     @torch.no_grad()
     def dense_weight(self) -> torch.Tensor:
@@ -196,7 +200,12 @@ class _Packed(_Frozen):
 
 
 class PackedLinear(_Packed, nn.Linear):
-    """A quantized nn.Linear: x (..., in) -> (..., out)."""
+    """A quantized nn.Linear: x (..., in) -> (..., out).
+
+    then_gelu  true only while `dq.fusions` runs the module that would apply a tanh GELU next
+    """
+
+    then_gelu = False
 
     def __init__(self, plan: LayerPlan, has_bias: bool, compute_dtype: torch.dtype, device: str = "meta"):
         nn.Module.__init__(self)
@@ -208,7 +217,7 @@ class PackedLinear(_Packed, nn.Linear):
         return cls(plan, module.bias is not None, compute_dtype, device)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self.run(input)
+        return self.run(input, self.then_gelu)
 
     def _plain(self, device: str) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features, self.bias is not None, device=device)

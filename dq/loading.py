@@ -8,6 +8,9 @@ gets its empty packed layers first, and every tensor is checked against the plan
 from __future__ import annotations
 
 import copy
+import ctypes
+import sys
+from mmap import PAGESIZE
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
@@ -15,7 +18,7 @@ from diffusers import ModelMixin
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
-from dq import clock, files, layers
+from dq import clock, files, fusions, layers
 from dq.layers import PACKED, PackedStack, kind_of, packed_layers
 from dq.plan import DQError, LayerPlan, Plan
 
@@ -25,6 +28,7 @@ try:
 except ImportError:  # transformers is optional for diffusers
     ConversionOps = HfQuantizer = object
 
+MADV_PAGEOUT = 21  # of Linux 5.4 and later; older ones answer that they do not know it
 ALIGNMENT = 64  # bytes, what torch's own allocator gives
 IN_FP32 = (".scale", ".smooth", ".act_scale")  # ends of the names of packed tensors that are fp32 in any model
 
@@ -108,6 +112,7 @@ def start(model: nn.Module, plan: Plan) -> None:
         if not isinstance(layer, PackedStack):
             layer.clock = ticking
             layer.bind(layer.weight.device.type)
+    fusions.attach(model, plan)
     if isinstance(model, ModelMixin):  # tells diffusers that these do not say what dtype the model has
         kept = type(model)._keep_in_fp32_modules or ()
         model._keep_in_fp32_modules = [*([kept] if isinstance(kept, str) else kept), *IN_FP32]
@@ -122,12 +127,28 @@ def _align(model: nn.Module) -> None:
     """
     for value in (*model.parameters(), *model.buffers()):
         if value.device.type == "cpu" and value.data_ptr() % ALIGNMENT:
-            value.data = value.data.clone()
+            mapped = value.data
+            value.data = mapped.clone()
+            _page_out(mapped)
+
+
+def _page_out(tensor: torch.Tensor) -> None:
+    """Let the system take back the whole pages of a tensor that was copied from a mapped file.
+
+    They would stay in the process's memory beside the copy. Nothing is lost: the advice drops clean file pages only.
+    """
+    if sys.platform != "linux":
+        return
+    first = tensor.data_ptr()
+    start, stop = -(-first // PAGESIZE) * PAGESIZE, (first + tensor.nbytes) // PAGESIZE * PAGESIZE
+    if stop > start:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_PAGEOUT)
 
 
 @torch.no_grad()
 def to_dense(model: nn.Module) -> None:
     """Put the full-precision layers that packed ones stand for in their place, in the compute dtype."""
+    fusions.detach(model)
     for name, layer in packed_layers(model).items():
         if isinstance(layer, PackedStack):
             put(model, name, nn.Parameter(layer.dense_weight().to(layer.compute_dtype), requires_grad=False))

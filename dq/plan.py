@@ -21,6 +21,7 @@ from dq import formats
 
 PLAN_VERSION = 1
 MOST_NAMES = 16  # names an error lists in full
+ATTENTION = ("", "int8")
 SCALES = ("dynamic", "static", "table")
 KINDS = ("linear", "conv1d", "conv2d", "conv3d", "stack")
 
@@ -180,6 +181,7 @@ class Plan:
 
     timestep  name of the forward argument that carries the timestep, None if there is none
     edges     rising step-bucket edges in the model's own timestep units; empty when no layer has a table
+    attention "int8": products of attention in bytes where a kernel has them; "": as exact as the compute dtype
     """
 
     layers: dict[str, LayerPlan]
@@ -189,6 +191,7 @@ class Plan:
     timestep: str | None = None
     edges: tuple[float, ...] = ()
     compute_dtype: str | None = None
+    attention: str = ""
 
     def to_dict(self) -> dict:
         return {
@@ -198,6 +201,7 @@ class Plan:
             "compute_dtype": self.compute_dtype,
             "timestep": self.timestep,
             "edges": list(self.edges),
+            **({"attention": self.attention} if self.attention else {}),
             "layers": {name: plan.to_dict() for name, plan in self.layers.items()},
             "kept": dict(self.kept),
         }
@@ -215,6 +219,7 @@ class Plan:
         _check_fields(cls, values, "plan")
         values["layers"] = {name: LayerPlan.from_dict(name, row) for name, row in data.get("layers", {}).items()}
         values["edges"] = tuple(data.get("edges", ()))
+        _check_attention(data.get("attention", ""), "plan")
         return cls(**values)
 
     def save(self, path: str | Path) -> None:
@@ -234,6 +239,7 @@ class Recipe:
     modulation         weight of linears that see one token per sample (adaLN, time projections); weight-only
     edge               weight of embedders and final layers that are too big to keep; weight-only
     keep               anchored regular expressions of layers left in full precision, added to the family's
+    attention          as in Plan
     method             file of dq/methods that fits the layers to calibration data, "" for none
     options            arguments of the method
     """
@@ -244,6 +250,7 @@ class Recipe:
     modulation: str = "int8/channel"
     edge: str = "int8/channel"
     keep: tuple[str, ...] = ()
+    attention: str = ""
     method: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -259,6 +266,7 @@ class Recipe:
         _check_fields(cls, data, "recipe")
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
         recipe = cls(**values)
+        _check_attention(recipe.attention, f"recipe {recipe.name!r}")
         for text in (*recipe.linear, *recipe.conv, recipe.modulation, recipe.edge):
             if text is not None:
                 TensorPlan.parse(text)
@@ -277,6 +285,11 @@ def read_json(path: str | Path) -> dict:
     if not isinstance(data, dict):
         raise DQError(f"file {str(path)!r} holds a JSON {type(data).__name__}, expected an object")
     return data
+
+
+def _check_attention(value: str, what: str) -> None:
+    if value not in ATTENTION:
+        raise DQError(f"{what}: attention is {value!r}, {nearest(value, ATTENTION)}")
 
 
 def _check_fields(cls: type, data: dict, what: str) -> None:

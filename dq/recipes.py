@@ -27,6 +27,8 @@ FEWEST_COLUMNS = 16  # a row shorter than this gains little from 8 bits next to 
 
 DATA_FREE = (
     Recipe("int8", linear=("int8/channel", "int8/token"), conv=("int8/channel", "int8a/tensor")),
+    # SageAttention (Zhang et al., 2410.02367): attention in bytes, on top of int8
+    Recipe("sageattention-int8", ("int8/channel", "int8/token"), ("int8/channel", "int8a/tensor"), attention="int8"),
     Recipe("fp8", linear=("fp8/channel", "fp8/token"), conv=("fp8/channel", "fp8/tensor")),
     Recipe("int8-weight", linear=("int8/channel", None), conv=("int8/channel", None)),
     Recipe("int4-weight", linear=("int4/group:64", None), conv=("int4/group:64", None)),
@@ -102,7 +104,7 @@ def make_plan(model: nn.Module, recipe: Recipe, keep: Sequence[str] = ()) -> Pla
         if name not in kept:
             decided = _layer_plan(recipe, roles[name], weights[name])
             (kept if isinstance(decided, str) else layers)[name] = decided
-    return Plan(layers, kept, recipe.name, family.name, family.timestep)
+    return Plan(layers, kept, recipe.name, family.name, family.timestep, attention=recipe.attention)
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, _Weight]]:

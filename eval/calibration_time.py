@@ -20,23 +20,14 @@ import torch
 from diffusers import PixArtTransformer2DModel
 
 import dq
+from dq import widths
 from dq.layers import packed_layers
 from eval import rows
 from eval.methods import branch_share, candidates
 
 FILE = rows.FOLDER / "calibration_time.json"
 KEYS = ("model", "recipe", "layers", "samples", "steps", "dtype", "device", "threads", "machine")
-CONFIG = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "in_channels": 4,
-    "out_channels": 8,
-    "cross_attention_dim": 1152,
-    "caption_channels": 4096,
-    "sample_size": 64,
-    "patch_size": 2,
-    "use_additional_conditions": False,
-}
+CONFIG = widths.PIXART
 TEXT = (300, 4096)
 OUTLIERS = 0.005  # share of input channels that are loud
 LOUDNESS = (10.0, 20.0)  # times the others

@@ -6,7 +6,7 @@ from pathlib import Path
 from eval import rows
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-TABLES = ("results", "methods")  # each between lines <!-- name --> and <!-- /name --> of README.md
+TABLES = ("results", "methods", "kernels")  # each between lines <!-- name --> and <!-- /name --> of README.md
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -74,13 +74,37 @@ def _method_cells(row: dict, gain: float | None) -> list[str]:
     return [*cells, f"{row['seconds']:.0f}", f"{kernel} ({count} of {sum(row['kernels'].values())})"]
 
 
+def kernels(found: list[dict]) -> list[str]:
+    """Markdown lines of dq next to its peers, a model at a time, bf16 first. Emulated execution is left out."""
+    head = ["model", "contender", "ms", "times bf16", "kernel"]
+    lines, chosen = [_line(head), "|---" * len(head) + "|"], [row for row in found if row["kind"] == "speed"]
+    models = list(dict.fromkeys(row["model"] for row in chosen))
+    for row in sorted(chosen, key=lambda row: (models.index(row["model"]), row["contender"] != "bf16")):
+        if "emulated" not in row["kernel"]:
+            figures = [f"{row['ms']:.2f}", f"{row['times_bf16']:.2f}"]
+            lines.append(_line([row["shown"], f"`{row['contender']}`", *figures, row["kernel"]]))
+    return lines
+
+
+def memory(found: list[dict]) -> list[str]:
+    """Markdown lines of what a process holds that loads a model and runs one step."""
+    head = ["model", "loaded as", "peak of the process", "below bf16's by"]
+    lines = [_line(head), "|---" * len(head) + "|"]
+    for row in found:
+        if row["kind"] == "memory":
+            share = f"{100 * row['saved_share']:.0f} % of the weights' {row['weight_bytes'] / 2**30:.2f} GiB"
+            saved = "" if row["contender"] == "bf16" else share
+            lines.append(_line([row["shown"], f"`{row['contender']}`", f"{row['peak_bytes'] / 2**30:.2f} GiB", saved]))
+    return lines
+
+
 def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
 def render(name: str = "results") -> str:
     """What stands between the markers of a table, from eval/results; "" without rows."""
-    return {"results": _results, "methods": _methods}[name]()
+    return {"results": _results, "methods": _methods, "kernels": _kernels}[name]()
 
 
 def _results() -> str:
@@ -105,6 +129,26 @@ def _methods() -> str:
         "inputs of the fp32 run. Branch: low-rank factors, of the packed bytes. Kernel: of most layers."
     )
     return "\n".join([*methods(found), "", text])
+
+
+def _kernels() -> str:
+    found = rows.read(rows.FOLDER / "kernels.json")
+    if not found:
+        return ""
+    machines = ", ".join(dict.fromkeys(f"{row['machine']}, {row['threads']} threads" for row in found))
+    versions = {name: number for row in found for name, number in row["versions"].items()}
+    packages = ", ".join(f"{name} {number}" for name, number in versions.items())
+    parts = []
+    if len(table := kernels(found)) > 2:
+        text = (
+            "Random weights, the same layers quantized by everyone, medians in turn in one run, over the bf16 model "
+            f"of the same process. {machines}. {packages}."
+        )
+        parts.append("\n".join([*table, "", text]))
+    if len(table := memory(found)) > 2:
+        text = "Most memory a process held that loaded the model and ran one step; `dq-w4a8` is int4 in groups of 64."
+        parts.append("\n".join([*table, "", text]))
+    return "\n\n".join(parts)
 
 
 def current(text: str, name: str = "results") -> str | None:

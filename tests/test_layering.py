@@ -21,6 +21,8 @@ ROOMS = (
     ("kernels", "hadamard"),
     ("clock",),
     ("layers", "drafts"),
+    ("attention",),
+    ("fusions",),
     ("sampler",),
     ("families",),
     ("recipes",),
@@ -30,7 +32,8 @@ ROOMS = (
     ("fit",),
     ("methods",),
     ("api",),
-    ("bench", "cli"),
+    ("roofline",),
+    ("bench", "widths", "peers", "race", "cli"),
 )
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 OUTSIDE = ("pipelines", "eval", "app", "tests")
@@ -48,6 +51,10 @@ NOT_FOR_LOADING = (
     "drafts",
     "cli",
     "bench",
+    "roofline",
+    "widths",
+    "peers",
+    "race",
 )
 FORBIDDEN = ("utils", "util", "helper", "helpers", "manager", "handler")
 FUNCTION_LINES, FILE_LINES, KERNEL_FILE_LINES = 50, 450, 600  # the rule is 35 and 400 for most

@@ -219,7 +219,7 @@ def test_a_copied_layer_runs_and_follows_set_backend():
         assert packed.choice.backend == "reference"
     finally:
         layers.set_backend("auto")
-    assert packed.choice.backend == "torchops" and packed(batch(module)).shape == (3, 5, 12)
+    assert packed.choice.backend != "reference" and packed(batch(module)).shape == (3, 5, 12)
 
 
 def test_weights_that_are_not_finite_are_refused_by_name():

@@ -6,6 +6,7 @@ A backend is one module (or package) here that exports
     label(op, plan)                 the name of the kernel, shown by `dq.explain`
     build(op, plan, conv)           -> run(x, tensors) -> y; everything constant is resolved here, so that the returned
                                     callable is plain tensor code that `torch.compile` can trace
+    build_gelu(plan)                optional: the same for a linear followed by a tanh GELU, None when it has none
 Ops: "linear" x (..., in) -> (..., out); "conv" x (batch, in, *space) -> (batch, out, *space), batch always present.
 """
 
@@ -57,12 +58,13 @@ class Conv(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel of one layer. refusals: (backend, reason) of each preferred backend that said no."""
+    """The kernel of one layer. refusals: (backend, reason) of each preferred backend that said no; gelu: see above."""
 
     backend: str
     label: str
     run: Callable[[torch.Tensor, Tensors], torch.Tensor]
     refusals: tuple[tuple[str, str], ...]
+    gelu: Callable[[torch.Tensor, Tensors], torch.Tensor] | None = None
 
 
 @cache
@@ -96,6 +98,7 @@ def choose(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> C
             continue
         reason = module.why_not(op, plan, device, conv)
         if reason is None:
-            return Choice(name, module.label(op, plan), module.build(op, plan, conv), tuple(refusals))
+            gelu = module.build_gelu(plan) if op == "linear" and hasattr(module, "build_gelu") else None
+            return Choice(name, module.label(op, plan), module.build(op, plan, conv), tuple(refusals), gelu)
         refusals.append((name, reason))
     raise AssertionError("the reference backend accepts every layer")

@@ -1,0 +1,115 @@
+"""Run-time rewriting of a quantized model's blocks onto fused kernels: found by structure, checked once, never saved.
+
+    activation   gelu_tanh(x W^T + b)   the activation in the product's epilogue
+    attention    see `dq.attention`
+
+A module is fused when it is one packed linear and a tanh GELU of its output, which a probe shows. At every call the
+fused path is taken only while nothing has come between: an adapter or a hook on the linear, gradients, another kernel.
+The linear is still called as a module, so that offloading works, and gives the same bits.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dq import attention
+from dq.layers import PackedLinear
+from dq.plan import Plan
+
+PROBE_ROWS = 2
+
+
+def attach(model: nn.Module, plan: Plan) -> None:
+    """Fuse what can be fused; parameters, buffers and submodules stay as they are. Undone by `detach`."""
+    detach(model)
+    attention.attach(model, int8=plan.attention == "int8")
+    for module in model.modules():
+        if _is_activation(module):
+            own = vars(module)  # not setattr: it looks for parameters and submodules
+            own["_dq_gelu"] = next((slot for slot in attention.SLOTS if slot in own), "forward")
+            own[own["_dq_gelu"]] = types.MethodType(forward, module)
+
+
+def detach(model: nn.Module) -> None:
+    """Give every module its own forward back."""
+    attention.detach(model)
+    for module in model.modules():
+        own = vars(module)
+        slot = own.pop("_dq_gelu", None)
+        for name in attention.SLOTS if slot else ():  # a hook that came later moved our method to the other slot
+            if getattr(own.get(name), "__func__", None) is not forward:
+                continue
+            if name == slot == "forward":
+                del own[name]
+            else:
+                own[name] = types.MethodType(type(module).forward, module)
+
+
+def notes(model: nn.Module) -> list[str]:
+    """Lines for `dq.explain`: what is fused, and why attention is not."""
+    lines = []
+    gelu = sum("_dq_gelu" in vars(module) for module in model.modules())
+    if gelu:
+        lines.append(f"GELU runs in the product before it in {gelu} modules")
+    kinds = Counter(attention.attached(model).values())
+    if kinds:
+        each = ", ".join(f"{count} modules in {kind}" for kind, count in kinds.items())
+        lines.append(f"attention on dq's CPU kernels where the inputs allow it (bf16): {each}")
+    elif any(True for _ in attention.attention_modules(model)) and (reason := attention.why_not()):
+        lines.append(f"attention is torch's: {reason}")
+    return lines
+
+
+def _linear_of(module: nn.Module) -> PackedLinear | None:
+    """The packed linear that is a module's only child and holds all its parameters."""
+    children = list(module.children())
+    if len(children) != 1 or not isinstance(children[0], PackedLinear) or module._parameters or module._buffers:
+        return None
+    return children[0]
+
+
+@torch.no_grad()
+def _is_activation(module: nn.Module) -> bool:
+    """Whether the module is gelu_tanh(linear(x)), to the bit, whatever the linear gives (so no weight is needed)."""
+    linear = _linear_of(module)
+    if linear is None:
+        return False
+    dice = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(PROBE_ROWS, size, generator=dice) for size in (linear.in_features, linear.out_features))
+    hooked = vars(linear).get("forward")
+    vars(linear)["forward"] = lambda given: y
+    try:
+        return torch.equal(type(module).forward(module, x), F.gelu(y, approximate="tanh"))
+    except (TypeError, ValueError, RuntimeError):  # another signature or shape: another kind of module
+        return False
+    finally:
+        del vars(linear)["forward"]
+        if hooked is not None:
+            vars(linear)["forward"] = hooked
+
+
+def _can_fuse(linear: nn.Module, x: torch.Tensor) -> bool:
+    """Nothing has come between the module and its packed linear, and the linear's kernel has the epilogue."""
+    if not isinstance(linear, PackedLinear) or linear._forward_hooks or linear._forward_pre_hooks:
+        return False
+    if linear.choice is None or x.device.type != linear._device:
+        linear.bind(x.device.type)
+    return linear.choice.gelu is not None and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+def forward(self, *args, **kwargs):
+    """The forward of a fused activation. It has this name so that a pickled module finds its class's own again."""
+    if len(args) == 1 and not kwargs:
+        (linear,) = self.children()
+        if _can_fuse(linear, args[0]):
+            linear.then_gelu = True
+            try:
+                return linear(args[0])
+            finally:
+                linear.then_gelu = False
+    return type(self).forward(self, *args, **kwargs)

@@ -1,0 +1,62 @@
+"""Build the native kernels: `python -m dq.kernels.cpu.compile [OUT]`. Called at install; needs a C++17 compiler.
+
+Stands alone (no imports of dq or torch), because a build runs before either is there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+LIBRARY = HERE / "libdq_cpu.so"
+FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fvisibility=default")
+SANITIZED = ("-g", "-O1", "-fsanitize=address", "-fno-omit-frame-pointer")
+
+
+def sources() -> list[Path]:
+    """C++ files of the library."""
+    return sorted((HERE / "native").glob("*.cpp"))
+
+
+def fingerprint() -> str:
+    """Changes when any source or header does; built into the library, so that a stale one is never called."""
+    files = [*sources(), *sorted((HERE / "native").glob("*.h"))]
+    return f"{zlib.crc32(b''.join(path.read_bytes() for path in files)):08x}"
+
+
+def build(out: Path = LIBRARY, extra: tuple[str, ...] = ()) -> None:
+    """Compile every source into one shared object, put in place when whole. RuntimeError says why it cannot."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise RuntimeError("no C++ compiler (g++ or clang++) was found")
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        made = Path(folder) / out.name
+        name = f'-DDQ_FINGERPRINT="{fingerprint()}"'
+        command = [compiler, *FLAGS, *extra, name, *map(str, sources()), "-o", str(made)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise RuntimeError(f"{compiler} cannot be run: {error.strerror}") from error
+        if done.returncode:
+            raise RuntimeError(f"{compiler} failed: {done.stderr.strip()[:400] or 'no message'}")
+        made.replace(out)
+
+
+def main() -> None:
+    arguments = [text for text in sys.argv[1:] if text != "--sanitize"]
+    out = Path(arguments[0]).resolve() if arguments else LIBRARY
+    try:
+        build(out, SANITIZED if "--sanitize" in sys.argv else ())
+    except RuntimeError as error:
+        sys.exit(f"native kernels not built: {error}; dq runs on torch's own ops instead")
+    print(f"built {out.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Run by test_cpu_kernels under AddressSanitizer: every kernel on ragged shapes, through the library given."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+
+from dq.kernels.cpu import compile as source
+
+source.LIBRARY = Path(sys.argv[1])
+
+from dq import kernels, layers  # noqa: E402
+from dq.kernels import Tensors  # noqa: E402
+from dq.kernels.cpu import attention, library  # noqa: E402
+from dq.plan import LayerPlan, TensorPlan  # noqa: E402
+
+assert library.missing() is None, library.missing()
+
+
+def run(kind, shape, weight, act, x, conv=None, rank=0):
+    p = LayerPlan(kind, shape, TensorPlan.parse(weight), TensorPlan.parse(act) if act else None, rank=rank)
+    packed = layers.encode(torch.randn(p.rows, p.columns), p)
+    t = Tensors(packed["weight"], packed["scale"], bias=torch.randn(shape[0]).to(x.dtype))
+    if rank:
+        t = t._replace(down=torch.randn(rank, p.columns).to(x.dtype), up=torch.randn(shape[0], rank).to(x.dtype))
+    op = "linear" if kind == "linear" else "conv"
+    assert kernels.cpu.why_not(op, p, "cpu", conv) is None
+    kernels.cpu.build(op, p, conv)(x, t)
+
+
+torch.manual_seed(0)
+for rows, columns, outputs in itertools.product((1, 7, 40), (4, 61, 192), (1, 64, 77)):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.randn(rows, columns).to(dtype)
+        run("linear", (outputs, columns), "int8/channel", "int8a/token", x, rank=2)
+        run("linear", (outputs, columns), "int4/group:64", "int4a/group:64", x)
+        run("linear", (outputs, columns), "int4/group:64", None, x[:3])
+for channels, outputs, size, pad in itertools.product((3, 70), (5, 66), (5, 17), (0, 2)):
+    conv = kernels.Conv((2, 1), (pad, pad), (1, 1), 1)
+    for memory in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, channels, size, size).contiguous(memory_format=memory)
+        run("conv2d", (outputs, channels, 3, 3), "int4/channel", "int8a/tensor", x, conv)
+for rows, keys, width in itertools.product((1, 13), (1, 77, 130), (40, 72)):
+    q, k, v = (torch.randn(1, 2, tokens, width).bfloat16() for tokens in (rows, keys, keys))
+    for int8 in (False, True):
+        attention.sdpa(q, k, v, int8=int8)
+print("clean")

@@ -1,0 +1,342 @@
+"""dq's native CPU kernels: exact integer sums, the reference's own codes, every epilogue, any shape, any threads."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dq import kernels, layers
+from dq.kernels import Tensors, reference
+from dq.kernels.cpu import compile as source
+from dq.kernels.cpu import library, ops
+from dq.plan import LayerPlan, TensorPlan
+
+pytestmark = pytest.mark.skipif(library.library() is None, reason=str(library.missing()))
+few = settings(max_examples=40, deadline=None, derandomize=True)
+sizes = st.integers(1, 200)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def plan(shape, weight="int8/channel", act="int8/token", kind="linear", **more):
+    return LayerPlan(kind, tuple(shape), TensorPlan.parse(weight), TensorPlan.parse(act) if act else None, **more)
+
+
+def tensors(p, bias=None, seed=0):
+    packed = layers.encode(torch.randn(p.rows, p.columns, generator=generator(seed)), p)
+    return Tensors(packed["weight"], packed["scale"], bias=bias)
+
+
+def linear(x, t, p, **more):
+    """The linear op with everything it takes."""
+    grains = [grain.size if grain.kind == "group" else 0 for grain in (p.weight.grain, p.act.grain)]
+    act = [p.act.spec.min_code, p.act.spec.max_code, int(p.act.spec.affine)]
+    given = {"act_scale": t.act_scale, "low": None, "up": None, "gelu": False, "residual": None, "gate": None}
+    given |= {"norm": "", "eps": 0.0, "mod_scale": None, "mod_shift": None} | more
+    head = (x, t.weight, t.scale, t.bias, given["act_scale"], given["low"], given["up"], p.weight.spec.bits, *grains)
+    tail = [given[key] for key in ("gelu", "residual", "gate", "norm", "eps", "mod_scale", "mod_shift")]
+    return torch.ops.dq.cpu_linear(*head, act, p.act.shift, *tail)
+
+
+def ulps(ours, truth):
+    """Largest distance in units of the last place of bf16, at the size of each number, 2^-20 at least."""
+    step = torch.finfo(torch.bfloat16).eps * truth.abs().clamp_min(2.0**-20).log2().floor().exp2()
+    return ((ours.float() - truth) / step).abs().max().item()
+
+
+# --- integers --------------------------------------------------------------------------------------------------------
+
+
+@few
+@given(rows=sizes, columns=st.integers(1, 300), outputs=sizes, bits=st.sampled_from((8, 4)), seed=st.integers(0, 99))
+def test_sums_are_exact(rows, columns, outputs, bits, seed):
+    """Rows whose largest entry is 127 have scale 1: the result is the integer product, to the bit."""
+    p, make = plan((outputs, columns), f"int{bits}/channel"), generator(seed)
+    top = p.weight.spec.max_code
+    codes = torch.randint(-top, top + 1, (outputs, columns), generator=make).to(torch.int8)
+    x = torch.randint(-127, 128, (rows, columns), generator=make).float()
+    x[:, 0] = 127
+    y = linear(x, Tensors(p.weight.spec.pack(codes), torch.ones(outputs, 1)), p)
+    assert torch.equal(y.double(), x.double() @ codes.double().t())
+
+
+def test_sums_do_not_saturate():
+    p = plan((70, 15360))
+    for sign in (1.0, -1.0):
+        weight = torch.full((70, 15360), 127, dtype=torch.int8)
+        y = linear(torch.full((7, 15360), 127.0 * sign), Tensors(weight, torch.ones(70, 1)), p)
+        assert torch.equal(y, torch.full((7, 70), sign * 127.0 * 127 * 15360))
+
+
+@few
+@given(
+    rows=sizes,
+    columns=sizes,
+    act=st.sampled_from(("int8/token", "int8a/token", "int4/token", "int4a/group:16", "int8/group:64", "int6a/token")),
+    spread=st.sampled_from((1e-20, 1e-6, 1.0, 1e4, 1e30)),
+    dtype=st.sampled_from(list(ops.DTYPES)),
+    seed=st.integers(0, 999),
+)
+def test_codes_are_the_references(rows, columns, act, spread, dtype, seed):
+    """A weight of one 1 a row shows the decoded activations themselves."""
+    p = plan((columns, columns), "int8/channel", act)
+    x = torch.randn(rows, columns, generator=generator(seed)) * min(spread, 1e4 if dtype is torch.float16 else spread)
+    x = x.to(dtype).float()  # fp32 in and out, so that nothing but the codes is rounded
+    y = linear(x, Tensors(torch.eye(columns, dtype=torch.int8), torch.ones(columns, 1)), p)
+    expected = reference.input_rounder(p, -1)(x, None)
+    assert torch.allclose(y, expected, rtol=3e-7, atol=0)  # decoding: (q - z) s, either order
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+WEIGHTS = ("int8/channel", "int4/channel", "int4/group:64", "int8/tensor", "int5/channel", "int4/group:32")
+ACTS = ("int8/token", "int8a/token", "int4/group:64", "int4a/group:64", "int4/group:64/dynamic/0.17", "int4/group:32")
+
+
+@few
+@given(
+    weight=st.sampled_from(WEIGHTS),
+    act=st.sampled_from(ACTS),
+    rows=sizes,
+    columns=st.integers(4, 300),
+    outputs=sizes,
+    rank=st.sampled_from((0, 2, 5, 16)),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+)
+def test_layers_follow_the_reference(weight, act, rows, columns, outputs, rank, dtype):
+    p = plan((outputs, columns), weight, act, rank=rank)
+    if kernels.cpu.why_not("linear", p, "cpu"):
+        return
+    make = generator(rows)
+    bias = torch.randn(outputs, generator=make).to(dtype)
+    factors = [torch.randn(*size, generator=make).to(dtype) for size in ((rank, columns), (outputs, rank))]
+    t = tensors(p, bias)._replace(**dict(zip(("down", "up"), factors, strict=True)) if rank else {})
+    x = torch.randn(rows, columns, generator=make).to(dtype)
+    ours = kernels.cpu.build("linear", p, None)(x, t)
+    truth = reference.build("linear", p, None)(x.float(), t)
+    room = 4e-6 if dtype is torch.float32 else 2.0**-6 if rank else 2.0**-8 * 1.01  # half a unit; the branch in bf16
+    assert ours.dtype == dtype
+    assert (ours.float() - truth).abs().max() <= room * truth.abs().max() + 1e-6
+
+
+@few
+@given(rows=st.integers(1, 16), columns=st.integers(1, 400), outputs=sizes, weight=st.sampled_from(WEIGHTS[:4]))
+def test_thin_linears_follow_the_reference(rows, columns, outputs, weight):
+    p = plan((outputs, columns), weight, None)
+    t, x = tensors(p, torch.randn(outputs)), torch.randn(rows, columns, generator=generator(rows))
+    truth = reference.build("linear", p, None)(x.double().float(), t)
+    ours = kernels.cpu.build("linear", p, None)(x, t)
+    assert (ours - truth).abs().max() <= 2e-6 * columns**0.5 * truth.abs().max() + 1e-6
+
+
+@few
+@given(
+    rows=st.integers(1, 50),
+    columns=st.integers(2, 200),
+    outputs=sizes,
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_prologue_and_epilogue(rows, columns, outputs, batch, seed):
+    """norm, modulate, multiply, GELU, gate and residual in one call are the same steps in fp32."""
+    make = generator(seed)
+    p = plan((outputs, columns))
+    draw = lambda *size: torch.randn(*size, generator=make)  # noqa: E731
+    x, scale, shift = draw(rows * batch, columns), draw(batch, columns) / 3, draw(batch, columns)
+    residual, gate, t = draw(rows * batch, outputs), draw(batch, outputs), tensors(p, draw(outputs))
+    each = lambda value: value.repeat_interleave(rows, 0)  # noqa: E731
+    norm = F.layer_norm(x, (columns,), eps=1e-6) * (1 + each(scale)) + each(shift)
+    code_room = (norm.abs().amax(1) / 127)[:, None] * t.scale.t() * 127  # a code next to a tie may fall either way
+    plain = reference.build("linear", p, None)(norm, t)
+    got = {"norm": "layer", "eps": 1e-6, "mod_scale": scale, "mod_shift": shift}
+    y = linear(x, t, p, **got)
+    assert ((y - plain).abs() <= 1.01 * code_room + 1e-4 * plain.abs()).all()
+    fused = linear(x, t, p, gelu=True, residual=residual, gate=gate, **got)
+    assert torch.allclose(fused, residual + each(gate) * F.gelu(y, approximate="tanh"), rtol=1e-5, atol=2e-5)
+
+
+def test_gelu_is_within_two_units_of_bf16():
+    p = plan((512, 64))
+    t, x = tensors(p), torch.randn(256, 64, generator=generator(3)) * 3
+    t = t._replace(scale=t.scale * 0.2)
+    exact = lambda x: F.gelu(linear(x, t, p).double(), approximate="tanh").float()  # noqa: E731
+    assert ulps(linear(x.bfloat16(), t, p, gelu=True), exact(x.bfloat16().float())) <= 2
+    assert torch.allclose(linear(x, t, p, gelu=True), exact(x), rtol=3e-6, atol=1e-7)
+
+
+# --- any memory, any threads -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("act", ["int8/token", "int4a/group:64"])
+def test_threads_do_not_change_a_bit(threads, act):
+    p = plan((320, 320), "int4/group:64", act)
+    t, x = tensors(p), torch.randn(777, 320, generator=generator(0)).bfloat16()
+    conv = plan((40, 24, 3, 3), "int8/channel", "int8a/tensor", "conv2d")
+    pixels, geometry = torch.randn(2, 24, 33, 31), kernels.Conv((1, 1), (1, 1), (1, 1), 1)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append((linear(x, t, p), kernels.cpu.build("conv", conv, geometry)(pixels, tensors(conv))))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_unaligned_and_strided_inputs():
+    p = plan((33, 61))
+    t, wide = tensors(p), torch.randn(40, 200, generator=generator(1))
+    for x in (wide[:, 3:64], wide.t()[:61].t()[:, :61], wide.flatten()[7 : 7 + 610].view(10, 61)):
+        assert torch.equal(linear(x, t, p), linear(x.clone(), t, p))
+
+
+def test_nan_and_infinity_stay_in_their_row():
+    p = plan((40, 64))
+    t, x = tensors(p), torch.randn(9, 64, generator=generator(1))
+    clean = linear(x, t, p)
+    x[2, 5], x[4, 60], x[6] = float("nan"), float("inf"), 0
+    y = linear(x, t, p)
+    assert y[2].isnan().all() and not y[4].isfinite().any() and (y[6] == 0).all()
+    assert torch.equal(y[[0, 1, 3, 5, 7, 8]], clean[[0, 1, 3, 5, 7, 8]])
+
+
+def test_nan_of_one_sample_stays_there():
+    p = plan((8, 4, 3, 3), "int8/channel", "int8a/tensor", "conv2d")
+    run = kernels.cpu.build("conv", p, kernels.Conv((1, 1), (1, 1), (1, 1), 1))
+    x = torch.randn(3, 4, 9, 9, generator=generator(1))
+    clean = run(x, tensors(p))
+    x[1, 0, 0, 0] = float("nan")
+    y = run(x, tensors(p))
+    assert y[1].isnan().all() and torch.equal(y[0], clean[0]) and torch.equal(y[2], clean[2])
+
+
+def test_no_rows_give_no_rows():
+    p = plan((40, 64))
+    assert linear(torch.empty(0, 64), tensors(p), p).shape == (0, 40)
+
+
+# --- convolutions ----------------------------------------------------------------------------------------------------
+
+
+@few
+@given(
+    channels=st.integers(1, 150),
+    outputs=st.integers(1, 90),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.integers(1, 2),
+    padding=st.integers(0, 2),
+    dilation=st.integers(1, 2),
+    size=st.tuples(st.integers(8, 20), st.integers(8, 20)),
+    weight=st.sampled_from(("int8/channel", "int4/channel")),
+    act=st.sampled_from(("int8a/tensor", "int8/tensor")),
+    last=st.booleans(),
+)
+def test_convolutions_follow_the_reference(
+    channels, outputs, kernel, stride, padding, dilation, size, weight, act, last
+):
+    p = plan((outputs, channels, *kernel), weight, act, "conv2d")
+    conv = kernels.Conv((stride,) * 2, (padding,) * 2, (dilation,) * 2, 1)
+    t, x = tensors(p, torch.randn(outputs)), torch.randn(2, channels, *size, generator=generator(channels)) + 0.3
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    ours, truth = kernels.cpu.build("conv", p, conv)(x, t), reference.build("conv", p, conv)(x, t)
+    assert ours.shape == truth.shape
+    if outputs > 1 and channels > 1:
+        assert ours.stride() == F.conv2d(x, x.new_ones(p.shape), None, *conv[:3]).stride()
+    assert (ours - truth).abs().max() <= 1e-5 * truth.abs().max() + 1e-6
+
+
+# --- the library itself ----------------------------------------------------------------------------------------------
+
+
+def test_avx2_agrees_with_avx512():
+    shared = library.library()
+    pairs = ("int8/channel", "int8/token"), ("int4/group:64", "int4a/group:64"), ("int4/channel", "int8a/token")
+    for weight, act in pairs:
+        p = plan((70, 130), weight, act)
+        for dtype in ops.DTYPES:
+            t = tensors(p, torch.randn(70).to(dtype))
+            x = torch.randn(19, 130, generator=generator(1)).to(dtype)
+            ours = linear(x, t, p)
+            real, shared.dq_linear = shared.dq_linear, shared.dq_linear_avx2
+            try:
+                other = linear(x, t, p)
+            finally:
+                shared.dq_linear = real
+            room = 2e-6 if dtype is torch.float32 else 2 * torch.finfo(dtype).eps
+            assert (ours.float() - other.float()).abs().max() <= room * ours.float().abs().max()
+
+
+def test_ops_compile_to_one_graph():
+    p = plan((48, 64), "int4/group:64", "int8/token", rank=4)
+    bias, down, up = (torch.randn(*size).bfloat16() for size in ((48,), (4, 64), (48, 4)))
+    t = tensors(p, bias)._replace(down=down, up=up)
+    conv, geometry = (
+        plan((8, 4, 3, 3), "int8/channel", "int8a/tensor", "conv2d"),
+        kernels.Conv((1, 1), (1, 1), (1, 1), 1),
+    )
+    run, patches, of_conv = (
+        kernels.cpu.build("linear", p, None),
+        kernels.cpu.build("conv", conv, geometry),
+        tensors(conv),
+    )
+    both = lambda x, image: (run(x, t), patches(image, of_conv))  # noqa: E731
+    x, image = torch.randn(5, 64).bfloat16(), torch.randn(2, 4, 8, 8)
+    for eager, compiled in zip(both(x, image), torch.compile(both, fullgraph=True)(x, image), strict=True):
+        assert torch.allclose(eager.float(), compiled.float(), rtol=2e-2, atol=2e-2) and eager.dtype == compiled.dtype
+
+
+def test_structures_have_the_sizes_of_the_native_ones():
+    """A field added on one side only shifts all that follow."""
+    for name in ("linear", "conv", "thin"):
+        structure = getattr(ops, f"_{name.title()}")
+        assert getattr(library.library(), f"dq_{name}_size")() == ctypes.sizeof(structure)
+
+
+def test_a_library_of_other_sources_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "fingerprint", lambda: "00000000")
+    library._load.cache_clear()
+    try:
+        assert "other sources" in library.missing()
+        monkeypatch.setattr(source, "LIBRARY", tmp_path / "none.so")
+        library._load.cache_clear()
+        assert "not built" in library.missing()
+        p = plan((48, 64))
+        choice = kernels.choose("linear", p, "cpu")
+        assert choice.backend == "torchops" and "not built" in dict(choice.refusals)["cpu"]
+    finally:
+        library._load.cache_clear()
+
+
+def test_without_a_compiler_the_build_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    with pytest.raises(RuntimeError, match="cannot be run"):
+        source.build(tmp_path / "out.so")
+
+
+@pytest.mark.slow
+def test_address_sanitizer_finds_nothing(tmp_path):
+    """Every kernel over ragged shapes in a process whose every read and write is checked."""
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip("no AddressSanitizer runtime")
+    source.build(tmp_path / "checked.so", source.SANITIZED)
+    environment = os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+    script = Path(__file__).with_name("sanitized.py")
+    command = [sys.executable, str(script), str(tmp_path / "checked.so")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.strip().endswith("clean"), done.stderr[-2000:]

@@ -1,0 +1,136 @@
+"""Fusions: found by structure, the same pictures, undone by hooks, adapters and other backends, never saved."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dq
+from dq import fusions, layers, loading
+from dq.kernels.cpu import library
+from dq.plan import DQError, LayerPlan, Plan, Recipe, TensorPlan
+from tests import zoo
+
+PIXART, FLUX = "PixArtTransformer2DModel", "FluxTransformer2DModel"
+pytestmark = pytest.mark.skipif(library.library() is None, reason=str(library.missing()))
+
+
+class Activated(nn.Module):
+    """A linear and what follows it."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.proj, self.function = nn.Linear(32, 48), function
+
+    def forward(self, x):
+        return self.function(self.proj(x))
+
+
+def packed(function):
+    module = Activated(function)
+    plan = LayerPlan("linear", (48, 32), TensorPlan.parse("int8/channel"), TensorPlan.parse("int8/token"))
+    module.proj = layers.pack("proj", module.proj, plan, torch.float32)
+    fusions.attach(module, Plan({"proj": plan}))
+    return module
+
+
+def tanh_gelu(x):
+    return F.gelu(x, approximate="tanh")
+
+
+def launches(module, x):
+    """How often the linear's own GELU kernel ran in a call, and the output."""
+    choice, seen = module.proj.choice, []
+    record = lambda x, t: seen.append(1) or choice.gelu(x, t)  # noqa: E731
+    module.proj.choice = type(choice)(choice.backend, choice.label, choice.run, choice.refusals, record)
+    try:
+        return len(seen), module(x), len(seen)
+    finally:
+        module.proj.choice = choice
+
+
+@torch.no_grad()
+def test_a_tanh_gelu_runs_in_the_product():
+    module, x = packed(tanh_gelu), torch.randn(7, 32)
+    _, y, count = launches(module, x)
+    assert count == 1 and torch.allclose(y, tanh_gelu(module.proj(x)), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("function", [F.gelu, F.relu, lambda x: 2 * tanh_gelu(x), lambda x: x])
+def test_other_functions_stay_as_they_are(function):
+    module, x = packed(function), torch.randn(7, 32)
+    _, y, count = launches(module, x)
+    assert count == 0 and torch.equal(y, function(module.proj(x))) and "forward" not in vars(module)
+
+
+def test_hooks_gradients_and_backends_undo_it():
+    module, x = packed(tanh_gelu), torch.randn(7, 32)
+    handle = module.proj.register_forward_hook(lambda module, args, output: output * 0)
+    assert (module(x) == 0).all()
+    handle.remove()
+    y = module(x.clone().requires_grad_())
+    assert y.requires_grad and launches(module, x)[2] == 1
+    dq.set_backend("reference")
+    try:
+        assert torch.equal(module(x), tanh_gelu(module.proj(x)))
+    finally:
+        dq.set_backend("auto")
+
+
+@torch.no_grad()
+def test_copies_are_fused_and_detaching_gives_the_module_back():
+    module, x = packed(tanh_gelu), torch.randn(7, 32)
+    other = copy.deepcopy(module)
+    assert torch.equal(other(x), module(x)) and launches(other, x)[2] == 1
+    fusions.detach(module)
+    assert "forward" not in vars(module) and torch.equal(module(x), tanh_gelu(module.proj(x)))
+    assert launches(other, x)[2] == 1 and other.state_dict().keys() == module.state_dict().keys()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [PIXART, FLUX])
+def test_models_draw_the_same_fused_or_not(name):
+    model = zoo.build(name, dtype=torch.float32)
+    dq.quantize(model, "int8", progress=False)
+    assert any("GELU" in line for line in fusions.notes(model)) and any(
+        "attention" in line for line in fusions.notes(model)
+    )
+    assert any("GELU" in line for line in dq.explain(model).notes)
+    call = lambda: zoo.call(model, zoo.ENTRIES[name], dtype=torch.float32)  # noqa: E731
+    fused = call()
+    fusions.detach(model)
+    plain = call()
+    assert fusions.notes(model) == [] or "GELU" not in str(fusions.notes(model))
+    assert (fused - plain).norm() / plain.norm() < 2e-3  # a code of the next layer may fall the other way
+
+
+def test_a_plan_may_ask_for_attention_in_bytes():
+    model = zoo.build(PIXART, dtype=torch.float32)
+    dq.quantize(model, "sageattention-int8", progress=False)
+    assert any("in int8" in line for line in dq.explain(model).notes)
+    plan = dq.hub.plan_of(model)
+    assert plan.attention == "int8" and Plan.from_dict(plan.to_dict()).attention == "int8"
+    dq.dequantize(model)
+    assert fusions.notes(model) == [] or "in int8" not in str(fusions.notes(model))
+
+
+def test_an_unknown_attention_is_refused():
+    with pytest.raises(DQError, match="attention is 'int7'"):
+        Plan.from_dict(Plan({}).to_dict() | {"attention": "int7"})
+    with pytest.raises(DQError, match="attention is 'int7'"):
+        Recipe.from_dict(Recipe("x", ("int8", None), ("int8", None)).to_dict() | {"attention": "int7"})
+
+
+@torch.no_grad()
+def test_pages_of_a_mapped_file_can_be_given_back(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_file({"odd": torch.ones(3, dtype=torch.int8), "weight": torch.arange(100_000)}, tmp_path / "a.safetensors")
+    weight = load_file(tmp_path / "a.safetensors")["weight"]
+    loading._page_out(weight)
+    assert torch.equal(weight, torch.arange(100_000))  # read again from the file
