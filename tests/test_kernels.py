@@ -244,8 +244,9 @@ def test_no_dynamic_scale_crosses_rows(rows, seed):
 
 def test_the_fast_kernel_is_chosen_and_every_refusal_has_a_reason():
     quick = kernels.choose("linear", plan("linear", (8, 8)), "cpu")
-    assert quick.backend == "torchops" and "_int_mm" in quick.label
-    slow = kernels.choose("linear", plan("linear", (8, 8), act=None), "cpu")
+    native = kernels.backends()["cpu"].why_not("linear", plan("linear", (8, 8)), "cpu")
+    assert quick.backend == ("torchops" if native else "cpu") and "int8 x int8" in quick.label
+    slow = kernels.choose("linear", plan("linear", (8, 8), "int5/channel", act=None), "cpu")
     assert slow.backend == "dense" and ("torchops", "weight-only: activations stay in floating point") in slow.refusals
 
 

@@ -1,0 +1,138 @@
+"""Which tile sizes a kernel runs with: per architecture, from JSON files, without measuring anything unasked.
+
+A file `configs/<arch>.json` holds for each kernel the candidates that compile there without register spills, largest
+tile first, and `best`: the fastest one per problem where somebody has measured it. A file of the same form in the
+user's cache folder ($DQ_CACHE, else $XDG_CACHE_HOME/dq, else ~/.cache/dq) comes first; `tune` writes it. A problem
+without a measured entry takes the largest candidate that still gives every multiprocessor a tile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from dq.plan import DQError
+
+FOLDER = Path(__file__).parent / "configs"
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+# chips without a file of their own take that of the nearest one: same instructions, at least its shared memory
+NEAREST = {"sm_86": "sm_89", "sm_87": "sm_89", "sm_103": "sm_100", "sm_121": "sm_120"}
+ROUNDED_UP = 64  # rows of a problem are told apart in powers of two from here on
+
+Config = Mapping[str, int]
+
+
+def cache_folder() -> Path:
+    """Where measured configurations of this machine live."""
+    home = os.environ.get("DQ_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    if os.environ.get("DQ_CACHE"):
+        return Path(home)
+    return (Path(home) if home else Path.home() / ".cache") / "dq"
+
+
+def cache_file(arch: str) -> Path:
+    return cache_folder() / f"triton_{arch}.json"
+
+
+def architecture() -> str:
+    """The name of the running GPU's architecture; without one (interpreter) "sm_100", which has every kernel."""
+    if not torch.cuda.is_available():
+        return "sm_100"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties().gcnArchName.partition(":")[0]
+    name = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    return NEAREST.get(name, name)
+
+
+def multiprocessors() -> int:
+    """Of the current GPU; 4 in the interpreter."""
+    return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 4
+
+
+@cache
+def shipped(arch: str) -> dict:
+    """The file of an architecture. DQError for one that has none."""
+    path = FOLDER / f"{arch}.json"
+    if not path.exists():
+        raise DQError(f"Triton kernels: no configurations for {arch}, expected one of {', '.join(ARCHITECTURES)}")
+    return json.loads(path.read_text())
+
+
+@cache
+def measured(arch: str) -> dict[str, Config]:
+    """The user's fastest configurations by problem, {} without a readable file."""
+    path = cache_file(arch)
+    try:
+        return json.loads(path.read_text())["best"]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError):
+        return {}  # somebody else's or a broken file: the shipped configurations still work
+
+
+def candidates(kernel: str, arch: str) -> list[Config]:
+    """Configurations of a kernel on an architecture, [] when it does not run there."""
+    return shipped(arch)["candidates"].get(kernel, [])
+
+
+def problem(kernel: str, m: int, n: int, k: int) -> str:
+    """Key of a problem: rows rounded up to a power of two, because batch and picture sizes vary."""
+    rows = max(ROUNDED_UP, 1 << (m - 1).bit_length())
+    return f"{kernel} {rows}x{n}x{k}"
+
+
+def pick(kernel: str, m: int, n: int, k: int, arch: str | None = None) -> Config:
+    """The configuration for a product of (m, k) and (n, k), or of attention with m queries, n heads of size k."""
+    arch = arch or architecture()
+    key = problem(kernel, m, n, k)
+    found = measured(arch).get(key) or shipped(arch)["best"].get(key)
+    heads = kernel.startswith("attention")
+    return found or suited(candidates(kernel, arch), m, n, multiprocessors(), heads)
+
+
+def suited(choices: list[Config], m: int, n: int, processors: int, heads: bool = False) -> Config:
+    """The first (largest) candidate with at least one tile per multiprocessor, else the one with most tiles.
+
+    heads: n counts heads, each with tiles of its own, instead of columns
+    """
+
+    def tiles(config: Config) -> int:
+        return -(-m // config["BM"]) * (n if heads else -(-n // config["BN"]))
+
+    return next((config for config in choices if tiles(config) >= processors), max(choices, key=tiles))
+
+
+def tune(kernel: str, m: int, n: int, k: int, time_ms: Callable[[Config], float]) -> tuple[Config, float]:
+    """Time every candidate, keep the fastest in the user's cache -> (configuration, milliseconds).
+
+    time_ms  runs one configuration; one that cannot run there (shared memory, compiler) may raise and is passed over
+    """
+    arch, timed, failed = architecture(), [], []
+    for config in candidates(kernel, arch):
+        try:
+            timed.append((time_ms(config), config))
+        except Exception as error:  # whatever the compiler or driver says: the next candidate may do
+            failed.append(f"{dict(config)}: {error}")
+    if not timed:
+        raise DQError(
+            f"Triton kernel {kernel}: no configuration ran on {arch}: {'; '.join(failed) or 'none is listed'}"
+        )
+    best_ms, best = min(timed, key=lambda pair: pair[0])
+    keep(arch, {problem(kernel, m, n, k): dict(best)})
+    return best, best_ms
+
+
+def keep(arch: str, best: Mapping[str, Config]) -> None:
+    """Add entries to the user's cache file, whole or not at all."""
+    path = cache_file(arch)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    merged = {**measured(arch), **best}
+    fresh = path.with_suffix(f".{os.getpid()}")
+    fresh.write_text(json.dumps({"arch": arch, "best": merged}, indent=1) + "\n")
+    fresh.replace(path)
+    measured.cache_clear()

@@ -1,0 +1,111 @@
+"""The gate for GPU kernels on a machine without one: compile for each architecture and look at what came out.
+
+A kernel passes when it has its matrix instruction, does not spill, is not empty and keeps within the memory of the
+chip. Here one kernel of each kind per architecture that differs (about a second each); `python -m tests.cross_compile`
+does all kernels with all shipped configurations, in ten minutes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.metadata import version
+
+import pytest
+
+from dq.kernels.triton import configs
+from tests import cross_compile
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+GATE = {
+    "sm_80": ("gemm_branch-i8", "w4a8_groups", "attention_128"),
+    "sm_89": ("gemm_branch-fp8e4nv", "attention_64-pv8"),
+    "sm_90": (
+        "quant_rows", "gelu_quant", "quant_groups", "adaln_quant", "had_quant", "qk_norm_rope_quant", "k_sums",
+        "quant_rows-fp8", "v_fp8", "w4_to_s8", "nvfp4_to_bf16", "gemm_tma-i8", "gemm_tma_branch-fp8e4nv", "w4a8",
+        "w4a8_groups", "attention_128-pv8",
+    ),
+    "sm_100": ("nvfp4_quant", "gemm_tma-fp8e4nv", "gemm_tma_branch-i8", "nvfp4", "attention_128"),
+    "sm_120": ("tile_scales", "gemm_tma-i8", "nvfp4", "attention_128"),
+    "gfx942": ("gemm_branch-i8", "w4a8_groups"),
+    "gfx950": ("gemm_branch-fp8e4nv", "attention_128"),
+}  # fmt: skip
+
+# What is of no use or does not compile on AMD, and why.
+AMD_GAPS = {
+    ("gfx942", "fp8"): "its fp8 units take another e4m3 (fnuz); Triton widens ours to fp16, at the rate of fp16",
+    ("gfx942", "nvfp4"): "no block-scaled units: Triton widens both operands to bf16",
+    (
+        "gfx950",
+        "nvfp4",
+    ): "fails: its block-scaled units take power-of-two scales per 32, and a pass stops",
+    ("both", "ASM"): "w4a8 unpacks with shifts and masks: the inline assembly is PTX",
+    ("both", "gemm_tma"): "compiles to plain loads; the pointer kernel does the same with one launch less",
+}
+
+
+# What the oldest supported triton makes of the same kernels: run by hand with `python -m tests.cross_compile`.
+OLDER = {
+    ("3.6", "sm_100", "gemm_tma_branch-i8"): [
+        "no UTCIMMA"
+    ],  # int8 through mma.sync: right, but slower than bf16 there
+    ("3.6", "sm_100", "attention_128"): ["no UTCIMMA"],
+    ("3.6", "sm_120", "gemm_tma-i8"): ["registers spill: 8 bytes of stack"],
+    ("3.6", "sm_120", "nvfp4"): ["registers spill: 8 bytes of stack"],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_anew(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.mark.parametrize("arch, name", [(arch, name) for arch, names in GATE.items() for name in names])
+def test_kernel_compiles_as_it_should(arch, name):
+    if arch.startswith("sm_") and not cross_compile.disassembler().exists():
+        pytest.skip("this build of triton comes without cuobjdump")
+    specimen = next(s for s in cross_compile.specimens(arch) if s.label == name)
+    found = cross_compile.build(specimen, arch)
+    release = ".".join(version("triton").split(".")[:2])
+    assert cross_compile.judge(specimen, arch, found) == OLDER.get((release, arch, name), []), found
+
+
+def test_weights_unpacked_in_registers_are_not_shuffled_byte_by_byte():
+    """Triton 3.9 repacks 8-bit operands by the byte in its prefetch pass on sm_80; these kernels escape it."""
+    specimen = next(s for s in cross_compile.specimens("sm_80") if s.label == "w4a8")
+    found = cross_compile.build(specimen, "sm_80").opcodes
+    assert found["PRMT"] < 2 * found["IMMA"]
+
+
+@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+def test_the_gate_names_kernels_that_exist(arch):
+    labels = {specimen.label for specimen in cross_compile.specimens(arch)}
+    assert set(GATE[arch]) <= labels
+    assert len(labels) == len(cross_compile.specimens(arch))
+
+
+def test_the_gate_notices_what_it_is_there_for():
+    specimen = cross_compile.specimens("sm_90")[-1]
+    good = cross_compile.Found(128, 0, 1000, 0, {specimen.opcode: 4, "FADD": 200}, "")
+    assert cross_compile.judge(specimen, "sm_90", good) == []
+    for change, said in (
+        ({"stack": 8}, "spill"),
+        ({"shared": 300_000}, "shared memory"),
+        ({"tensor_columns": 576}, "tensor memory"),
+        ({"opcodes": {"FADD": 200}}, f"no {specimen.opcode}"),
+        ({"opcodes": {specimen.opcode: 1, "EXIT": 1}}, "empty"),
+        ({"opcodes": {specimen.opcode: 1, "FADD": 200, "STL": 1}}, "spill"),
+    ):
+        found = cross_compile.Found(**(vars(good) | change))
+        assert any(said in line for line in cross_compile.judge(specimen, "sm_90", found)), change
+
+
+def test_gaps_on_amd_are_those_that_are_written_down():
+    """fp8 operands and block-scaled products are offered only where the list does not say that they are no use."""
+    assert ("gfx942", "fp8") in AMD_GAPS and "gfx942" not in cross_compile.FP8
+    for arch in ("gfx942", "gfx950"):
+        assert (arch, "nvfp4") in AMD_GAPS and "nvfp4" not in configs.shipped(arch)["candidates"]
+        assert not any(config["ASM"] for config in configs.candidates("w4a8", arch))
+        assert not configs.candidates("gemm_tma", arch)

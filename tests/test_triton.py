@@ -1,0 +1,135 @@
+"""The Triton backend without a GPU: when it says no, what importing it costs, its configurations, and every kernel in
+Triton's interpreter (`triton_interpreted.py`, in a process of its own)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dq import kernels
+from dq.kernels import triton as backend
+from dq.kernels.triton import configs
+from dq.plan import DQError
+from tests.test_kernels import plan
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def python(*args, **env):
+    return subprocess.run(
+        [sys.executable, *args], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, check=False
+    )
+
+
+@needs_triton
+def test_every_kernel_in_the_interpreter():
+    file = "tests/triton_interpreted.py"
+    done = python("-m", "pytest", file, "-p", "no:xdist", "-p", "no:cacheprovider", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) > 100 and "skipped" not in done.stdout
+
+
+def test_a_cpu_is_refused_without_importing_any_kernel():
+    code = """
+import sys
+from dq import kernels
+from dq.plan import LayerPlan, TensorPlan
+plan = LayerPlan("linear", (8, 8), TensorPlan.parse("int8/channel"), TensorPlan.parse("int8/token"))
+reason = kernels.backends()["triton"].why_not("linear", plan, "cpu")
+assert reason == "Triton kernels run on GPUs, this is cpu", reason
+assert not [name for name in sys.modules if name.startswith("dq.kernels.triton.") and name[18:] != "routes"]
+"""
+    done = python("-c", code, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+
+
+def test_refusals_are_one_line_each(monkeypatch):
+    ours = plan("linear", (8, 8))
+    assert backend.why_not("linear", ours, "meta") == "Triton kernels run on GPUs, this is meta"
+    monkeypatch.setattr(backend.torch.cuda, "is_available", lambda: False)
+    assert backend.why_not("linear", ours, "cuda") == "no CUDA device is visible"
+    monkeypatch.setattr(backend.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backend, "_missing_triton", lambda: "triton is not installed")
+    assert backend.why_not("linear", ours, "cuda") == "triton is not installed"
+
+
+UNITS = {"int8": ("int8/channel", "int8/token"), "fp8": ("fp8", "fp8/token"), "nvfp4": ("nvfp4", "nvfp4")}
+
+
+@pytest.mark.parametrize(
+    "arch, refused",
+    [("sm_75", "int8 fp8 nvfp4"), ("sm_80", "fp8 nvfp4"), ("sm_90", "nvfp4"), ("sm_100", ""), ("gfx950", "nvfp4")],
+)
+def test_matrix_units_decide(monkeypatch, arch, refused):
+    monkeypatch.setattr(backend.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(configs, "architecture", lambda: arch)
+    monkeypatch.setattr(backend, "_missing_triton", lambda: None)
+    reasons = {
+        name: backend.why_not("linear", plan("linear", (64, 64), *pair), "cuda") for name, pair in UNITS.items()
+    }
+    assert [name for name, reason in reasons.items() if reason] == refused.split()
+    assert all(arch in reason for reason in reasons.values() if reason)
+
+
+def test_it_stands_before_torchs_ops():
+    order = list(kernels.backends())
+    assert order.index("triton") < order.index("torchops")
+
+
+@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+def test_shipped_configurations_say_that_nobody_measured_them(arch):
+    data = json.loads((configs.FOLDER / f"{arch}.json").read_text())
+    assert data["arch"] == arch and (data["measured"] is False) == (data["best"] == {})
+    assert "Unmeasured" in data["note"] or data["measured"]
+    for name, found in data["candidates"].items():
+        assert found, f"{name} has no configuration"
+        tiles = [config["BM"] * config["BN"] for config in found]
+        assert tiles == sorted(tiles, reverse=True), f"{name}: largest tile first"
+
+
+def test_small_problems_get_small_tiles(monkeypatch):
+    monkeypatch.setattr(configs, "multiprocessors", lambda: 132)
+    monkeypatch.setattr(configs, "measured", lambda arch: {})
+    large, small = (configs.pick("gemm", m, 3072, 3072, "sm_90") for m in (16384, 64))
+    assert large["BM"] * large["BN"] > small["BM"] * small["BN"]
+
+
+def test_tuning_keeps_the_fastest_configuration_in_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("DQ_CACHE", str(tmp_path))
+    monkeypatch.setattr(configs, "architecture", lambda: "sm_90")
+    configs.measured.cache_clear()
+
+    def time_ms(config):
+        if config["BN"] == 256:
+            raise RuntimeError("out of shared memory")
+        return float(config["BM"])
+
+    best, best_ms = configs.tune("gemm", 1000, 3072, 3072, time_ms)
+    assert best_ms == 64.0 and configs.pick("gemm", 513, 3072, 3072, "sm_90") == best
+    assert configs.pick("gemm", 1025, 3072, 3072, "sm_90") != best or best in configs.candidates("gemm", "sm_90")
+    (tmp_path / "triton_sm_90.json").write_text("broken")
+    configs.measured.cache_clear()
+    assert configs.pick("gemm", 1000, 3072, 3072, "sm_90") in configs.candidates("gemm", "sm_90")
+    with pytest.raises(DQError, match="no configuration ran on sm_90"):
+        configs.tune("gemm", 1000, 3072, 3072, lambda config: 1 / 0)
+    configs.measured.cache_clear()
+
+
+def test_an_unknown_architecture_names_the_known_ones():
+    with pytest.raises(DQError, match=r"no configurations for sm_75, expected one of sm_80"):
+        configs.shipped("sm_75")
+
+
+def test_the_bench_refuses_without_a_gpu():
+    done = python("-m", "eval.bench_gpu", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.strip() == "eval.bench_gpu: no CUDA device is visible; run it on a machine with a GPU"
