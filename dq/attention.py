@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from dq import kernels
 from dq.kernels.cpu import attention as cpu
 
 REACH = frozenset(("scaled_dot_product_attention", "dispatch_attention_fn", "ALL_ATTENTION_FUNCTIONS"))
@@ -40,7 +41,7 @@ class _Attention(TorchFunctionMode):
 
 def forward(self, *args, **kwargs):
     """The forward of an attached module. It has this name so that a pickled module finds its class's own again."""
-    if self._dq_attention is None:  # detached under a hook that holds this method
+    if self._dq_attention is None or kernels.selected() not in ("auto", "cpu"):  # detached under a hook, or not wanted
         return self._dq_forward(*args, **kwargs)
     with _Attention(self._dq_attention == "int8"):
         return self._dq_forward(*args, **kwargs)

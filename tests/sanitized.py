@@ -44,5 +44,6 @@ for channels, outputs, size, pad in itertools.product((3, 70), (5, 66), (5, 17),
 for rows, keys, width in itertools.product((1, 13), (1, 77, 130), (40, 72)):
     q, k, v = (torch.randn(1, 2, tokens, width).bfloat16() for tokens in (rows, keys, keys))
     for int8 in (False, True):
-        attention.sdpa(q, k, v, int8=int8)
+        for mask in (None, torch.randn(rows, keys).bfloat16(), torch.rand(1, 1, 1, keys) < 0.5):
+            attention.sdpa(q, k, v, mask, int8=int8)
 print("clean")

@@ -109,6 +109,22 @@ def test_models_draw_the_same_fused_or_not(name):
     assert (fused - plain).norm() / plain.norm() < 2e-3  # a code of the next layer may fall the other way
 
 
+@torch.no_grad()
+def test_the_reference_backend_runs_torchs_attention(monkeypatch):
+    model = zoo.build(PIXART, dtype=torch.bfloat16)
+    dq.quantize(model, "int8", progress=False)
+    calls = []
+    monkeypatch.setattr(fusions.attention.cpu, "sdpa", lambda *args, int8, **more: calls.append(1) or F.silu(args[0]))
+    dq.set_backend("reference")
+    try:
+        zoo.call(model, zoo.ENTRIES[PIXART], dtype=torch.bfloat16)
+        assert not calls
+    finally:
+        dq.set_backend("auto")
+    zoo.call(model, zoo.ENTRIES[PIXART], dtype=torch.bfloat16)
+    assert calls
+
+
 def test_a_plan_may_ask_for_attention_in_bytes():
     model = zoo.build(PIXART, dtype=torch.float32)
     dq.quantize(model, "sageattention-int8", progress=False)

@@ -86,6 +86,11 @@ def select(name: str) -> None:
     _selected = name
 
 
+def selected() -> str:
+    """The backend `choose` is restricted to, or "auto"."""
+    return _selected
+
+
 def choose(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> Choice:
     """The best backend that accepts the layer on a device type ("cpu", "cuda", "meta").
 
