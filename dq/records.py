@@ -172,7 +172,7 @@ class Store:
             pass
         else:
             shutil.rmtree(self._partial)
-            self._partial.mkdir()
+            self._partial.mkdir(exist_ok=True)  # another process that opens the store may have just made it
             for item in self._shared.iterdir():
                 self._release(item)
         with contextlib.suppress(OSError):

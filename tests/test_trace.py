@@ -362,24 +362,27 @@ def end(process):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """What an undisturbed process leaves, checksums by kind."""
+    """-> seconds of an undisturbed process, and what it leaves, checksums by kind."""
     folder = tmp_path_factory.mktemp("whole")
     record(PIXART, folder, 9)
+    began = time.perf_counter()
     assert end(start(folder)) == 0
-    return {prefix: disk_bytes(folder, prefix) for prefix in ("units/", "full/", "hat/")}
+    seconds = time.perf_counter() - began
+    return seconds, {prefix: disk_bytes(folder, prefix) for prefix in ("units/", "full/", "hat/")}
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(whole, tmp_path):
+    seconds, left = whole
     record(PIXART, tmp_path, 9)
     codes = []
-    for wait in (0.6, 0.8, 1.0):
+    for share in (0.3, 0.5, 0.6):
         process = start(tmp_path)
-        time.sleep(wait)
+        time.sleep(share * seconds)
         process.kill()
         codes.append(end(process))
     assert -9 in codes
     assert end(start(tmp_path)) == 0
-    assert {prefix: disk_bytes(tmp_path, prefix) for prefix in whole} == whole
+    assert {prefix: disk_bytes(tmp_path, prefix) for prefix in left} == left
 
 
 def test_two_processes_give_the_bytes_of_one(whole, tmp_path):
@@ -390,5 +393,6 @@ def test_two_processes_give_the_bytes_of_one(whole, tmp_path):
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     both = [start(tmp_path, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
     assert [end(process) for process in both] == [0, 0]
-    assert {prefix: disk_bytes(tmp_path, prefix) for prefix in whole} == whole
+    _, left = whole
+    assert {prefix: disk_bytes(tmp_path, prefix) for prefix in left} == left
     assert Store(tmp_path).keys("pieces/")  # the work was shared out
