@@ -7,7 +7,7 @@ Activations are quantized and decoded again (straight-through gradient), weights
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -38,6 +38,12 @@ def scale_columns(plan: LayerPlan) -> list[tuple[int, int]]:
         ranges.append((start, start + count))
         start += count
     return ranges
+
+
+def out_sizes(space: Sequence[int], kernel: Sequence[int], conv: Sequence) -> list[int]:
+    """Sizes of a convolution's output. conv: stride, padding and dilation, and what may follow them."""
+    sizes = zip(space, kernel, *conv[:3], strict=True)
+    return [(size + 2 * pad - gap * (taps - 1) - 1) // step + 1 for size, taps, step, pad, gap in sizes]
 
 
 def weight_decoder(plan: LayerPlan) -> Callable[[Tensors], torch.Tensor]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from dq.formats import SCALE_FLOOR, Format
 from dq.formats.integer import Integer
 from dq.kernels import Conv, Tensors, dense
-from dq.kernels.reference import PER_ROW, scale_columns
+from dq.kernels.reference import PER_ROW, out_sizes, scale_columns
 from dq.plan import LayerPlan
 
 RANK = 50
@@ -176,7 +176,7 @@ def _patches(q: torch.Tensor, zero: torch.Tensor | None, kernel: tuple[int, ...]
     for dim, (size, pad) in enumerate(zip(q.shape[2:], conv.padding, strict=True)):
         inner = inner.narrow(1 + dim, pad, size)
     inner.copy_(q.movedim(1, -1))
-    out = _out(q, kernel, conv)
+    out = out_sizes(q.shape[2:], kernel, conv)
     steps = [n * step for n, step in zip(x.stride()[1:-1], conv.stride, strict=True)]
     taps = [n * step for n, step in zip(x.stride()[1:-1], conv.dilation, strict=True)]
     windows = x.as_strided((batch, *out, *kernel, channels), (x.stride(0), *steps, *taps, 1))
@@ -199,12 +199,8 @@ def _int_conv(plan: LayerPlan, conv: Conv) -> Callable[[torch.Tensor, Tensors], 
         y = y.float().mul_(sx[:, :, None]).mul_(t.scale.reshape(-1))
         if t.bias is not None:
             y = y.add_(t.bias)
-        return _like(y.to(x.dtype).transpose(1, 2).reshape(x.shape[0], plan.shape[0], *_out(x, kernel, conv)), x)
+        return _like(
+            y.to(x.dtype).transpose(1, 2).reshape(x.shape[0], plan.shape[0], *out_sizes(x.shape[2:], kernel, conv)), x
+        )
 
     return run
-
-
-def _out(x: torch.Tensor, kernel: tuple[int, ...], conv: Conv) -> list[int]:
-    """Sizes of the spatial dimensions of a convolution's output."""
-    sizes = zip(x.shape[2:], kernel, *conv[:3], strict=True)
-    return [(size + 2 * pad - gap * (taps - 1) - 1) // step + 1 for size, taps, step, pad, gap in sizes]

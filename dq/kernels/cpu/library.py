@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 BUILD = "run `python -m dq.kernels.cpu.compile`"
-AVX2, AVX512 = 1, 2  # dq_cpu_level
+AVX512 = 2  # dq_cpu_level of a processor that runs everything
 
 
 @cache

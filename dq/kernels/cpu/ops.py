@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 
 from dq.kernels.cpu.library import library
+from dq.kernels.reference import out_sizes
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NORMS = {"": 0, "layer": 1, "rms": 2}
@@ -102,7 +103,7 @@ def _conv(x, weight, scale, bias, act_scale, bits, act, kernel, stride, padding,
     """Geometry lists have one entry per spatial dimension, missing leading ones are 1 (padding 0)."""
     last = _is_channels_last(x)
     x = x if last else x.contiguous()
-    out = _sizes(x, kernel, stride, padding, dilation)
+    out = out_sizes(x.shape[2:], kernel, (stride, padding, dilation))
     y = x.new_empty((x.shape[0], weight.shape[0], *out))
     y = y.contiguous(memory_format=MEMORY[x.dim()]) if last else y
     lead = [1] * (3 - len(kernel))
@@ -123,12 +124,6 @@ def _is_channels_last(x: torch.Tensor) -> bool:
     return x.dim() in MEMORY and not x.is_contiguous() and x.is_contiguous(memory_format=MEMORY[x.dim()])
 
 
-def _sizes(x, kernel, stride, padding, dilation) -> list[int]:
-    """Sizes of the spatial dimensions of a convolution's output."""
-    sizes = zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
-    return [(size + 2 * pad - gap * (taps - 1) - 1) // step + 1 for size, taps, step, pad, gap in sizes]
-
-
 def _thin(x, weight, scale, bias, bits, weight_group):
     x = x.contiguous()
     y = x.new_empty(x.shape[0], weight.shape[0])
@@ -145,7 +140,7 @@ def _fake_rows(x, weight, *rest):
 
 
 def _fake_conv(x, weight, scale, bias, act_scale, bits, act, kernel, stride, padding, dilation):
-    y = x.new_empty((x.shape[0], weight.shape[0], *_sizes(x, kernel, stride, padding, dilation)))
+    y = x.new_empty((x.shape[0], weight.shape[0], *out_sizes(x.shape[2:], kernel, (stride, padding, dilation))))
     return y.contiguous(memory_format=MEMORY[x.dim()]) if _is_channels_last(x) else y
 
 

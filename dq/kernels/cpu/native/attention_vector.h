@@ -44,35 +44,5 @@ DQ_INLINE float scale_of(int peak) {
   return largest <= std::numeric_limits<float>::max() ? std::max(largest, 1e-12f) / 127.f : kNaN;
 }
 
-// --- layout ---------------------------------------------------------------------------------------------------------
-
-// 16 x 16 words in place: lane c of vector r becomes lane r of vector c.
-DQ_INLINE void transpose16(__m512i r[16]) {
-  __m512i t[16];
-  DQ_UNROLL for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  DQ_UNROLL for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  // quarter b of r[4 g + c] now holds column 4 b + c of rows 4 g to 4 g + 3
-  DQ_UNROLL for (int c = 0; c < 4; c++) {
-    t[c] = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88);           // quarters 0 and 2 of groups 0 and 1
-    t[4 + c] = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);       // quarters 1 and 3
-    t[8 + c] = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);  // the same of groups 2 and 3
-    t[12 + c] = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
-  }
-  DQ_UNROLL for (int c = 0; c < 4; c++) {
-    r[c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0x88);
-    r[4 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0x88);
-    r[8 + c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0xdd);
-    r[12 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0xdd);
-  }
-}
-
 }  // namespace
 }  // namespace dq

@@ -82,17 +82,7 @@ void find_ranges(const DqConv& c, const Geometry& g, Range* ranges) {
   for (long task = 0; task < c.batch * kChunks; task++) {
     long each = round_up((g.inside + kChunks - 1) / kChunks, 16), first = task % kChunks * each;
     long count = std::min(each, g.inside - first);
-    __m512 low = _mm512_set1_ps(INFINITY), high = _mm512_set1_ps(-INFINITY);
-    __mmask16 strange = 0;
-    for (long k = 0; k < count; k += 16) {
-      __mmask16 lanes = first_lanes(count - k);
-      __m512 v = load(c.x, task / kChunks * g.inside + first + k, c.dtype, lanes);
-      low = _mm512_mask_min_ps(low, lanes, low, v);
-      high = _mm512_mask_max_ps(high, lanes, high, v);
-      strange |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    }
-    ranges[task] = {_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high)};
-    if (strange) ranges[task] = {NAN, NAN};
+    ranges[task] = range_of(c.x, task / kChunks * g.inside + first, count, c.dtype);
   }
 }
 

@@ -43,33 +43,6 @@ DQ_INLINE Panel panel_in(void* place, long padded, long groups, long rank) {
   return p;
 }
 
-// 16 registers of 16 words: rows become columns.
-DQ_INLINE void transpose(__m512i r[16]) {
-  __m512i t[16];
-  DQ_UNROLL for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  DQ_UNROLL for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  DQ_UNROLL for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  DQ_UNROLL for (int i = 0; i < 4; i++) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
-
 // 64 codes of one row from column k on, as signed bytes; 0 beyond the end.
 DQ_INLINE __m512i row_codes(const int8_t* row, long k, long columns, int bits) {
   if (bits == 8) return _mm512_maskz_loadu_epi8(first_bytes(columns - k), row + k);
@@ -90,7 +63,7 @@ static inline void lay_block(const int8_t* codes, long row_bytes, long there, lo
     DQ_UNROLL for (int i = 0; i < 16; i++) {
       r[i] = i < there ? row_codes(codes + i * row_bytes, k, columns, bits) : _mm512_setzero_si512();
     }
-    transpose(r);
+    transpose16(r);
     if (words == 16) {
       DQ_UNROLL for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + k * kWide + i * 256, r[i]);
     } else {

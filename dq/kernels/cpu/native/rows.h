@@ -70,12 +70,13 @@ struct Range {
   float low, high;
 };
 
-DQ_INLINE Range range_of(const float* row, long width) {
+// Range of `width` elements from `at` on; NaN on both ends if there is one.
+DQ_INLINE Range range_of(const void* row, long at, long width, int dtype) {
   __m512 low = _mm512_set1_ps(INFINITY), high = _mm512_set1_ps(-INFINITY);
   __mmask16 strange = 0;  // min and max drop NaN
   for (long k = 0; k < width; k += 16) {
     __mmask16 lanes = first_lanes(width - k);
-    __m512 v = _mm512_maskz_loadu_ps(lanes, row + k);
+    __m512 v = load(row, at + k, dtype, lanes);
     low = _mm512_mask_min_ps(low, lanes, low, v);
     high = _mm512_mask_max_ps(high, lanes, high, v);
     strange |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
@@ -128,7 +129,7 @@ static inline void quantize_row(const float* row, long width, long m, const Quan
     long first = g * q.group, count = std::min(q.group, width - first);
     float scale = q.stored ? *q.stored : 0;
     int zero = 0;
-    if (!q.stored) fit(range_of(row + first, count), q, scale, zero);
+    if (!q.stored) fit(range_of(row, first, count, FP32), q, scale, zero);
     encode(row + first, count, scale, zero, q, q.codes + m * q.stride + first);
     q.scale[m * q.groups + g] = scale;
     if (q.affine) q.zero[m * q.groups + g] = zero;
