@@ -121,9 +121,10 @@ def _methods() -> str:
     found = rows.read(rows.FOLDER / "methods.json")
     if not found:
         return ""
-    commits = ", ".join(sorted({row["commit"] for row in found}))
+    commits, machines = (", ".join(sorted({row[key] for row in found})) for key in ("commit", "machine"))
     text = (
-        f"Held-out prompts, seed {found[0]['seed']}, 20 steps, 32 other prompts for calibration, commit {commits}. "
+        f"Held-out prompts, seed {found[0]['seed']}, 20 steps, 32 other prompts for calibration, commit {commits}, "
+        f"{machines}. "
         "Gain: over plain rounding of the same layers, groups and activations (8-bit: over `int8` or one range for "
         "all steps). Feature distance: eval/metrics/feature_distance.py. Noise SQNR: the denoiser alone, on the "
         "inputs of the fp32 run. Branch: low-rank factors, of the packed bytes. Kernel: of most layers."
