@@ -18,6 +18,7 @@ _HOMES = {
     "dequantize": "api",
     "recipes": "recipes",
     "Calibration": "calibration",
+    "Budget": "budget",
     "Report": "report",
     "set_backend": "layers",
     "save": "hub",

@@ -7,22 +7,21 @@ leaves the target as it was.
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from dq import adapters, families, fusions, hub, layers, loading, recipes
+from dq import adapters, fusions, hub, layers, loading, recipes
 from dq.layers import PackedStack, packed_layers
 from dq.plan import DQError, LayerPlan, Plan, Recipe, nearest
 from dq.report import Report, Row
 
+BUDGET_SAMPLES = 40  # denoiser inputs recorded for a budget when the user names no calibration
 DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder", "denoiser", "model", "dit")
 
 
@@ -40,27 +39,30 @@ def quantize(
 
     target       DiffusionPipeline (every denoiser in it) or an nn.Module (on the meta device: shapes only)
     recipe       a name from `dq.recipes()`, a Recipe, a Plan, or the path of a plan or recipe JSON
-    calibration  for recipes of a method: a dq.Calibration, or a function that runs a bare model as its user does
+    calibration  for recipes of a method and for budgets: a dq.Calibration, or a function that runs a bare model as its
+                 user does; a budget of a data-free recipe takes dq's own prompts where it gets none
+    budget       a dq.Budget: the recipe then names the choices, and each layer gets one by its measured sensitivity
     components   further parts of a pipeline and their data-free recipes, e.g. {"text_encoder_2": "int8-weight"}
     keep         patterns, matched from the start of layer names, left in full precision
     Raises DQError for wrong use; the target is then as it was.
     """
     start = time.perf_counter()
     wanted = recipes.get(recipe)
-    if budget is not None:
-        raise DQError("budget: this version has no mixed-precision search; leave budget=None and choose a recipe")
-    calibration = _resolve(target, wanted, calibration)
+    budget = _own_budget(wanted) if budget is None else budget
+    calibration = _resolve(target, wanted, calibration, budget)
     models = {name: (model, wanted) for name, model in find_denoisers(target).items()}
     models |= _named_components(target, components or {})
     keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
     plans = _plan_all(models, keep)
     before = _bytes(model for model, _ in models.values())
     packed, errors, notes = {}, {}, []
-    fitted = {part: entry[0] for part, entry in models.items() if calibration and entry[1] is wanted}
-    if fitted:
-        packed, errors, notes = _fit_all(target, fitted, plans, wanted, calibration, progress)
+    if calibration is not None or budget is not None:
+        from dq import work
+
+        mine = {part: entry[0] for part, entry in models.items() if entry[1] is wanted}
+        packed, errors, notes = work.Work(target, mine, plans, wanted, calibration, budget, progress).done()
     for part, (model, _) in models.items():
-        if part not in fitted:
+        if part not in packed:
             packed[part], errors[part] = _pack_all(part, model, plans[part], progress)
     rows = [
         row for part, (model, _) in models.items() for row in _rows(part, model, plans[part], packed[part], errors)
@@ -73,6 +75,25 @@ def quantize(
     name = getattr(wanted, "name", None) or getattr(wanted, "recipe", "")
     notes += _step_notes(plans)
     return Report(_with_kernels(rows, models), before, after, time.perf_counter() - start, name, notes=notes)
+
+
+def explore(target, recipe: str | Recipe, calibration=None, *, wish=None, keep=(), progress: bool = True):
+    """Measure what a budget would choose from, and change nothing.
+
+    wish  sensing.Wish: the metric, and whether layers are timed
+    -> (search.Search, plan of the recipe by part). Raises DQError as `quantize` does.
+    """
+    from dq import sensing, work
+    from dq.budget import Budget
+
+    wanted, wish = recipes.get(recipe), wish or sensing.Wish()
+    calibration = _resolve(target, wanted, calibration, Budget(bits=16, metric=wish.metric))
+    if calibration is None:
+        raise DQError("a bare model needs data to be measured; pass calibration=a function that runs it")
+    models = find_denoisers(target)
+    plans = _plan_all({part: (model, wanted) for part, model in models.items()}, tuple(keep))
+    found = work.Work(target, models, plans, wanted, calibration, None, progress).explored(wish)
+    return found, plans
 
 
 def explain(target) -> Report:
@@ -146,13 +167,13 @@ def _named_components(target, components: Mapping) -> dict[str, tuple[nn.Module,
     return found
 
 
-def _resolve(target, wanted: Recipe | Plan, calibration):
+def _resolve(target, wanted: Recipe | Plan, calibration, budget):
     """The Calibration a recipe is fitted with, None for a data-free one. DQError when the two do not go together."""
     name = getattr(wanted, "name", None) or getattr(wanted, "recipe", "")
+    if budget is not None:
+        _check_budget(budget, wanted)
     if not getattr(wanted, "needs_calibration", False):
-        if calibration is not None:
-            raise DQError(f"recipe {name!r} is data-free; leave calibration=None")
-        return None
+        return _for_budget(target, name, calibration, budget)
     from dq import calibration as capturing
     from dq import methods
 
@@ -166,30 +187,43 @@ def _resolve(target, wanted: Recipe | Plan, calibration):
     return capturing.resolve(calibration)
 
 
-def _fit_all(target, models, plans, recipe, calibration, progress: bool):
-    """Capture what the denoisers see and fit them; -> packed layers and errors by part, notes. Plans are updated."""
-    from dq import calibration as capturing
-    from dq import methods
-    from dq.trace import Trace
+def _own_budget(wanted: Recipe | Plan):
+    """The budget that a recipe brings along: methods of mixed precision name their mean bits."""
+    if not isinstance(wanted, Recipe) or "bits" not in wanted.options:
+        return None
+    from dq.budget import Budget
 
-    packed, errors, notes = {}, {}, []
-    for part, model in models.items():
-        plans[part] = methods.prepared(model, plans[part], recipe)
-    identity = json.dumps([version("dq-diffusion"), recipe.to_dict()], sort_keys=True)
-    with calibration.workplace() as folder:
-        named = {part or "model": model for part, model in models.items()}
-        begun = time.perf_counter()
-        capturing.capture(target, named, calibration, folder, progress)
-        notes.append(f"captured in {time.perf_counter() - begun:.0f} s")
-        for part, model in models.items():
-            place, family = folder / (part or "model"), families.of(model)
-            most = methods.calls_worth(place, recipe)
-            trace = Trace(model, plans[part], family, place, calibration.seed, identity=identity, most=most)
-            fitted = methods.walk(trace, recipe, getattr(torch, plans[part].compute_dtype), progress)
-            plans[part] = methods.finish(model, plans[part], trace, fitted)
-            packed[part], errors[part] = fitted.packed, fitted.error_db
-            notes += fitted.notes(trace)
-    return packed, errors, notes
+    return Budget(bits=wanted.options["bits"])
+
+
+def _check_budget(budget, wanted: Recipe | Plan) -> None:
+    from dq.budget import Budget
+
+    if not isinstance(budget, Budget):
+        raise DQError(f"budget is {budget!r}, expected dq.Budget(bytes=...), (ms_per_step=...) or (bits=...)")
+    if isinstance(wanted, Plan):
+        raise DQError(
+            "budget: got a plan, in which every layer is decided; expected a recipe, which names the choices"
+        )
+
+
+def _for_budget(target, name: str, calibration, budget):
+    """The Calibration a data-free recipe's sensitivities are measured on; None without a budget or for bare models."""
+    if budget is None:
+        if calibration is not None:
+            raise DQError(f"recipe {name!r} is data-free; leave calibration=None")
+        return None
+    from dq import calibration as capturing
+
+    if calibration is not None:
+        return capturing.resolve(calibration)
+    if not isinstance(target, nn.Module):
+        return capturing.Calibration(samples=BUDGET_SAMPLES)
+    if budget.ms_per_step is not None or budget.scope == "peak" or budget.metric not in ("trajectory", "prediction"):
+        raise DQError(
+            "budget: of a bare model only bytes and bits go without data; pass calibration=a function that runs it"
+        )
+    return None
 
 
 def _step_notes(plans: Mapping[str, Plan]) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from dq import layers, recipes, roofline
 from dq.plan import DQError, LayerPlan, Recipe, TensorPlan
+from dq.timing import in_turn, wait
 
 # (rows, inputs, outputs): attention and feed-forward of small and large diffusion transformers
 SHAPES = ((256, 384, 384), (1024, 1152, 1152), (1024, 1152, 4608), (4096, 1536, 1536), (4096, 3072, 3072))
@@ -48,27 +49,6 @@ class Timing:
     def speedup(self) -> float:
         """Full-precision time over quantized time: above 1 is faster."""
         return self.full_ms / self.quantized_ms
-
-
-def in_turn(runs: Mapping[str, Callable[[], object]], seconds: float = 1.0, least: int = 5) -> dict[str, list[float]]:
-    """Milliseconds of every call, by name: callables run alternately, once unmeasured, then for so many seconds."""
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(next(iter(times.values()))) < least:
-        for name, run in runs.items():
-            _wait()
-            start = time.perf_counter()
-            run()
-            _wait()
-            times[name].append(1000 * (time.perf_counter() - start))
-    return times
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @torch.inference_mode()
@@ -169,14 +149,14 @@ class _Kernels(TorchFunctionMode):
         return y
 
     def _before(self, *_) -> None:
-        _wait()
+        wait()
         self.began = time.perf_counter()
 
     def _after(self, layer: nn.Module, args: tuple, y: torch.Tensor) -> None:
         self._add(layer.choice.label, layer_work(layer, args[0], y))
 
     def _add(self, kernel: str, work: roofline.Work) -> None:
-        _wait()
+        wait()
         spent, old = 1000 * (time.perf_counter() - self.began), self.lines.get(kernel)
         line = roofline.Line(kernel, 1, spent, work)
         if old is not None:

@@ -28,6 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dq import policies
+from dq.files import write_json
 from dq.plan import DQError, nearest
 from dq.records import Store
 from dq.running import Call, Runner, drawing, kept_modes, telling, watching
@@ -185,7 +186,7 @@ class _Session:
                 store.drop(key)
 
     def finish(self, name: str) -> None:
-        _write_json(self.folder / "runs" / f"{name}.json", {part: self.counts[part] for part in self.models})
+        write_json(self.folder / "runs" / f"{name}.json", {part: self.counts[part] for part in self.models})
 
     def finished(self, name: str, prefix: str) -> bool:
         path = self.folder / "runs" / f"{name}.json"
@@ -337,7 +338,7 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     """Write down whose records these are, or check that they are ours."""
     path = folder / "calibration.json"
     if not path.exists():
-        _write_json(path, identity)
+        write_json(path, identity)
         return
     try:
         found = json.loads(path.read_text())
@@ -347,15 +348,3 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
         names = [name for name in identity if found.get(name) != identity[name]] or ["something"]
         what = f"folder {str(folder)!r} holds another calibration: {names[0]} differs"
         raise DQError(f"{what}; choose another folder or delete it")
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    half = path.with_name(f".{path.name}")  # one name, so that a restart after a kill writes over it
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        half.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-        half.replace(path)
-    except OSError as error:
-        half.unlink(missing_ok=True)
-        raise DQError(f"cannot write {str(path)!r}: {error}; free space or choose another folder") from error

@@ -1,4 +1,4 @@
-"""The command line: `dq quantize | inspect | generate | bench`.
+"""The command line: `dq quantize | plan | inspect | generate | bench`.
 
 Exit codes: 0 done, 2 wrong use (one line on stderr), 1 a fault of ours (a traceback).
 """
@@ -30,6 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Dtype = Annotated[Optional[str], typer.Option(help="Compute dtype: bf16, fp16 or fp32.")]  # noqa: UP045
+BudgetGib = Annotated[Optional[float], typer.Option(help="Most GiB of the denoiser; formats are mixed.")]  # noqa: UP045
+BudgetBits = Annotated[Optional[float], typer.Option(help="Most bits per weight, on average.")]  # noqa: UP045
+BudgetMs = Annotated[Optional[float], typer.Option(help="Most milliseconds per step, by measured layers.")]  # noqa: UP045
 Device = Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is one.")]  # noqa: UP045
 
 
@@ -72,7 +75,9 @@ def quantize(
     ] = "stratified",
     extra: Annotated[list[str], typer.Option("--set", help="Calibration call argument: name=JSON, may repeat.")] = [],  # noqa: B006
     work: Annotated[Optional[Path], typer.Option(help="Folder to calibrate in; a killed run goes on there.")] = None,  # noqa: UP045
-    budget_gib: Annotated[Optional[float], typer.Option(help="Most GiB of the denoiser.")] = None,  # noqa: UP045
+    budget_gib: BudgetGib = None,
+    budget_bits: BudgetBits = None,
+    budget_ms: BudgetMs = None,
     dtype: Dtype = "bf16",
     keep: Annotated[list[str], typer.Option(help="Layers left as they are: a pattern, may repeat.")] = [],  # noqa: B006
     component: Annotated[list[str], typer.Option(help="A further part: name=recipe, may repeat.")] = [],  # noqa: B006
@@ -83,8 +88,8 @@ def quantize(
 
     if (recipe is None) == (plan is None):
         raise DQError(f"got {'no recipe' if plan is None else 'two'}, expected either --recipe NAME or --plan FILE")
-    wanted = recipes.get(recipe or plan)
-    fitted = getattr(wanted, "needs_calibration", False)
+    wanted, budget = recipes.get(recipe or plan), _budget(budget_gib, budget_bits, budget_ms)
+    fitted = getattr(wanted, "needs_calibration", False) or budget is not None
     if not fitted and (prompts is not None or work is not None):
         option = "--prompts" if prompts is not None else "--work"
         raise DQError(f"recipe {recipe or str(plan)!r} is data-free and reads no prompts; leave {option} out")
@@ -97,10 +102,57 @@ def quantize(
         if fitted:
             call = _plain_size(target) | _arguments(extra)
             given = dq.Calibration(prompts, steps, samples, seed, policy, call, folder=work)
-        report = dq.quantize(target, wanted, calibration=given, budget=budget_gib, components=parts, keep=keep)
+        report = dq.quantize(target, wanted, calibration=given, budget=budget, components=parts, keep=keep)
         dq.save(target, place)
     print(report)
     print(f"saved to {out}")
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A folder, a Hub id, or tiny-pixart / tiny-sd in a clone.")],
+    recipe: Annotated[
+        str, typer.Option(help="Names the choices: int8-weight, int8, svdquant-int4, ...")
+    ] = "int8-weight",
+    budget_gib: BudgetGib = None,
+    budget_bits: BudgetBits = None,
+    budget_ms: BudgetMs = None,
+    out: Annotated[Optional[Path], typer.Option(help="Plan JSON to write; needs a budget.")] = None,  # noqa: UP045
+    curve: Annotated[Optional[Path], typer.Option(help="PNG of quality against size and time.")] = None,  # noqa: UP045
+    page: Annotated[Optional[Path], typer.Option(help="HTML of what every layer got and why; needs a budget.")] = None,  # noqa: UP045
+    metric: Annotated[str, typer.Option(help="trajectory, prediction, output or sampled.")] = "trajectory",
+    timed: Annotated[bool, typer.Option("--timed", help="Measure milliseconds of the layers too.")] = False,
+    prompts: Annotated[Optional[Path], typer.Option(help="Calibration prompts, one a line.")] = None,  # noqa: UP045
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a calibration run.")] = 20,
+    samples: Annotated[int, typer.Option(min=1, help="Denoiser inputs to record.")] = 40,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration runs.")] = 0,
+    extra: Annotated[list[str], typer.Option("--set", help="Calibration call argument: name=JSON, may repeat.")] = [],  # noqa: B006
+    work: Annotated[Optional[Path], typer.Option(help="Folder to measure in; kept, so that it is done once.")] = None,  # noqa: UP045
+    dtype: Dtype = "bf16",
+) -> None:
+    """Measure what every layer's format costs and harms once, then choose under budgets and draw the trade-off."""
+    import dq
+    from dq import api, charts, saved, search, sensing
+
+    budget = _budget(budget_gib, budget_bits, budget_ms, metric)
+    if budget is None and (out or page):
+        raise DQError("--out and --page show a chosen plan; give --budget-gib, --budget-bits or --budget-ms")
+    target = saved.load(model, _dtype(dtype))
+    call = _plain_size(target) | _arguments(extra)
+    given = dq.Calibration(prompts, steps, samples, seed, call_kwargs=call, folder=work)
+    found, plans = api.explore(target, recipe, given, wish=sensing.Wish(metric, timed or budget_ms is not None))
+    chosen = None
+    if budget is not None:
+        chosen = found.choose(budget)
+        notes = search.summary(found, chosen, budget)
+        print("\n".join(notes))
+        _write_plans(search.plans(found, plans, chosen, str(budget)), out)
+        if page is not None:
+            page.write_text(charts.page(found, chosen, notes), encoding="utf-8")
+    for text, each in charts.uniform(found).items():
+        print(f"all {text}: {found.bytes_of(each) / 2**20:.2f} MiB, {found.sqnr_db(each):.1f} dB predicted")
+    if curve is not None:
+        charts.curve(found, curve, chosen)
 
 
 @app.command()
@@ -301,6 +353,24 @@ def _check_picture(out: Path) -> None:
     if out.suffix.lower() not in known:
         raise DQError(f"--out {str(out)!r} has no picture's ending, expected for example .png or .jpg")
     out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _budget(gib: float | None, bits: float | None, ms: float | None, metric: str = "trajectory"):
+    """The Budget of the options, None without any. DQError for figures that are none."""
+    if gib is None and bits is None and ms is None:
+        return None
+    import dq
+
+    most = None if gib is None else int(gib * 2**30)
+    return dq.Budget(bytes=most, ms_per_step=ms, bits=bits, metric=metric)
+
+
+def _write_plans(plans: dict, out: Path | None) -> None:
+    """One file, or one per denoiser with its name."""
+    for part, each in plans.items() if out is not None else ():
+        path = out if len(plans) == 1 else out.with_stem(f"{out.stem}-{part}")
+        each.save(path)
+        print(f"wrote {path}")
 
 
 def _pair(text: str, option: str, example: str) -> tuple[str, str]:

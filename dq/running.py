@@ -20,6 +20,7 @@ from torch import nn
 
 from dq import families
 from dq.plan import DQError, nearest
+from dq.units import tensors_in
 
 if TYPE_CHECKING:
     from dq.calibration import Calibration
@@ -81,6 +82,7 @@ class Runner:
         labels = self.accepted.get("class_labels")
         if labels is not None and labels.default is labels.empty:
             own["class_labels"] = [self._label(seed)]
+        own["use_resolution_binning"] = False  # PixArt and Sana would round sizes to a table of large ones
         if _gives_latents(self.pipe):
             own["output_type"] = "latent"
         return {name: value for name, value in own.items() if name in self.accepted} | user
@@ -111,6 +113,25 @@ class Runner:
             telling(f"{name} (run {run})"),
         ):
             self.pipe(**self.arguments(run))
+
+    @property
+    def undecorated(self) -> Callable | None:
+        """The pipeline's call as it stands under its `no_grad` decorator; None if it has none."""
+        return getattr(type(self.pipe).__call__, "__wrapped__", None)
+
+    @property
+    def end(self) -> str | None:
+        """What a run is followed to: "pt" (pictures), "latent" (videos: large decoders), None for neither."""
+        if hasattr(self.pipe, "image_processor") and "num_frames" not in self.accepted:
+            return "pt"
+        return "latent" if _gives_latents(self.pipe) else None
+
+    def differentiable(self, run: int) -> torch.Tensor:
+        """Pictures or latents of one run, in whose making gradients flow where they are enabled."""
+        given = self.arguments(run) | {"output_type": self.end, "return_dict": False}
+        with drawing(self.calibration.seed, run), _spare_schedulers(self.pipe):
+            output = self.undecorated(self.pipe, **given)
+        return next(value for value in tensors_in(output) if value.is_floating_point())
 
     def branches(self, call: Call) -> list[int]:
         """Guidance branch of each batch row: 1 where the pipeline predicts without the prompt.

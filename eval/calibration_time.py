@@ -26,7 +26,7 @@ from eval import rows
 from eval.methods import branch_share, candidates
 
 FILE = rows.FOLDER / "calibration_time.json"
-KEYS = ("model", "recipe", "layers", "samples", "steps", "dtype", "device", "threads", "machine")
+KEYS = ("model", "recipe", "budget_bits", "layers", "samples", "steps", "dtype", "device", "threads", "machine")
 CONFIG = widths.PIXART
 TEXT = (300, 4096)
 OUTLIERS = 0.005  # share of input channels that are loud
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--budget-bits", type=float, default=None, help="choose formats under so many bits a weight")
     options = parser.parse_args()
     began = time.perf_counter()
     model = build(options.layers, getattr(torch, options.dtype), options.device)
@@ -142,7 +143,8 @@ def measure(model: torch.nn.Module, options) -> dict:
     loop = Loop(options.samples, options.steps)
     with Watch() as watch:
         began, used = time.perf_counter(), time.process_time()
-        report = dq.quantize(model, options.recipe, calibration=loop)
+        budget = None if options.budget_bits is None else dq.Budget(bits=options.budget_bits)
+        report = dq.quantize(model, options.recipe, calibration=loop, budget=budget)
         seconds, used = time.perf_counter() - began, time.process_time() - used
     figures = {"seconds": round(seconds, 1), "cpu_seconds": round(used, 1), "load": round(os.getloadavg()[0], 2)}
     figures |= {"seconds_a_block": round(seconds / options.layers, 2)}

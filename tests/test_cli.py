@@ -150,7 +150,10 @@ WRONG = {
     "no model in it": (["quantize", "{empty}", "--out", "{new}", "--recipe", "int8"], "holds no model"),
     "not on this disk": (["quantize", "no/body", "--out", "{new}", "--recipe", "int8"], "cannot be loaded"),
     "prompts": (["quantize", "tiny-pixart", "--out", "{new}", "--recipe", "int8", "--prompts", "p.txt"], "data-free"),
-    "budget": (["quantize", "tiny-pixart", "--out", "{new}", "--recipe", "int8", "--budget-gib", "1"], "budget"),
+    "budget": (
+        ["quantize", "tiny-pixart", "--out", "{new}", "--recipe", "int8", "--budget-gib", "0.001"],
+        "least possible",
+    ),
     "bad keep": (["quantize", "tiny-pixart", "--out", "{new}", "--recipe", "int8", "--keep", "nope"], "no layer"),
     "bad component": (["quantize", "tiny-pixart", "--out", "{new}", "--recipe", "int8", "--component", "vae"], "="),
     "bad dtype": (["quantize", "tiny-pixart", "--out", "{new}", "--recipe", "int8", "--dtype", "int"], "bf16"),

@@ -39,7 +39,7 @@ def test_the_first_snippet_has_eight_lines():
 
 
 def test_commands_work_in_the_order_given(clone, monkeypatch, capsys):
-    assert len(COMMANDS) == 5
+    assert len(COMMANDS) == 7
     for command in COMMANDS:
         monkeypatch.setattr(sys, "argv", shlex.split(command))
         with pytest.raises(SystemExit) as left:

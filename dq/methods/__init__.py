@@ -59,6 +59,11 @@ def prepared(model: nn.Module, plan: Plan, recipe: Recipe) -> Plan:
     return plan if change is None else change(model, plan, families.of(model), recipe.options)
 
 
+def for_budget(recipe: Recipe) -> Recipe:
+    """The recipe as it fits layers whose plans, ranks of branches included, were chosen beforehand."""
+    return replace(recipe, options={**recipe.options, "rank": None}) if "rank" in recipe.options else recipe
+
+
 def calls_worth(folder: Path, recipe: Recipe) -> int:
     """How many of the recorded calls to walk through; 0 for all, as methods of stored scales or reconstruction need.
 

@@ -58,7 +58,9 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
 def _wish(plan: LayerPlan, module: nn.Module, options: Mapping) -> weights.Wish:
     """A branch of as many columns as its bytes allow; none for weight-only layers."""
     rank = 0
-    if plan.act is not None:
+    if options["rank"] is None:  # chosen under a budget
+        rank = plan.rank
+    elif plan.act is not None:
         rank = groups.affordable_rank(plan, options["rank"], options["share"], module.weight.element_size())
     return weights.Wish(rank, iterations=2 if module.weight.numel() < WIDE else 1)
 

@@ -4,9 +4,10 @@
 
 Dynamic scales take the variation over tokens, steps and guidance branches away; smoothing takes the static part of the
 imbalance between channels, Hadamard rotation the rest. The maxima are those of the earliest (noisiest) quarter of
-steps, where the imbalance is worst. Deviations: alpha (the paper: one per model) and whether to smooth or rotate at
-all are chosen for each input by output error; rotation is in blocks of at most 128 channels; convolutions are smoothed
-only.
+steps, where the imbalance is worst. ViDiT-Q-MP gives each layer 8, 6 or 4 bits under a mean of MEAN_BITS.
+Deviations: alpha (the paper: one per model) and whether to smooth or rotate at all are chosen for each input by output
+error; rotation is in blocks of at most 128 channels; convolutions are smoothed only; bits are chosen by gradients
+through the whole run and an integer program (the paper: groups of layers, each sorted by a metric of its own).
 """
 
 from __future__ import annotations
@@ -23,11 +24,19 @@ from dq.seen import LayerSeen, Needs, Seen, Unit
 
 NEEDS = Needs(rows=2048, absmax=True, hat=False)
 FEW_CALLS = True
+MEAN_BITS = 5.5
 EARLY = 0.25  # share of the steps whose maxima are used
 
 RECIPES = (
     Recipe("viditq-w8a8", ("int8/channel", "int8/token"), ("int8/channel", "int8a/tensor"), method="viditq"),
     Recipe("viditq-w4a8", ("int4a/channel", "int8/token"), ("int4a/channel", "int8a/tensor"), method="viditq"),
+    Recipe(
+        "viditq-mp-w4a8",
+        ("int4a/channel", "int8/token"),
+        ("int4a/channel", "int8a/tensor"),
+        method="viditq",
+        options={"bits": MEAN_BITS, "choices": ("int8a/channel", "int6a/channel", "int4a/channel")},
+    ),
 )
 
 

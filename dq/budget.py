@@ -1,0 +1,58 @@
+"""What a quantized pipeline may cost: the limits behind `dq.quantize(..., budget=dq.Budget(...))`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dq.plan import DQError, nearest
+
+SCOPES = ("denoiser", "pipeline", "peak")
+METRICS = ("trajectory", "prediction", "output", "sampled")
+TIES = ("", "kind")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits that mixed precision stays under; at least one of the first three. Raises DQError at once.
+
+    bytes        of all parameters of the scope, or with scope "peak" of a whole call
+    ms_per_step  milliseconds of all denoiser calls of one step, by times measured on this machine
+    bits         mean bits per weight of the layers that can be quantized, scales and branches included
+    scope        what `bytes` counts: "denoiser" (all denoisers of the pipeline), "pipeline", or "peak": parameters of
+                 the pipeline and the most that one call of a denoiser holds beside them
+    tie          "kind": layers of one name get one choice in all blocks; "": every layer its own
+    metric       how a choice's harm is measured: "trajectory" (gradients of the pictures through the whole run;
+                 for bare models that of "prediction"), "prediction" (gradients of single denoiser calls), "output"
+                 (the prediction with one layer quantized at a time), "sampled" (regression on random plans)
+    """
+
+    bytes: int | None = None
+    ms_per_step: float | None = None
+    bits: float | None = None
+    scope: str = "denoiser"
+    metric: str = "trajectory"
+    tie: str = ""
+
+    def __post_init__(self):
+        given = {name: getattr(self, name) for name in ("bytes", "ms_per_step", "bits")}
+        if all(value is None for value in given.values()):
+            raise DQError("budget: got no limit, expected bytes=, ms_per_step= or bits=")
+        for name, value in given.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+                raise DQError(f"budget: {name} is {value!r}, expected a number above 0")
+        if self.scope not in SCOPES:
+            raise DQError(f"budget: scope is {self.scope!r}, {nearest(str(self.scope), SCOPES)}")
+        if self.tie not in TIES:
+            raise DQError(f"budget: tie is {self.tie!r}, {nearest(str(self.tie), TIES)}")
+        if self.metric not in METRICS:
+            raise DQError(f"budget: metric is {self.metric!r}, {nearest(str(self.metric), METRICS)}")
+
+    def __str__(self) -> str:
+        texts = []
+        if self.bytes is not None:
+            texts.append(f"{self.bytes / 2**20:.1f} MiB of the {self.scope}")
+        if self.ms_per_step is not None:
+            texts.append(f"{self.ms_per_step:g} ms per step")
+        if self.bits is not None:
+            texts.append(f"{self.bits:g} bits per weight")
+        return ", ".join(texts)

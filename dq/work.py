@@ -1,0 +1,103 @@
+"""What quantizing does with data: capture what the denoisers see, choose formats under a budget, fit the layers."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dq import calibration as capturing
+from dq import families, methods, search, sensing
+from dq.budget import Budget
+from dq.calibration import Calibration
+from dq.plan import Plan, Recipe
+from dq.search import Search
+from dq.trace import Trace
+
+
+@dataclass
+class Work:
+    """What runs on data: capture what the denoisers see, choose each layer's format under a budget, fit.
+
+    Plans are replaced in `plans`.
+    """
+
+    target: object
+    models: dict[str, nn.Module]
+    plans: dict[str, Plan]
+    recipe: Recipe
+    calibration: Calibration | None
+    budget: Budget | None
+    progress: bool
+
+    def done(self) -> tuple[dict, dict, list[str]]:
+        """-> packed layers and errors by part, notes for the report."""
+        self._prepare()
+        if self.budget is not None:
+            sensing.refuse_impossible(self._subject(), self.budget)
+        if self.calibration is None:
+            return {}, {}, self._chosen(None)
+        with self._captured() as (folder, notes):
+            if self.budget is not None:
+                notes += self._chosen(folder)
+            if not self.recipe.needs_calibration:
+                return {}, {}, notes
+            packed, errors, more = self._fitted(folder)
+            return packed, errors, notes + more
+
+    def explored(self, wish: sensing.Wish) -> Search:
+        """What a budget would choose from; nothing is fitted."""
+        self._prepare()
+        with self._captured() as (folder, _):
+            return sensing.find(self._subject(), folder, wish, self.progress)
+
+    def _prepare(self) -> None:
+        if self.recipe.needs_calibration:
+            for part, model in self.models.items():
+                self.plans[part] = methods.prepared(model, self.plans[part], self.recipe)
+
+    @contextmanager
+    def _captured(self) -> Iterator[tuple[Path, list[str]]]:
+        """The folder of the recorded calls, and a note."""
+        with self.calibration.workplace() as folder:
+            begun = time.perf_counter()
+            named = {part or "model": model for part, model in self.models.items()}
+            capturing.capture(self.target, named, self.calibration, folder, self.progress)
+            yield folder, [f"captured in {time.perf_counter() - begun:.0f} s"]
+
+    def _subject(self) -> sensing.Subject:
+        return sensing.Subject(self.target, self.models, self.plans, self.recipe, self.calibration)
+
+    def _chosen(self, folder: Path | None) -> list[str]:
+        """Choose every layer's format; -> notes."""
+        begun, budget = time.perf_counter(), self.budget
+        if folder is None:
+            found = sensing.unseen(self._subject())
+        else:
+            wish = sensing.Wish(budget.metric, budget.ms_per_step is not None)
+            found = sensing.find(self._subject(), folder, wish, self.progress)
+        chosen = found.choose(budget)
+        self.plans.update(search.plans(found, self.plans, chosen, str(budget)))
+        notes = search.summary(found, chosen, budget)
+        return [*notes, f"sensitivity and cost measured in {time.perf_counter() - begun:.0f} s"]
+
+    def _fitted(self, folder: Path) -> tuple[dict, dict, list[str]]:
+        packed, errors, notes = {}, {}, []
+        recipe = self.recipe if self.budget is None else methods.for_budget(self.recipe)
+        identity = json.dumps([version("dq-diffusion"), recipe.to_dict()], sort_keys=True)
+        for part, model in self.models.items():
+            place, family = folder / (part or "model"), families.of(model)
+            most = methods.calls_worth(place, recipe)
+            trace = Trace(model, self.plans[part], family, place, self.calibration.seed, identity=identity, most=most)
+            fitted = methods.walk(trace, recipe, getattr(torch, self.plans[part].compute_dtype), self.progress)
+            self.plans[part] = methods.finish(model, self.plans[part], trace, fitted)
+            packed[part], errors[part] = fitted.packed, fitted.error_db
+            notes += fitted.notes(trace)
+        return packed, errors, notes

@@ -1,0 +1,160 @@
+"""Mixed precision at the bytes of one format for all: `python -m eval.mixed`.
+
+A row per model, budget, way of choosing and calibration seed: pictures of the held-out prompts against those of the
+fp32 model from the same seeds. Budgets are the bytes of `int8` with all weights at 6, 5 and 4 bits in groups of 64,
+and 10 and 20 % below all at 8 bits; activations have 8 bits everywhere. Ways: one format for all, the integer program,
+greedy (the most sensitive layers get 8 bits first) and random choices. Rows go to eval/results/mixed.json and are kept
+while weights, code version, prompts and seed are the same; several processes may run at once. `--ms` instead compares
+predicted and measured milliseconds per step of budgets in time; let nothing else run then.
+"""
+
+import argparse
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import dq
+from dq import api, charts, search, sensing, timing
+from dq.fit.predictions import Predictions
+from dq.records import Store
+from eval import methods, rows
+from eval.metrics import feature_distance, psnr
+from eval.quality import denoiser, fingerprint
+from pipelines import tiny
+
+FILE = rows.FOLDER / "mixed.json"
+WORK = methods.ROOT / "out" / "mixed"
+KEYS = ("model", "budget", "way", "calibration_seed")
+SAME = (*KEYS, "prompts", "seed", "weights")
+RECIPE = "int8"
+UNIFORM = {"int6": "int6/group:64", "int5": "int5/group:64", "int4": "int4/group:64", "int8": "int8/channel"}
+SHARES = {"int8 - 10 %": 0.9, "int8 - 20 %": 0.8}
+SEEDS = (0, 1, 2)
+CALIBRATION = {"samples": 40, "steps": 20}
+MS_SHARES = (0.25, 0.5, 0.75)  # of the way from the fastest plan to the most exact one
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row: the budget, how formats are chosen within it, and the seed of the calibration."""
+
+    budget: str
+    way: str
+    seed: int
+
+
+def entries() -> list[Entry]:
+    """All rows of a model, those that matter most first."""
+    plain = [Entry(name, "one format", 0) for name in UNIFORM]
+    mixed = [Entry(name, "mixed", seed) for seed in SEEDS for name in ("int4", "int5", "int6", *SHARES)]
+    others = [Entry(n, way, seed) for seed in SEEDS for n in ("int4", "int5", "int6") for way in ("greedy", "random")]
+    return [*plain, *mixed, *others]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", default=list(tiny.NAMES), choices=tiny.NAMES)
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--ms", action="store_true", help="predicted and measured milliseconds instead")
+    options = parser.parse_args()
+    if options.ms:
+        for model in options.models:
+            for row in time_rows(model):
+                rows.add(FILE, row | rows.stamp(), KEYS)
+        return
+    for model in options.models:
+        for entry in tqdm(entries(), desc=model):
+            row = {"model": model, "budget": entry.budget, "way": entry.way, "calibration_seed": entry.seed}
+            row |= {"prompts": options.prompts, "seed": options.seed, "weights": fingerprint(model)}
+            with methods.claimed(" ".join(map(str, row.values())), wait=False) as mine:
+                if mine and not any(all(old.get(key) == row[key] for key in SAME) for old in rows.read(FILE)):
+                    row |= measure(model, entry, options) | rows.stamp()
+                    with methods.claimed("mixed rows"):
+                        rows.add(FILE, row, KEYS)
+                    tqdm.write(
+                        f"{model} {entry}: {row['psnr_db']:.2f} dB, {row['bytes'] / row['limit']:.4f} of the limit"
+                    )
+
+
+def measure(model: str, entry: Entry, options) -> dict:
+    """The figures of one row."""
+    pipe, (found, plans) = tiny.load(model), explored(model, entry.seed, options)
+    limit, chosen = _chosen(found, entry)
+    (part,) = plans
+    plan = search.plans(found, plans, chosen, entry.budget)[part]
+    report = dq.quantize(pipe, plan, progress=False)
+    images, truth = methods.draw(pipe, model, options), methods.pictures(model, options)
+    figures = psnr.score(images, truth) | feature_distance.score(images, truth)
+    figures |= {"bytes": report.bytes_after, "limit": limit, "predicted_db": found.sqnr_db(chosen)}
+    figures |= {"trust": found.trust, "formats": _formats(found, chosen), "metric": found.metric}
+    return {key: round(value, 5) if isinstance(value, float) else value for key, value in figures.items()}
+
+
+def _chosen(found: search.Search, entry: Entry) -> tuple[int, search.Chosen]:
+    """-> (bytes allowed, the plan)."""
+    plain = charts.uniform(found)
+    if entry.budget in SHARES:
+        limit = int(SHARES[entry.budget] * found.bytes_of(plain[UNIFORM["int8"]]))
+    else:
+        limit = found.bytes_of(plain[UNIFORM[entry.budget]])
+    budget = dq.Budget(bytes=limit)
+    if entry.way == "one format":
+        return limit, plain[UNIFORM[entry.budget]]
+    if entry.way == "random":
+        return limit, found.random(budget, entry.seed)
+    return limit, (found.greedy if entry.way == "greedy" else found.choose)(budget)
+
+
+def explored(model: str, seed: int, options, timed: bool = False) -> tuple[search.Search, dict]:
+    """What a budget chooses from, measured on prompts that no evaluation prompt repeats; kept in out/mixed."""
+    folder = WORK / f"{model}-{fingerprint(model)}-{seed}"
+    with methods.claimed(f"search {folder.name}"):
+        given = methods.calibration(
+            model, methods.Entry("search", RECIPE, calibration=CALIBRATION | {"seed": seed}), options
+        )
+        given = dq.Calibration(**{**vars(given), "folder": folder})
+        return api.explore(tiny.load(model), RECIPE, given, wish=sensing.Wish(timed=timed), progress=False)
+
+
+def _formats(found: search.Search, chosen: search.Chosen) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for part, name, row in found.rows():
+        choice = row.choices[chosen[part][name]]
+        text = "kept" if choice is None else str(choice.weight)
+        counts[text] = counts.get(text, 0) + 1
+    return counts
+
+
+def time_rows(model: str) -> list[dict]:
+    """Budgets in milliseconds: predicted, and measured on one recorded call of the quantized model."""
+    options = argparse.Namespace(prompts=256, seed=1)
+    found, plans = explored(model, 0, options, timed=True)
+    (part,) = plans
+    fast, exact = (found.ms_of(plan) for plan in (found.curve("ms", 2)[0], found.curve("ms", 2)[-1]))
+    made = []
+    for share in MS_SHARES:
+        limit = fast + share * (exact - fast)
+        chosen = found.choose(dq.Budget(ms_per_step=limit))
+        pipe = tiny.load(model)
+        dq.quantize(pipe, search.plans(found, plans, chosen, "time")[part], progress=False)
+        ms = _step_ms(getattr(pipe, denoiser(pipe)), WORK / f"{model}-{fingerprint(model)}-0" / part)
+        row = {"model": model, "budget": f"ms {share}", "way": "mixed", "calibration_seed": 0, "limit_ms": limit}
+        row |= {"predicted_ms": found.ms_of(chosen), "measured_ms": ms, "threads": torch.get_num_threads()}
+        print(f"{model}: limit {limit:.1f}, predicted {row['predicted_ms']:.1f}, measured {ms:.1f} ms")
+        made.append(row | {"formats": _formats(found, chosen)})
+    return made
+
+
+@torch.inference_mode()
+def _step_ms(model: torch.nn.Module, folder: Path) -> float:
+    args, kwargs = Predictions(model, Store(folder), 1).call(0)
+    times = timing.in_turn({"step": lambda: model(*args, **kwargs)}, seconds=5)
+    return statistics.median(times["step"])
+
+
+if __name__ == "__main__":
+    main()

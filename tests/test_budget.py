@@ -1,0 +1,359 @@
+"""Budgets: limits hold, the choice is better than plain formats, and what cannot be is refused with what can."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import dq
+from dq import api, charts, cost, search, sensing
+from dq.cli import app
+from dq.fit import choices, margins, sensitivity, trajectory
+from dq.fit.predictions import Predictions
+from dq.layers import packed_layers
+from dq.plan import LayerPlan, TensorPlan
+from dq.records import Store
+from dq.running import Runner
+from pipelines import tiny
+
+CALL = {key: value for key, value in tiny.CALL["tiny-pixart"].items() if key != "num_inference_steps"}
+
+
+def calibration(**changes):
+    return dq.Calibration(**{"steps": 4, "samples": 8, "call_kwargs": CALL, **changes})
+
+
+def size(model):
+    return sum(value.numel() * value.element_size() for value in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("search")
+
+
+@pytest.fixture(scope="module")
+def explored(folder):
+    """(Search, plans) of int8-weight on tiny-pixart, layers timed."""
+    pipe = tiny.load("tiny-pixart")
+    wish = sensing.Wish(timed=True, held_out=4)
+    return api.explore(pipe, "int8-weight", calibration(folder=folder), wish=wish, progress=False)
+
+
+@pytest.mark.parametrize("bits", [3.0, 4.5, 6.0])
+def test_bytes_stay_under_the_limit_and_use_it(explored, bits):
+    found, _ = explored
+    whole = found.bytes_of(found.choose(dq.Budget(bits=bits)))
+    chosen = found.choose(dq.Budget(bytes=whole))
+    assert 0.98 * whole <= found.bytes_of(chosen) <= whole
+
+
+def test_a_quantized_pipeline_has_the_bytes_that_were_predicted(explored, folder):
+    found, _ = explored
+    limit = found.bytes_of(found.choose(dq.Budget(bits=4.5)))
+    pipe = tiny.load("tiny-pixart")
+    report = dq.quantize(
+        pipe, "int8-weight", budget=dq.Budget(bytes=limit), calibration=calibration(folder=folder), progress=False
+    )
+    assert report.bytes_after == size(pipe.transformer) <= limit
+    assert report.bytes_after >= 0.98 * limit
+    assert len({layer.plan.weight.format for layer in packed_layers(pipe.transformer).values()}) > 2
+    assert any("rank correlation" in note for note in report.notes)
+
+
+def test_the_choice_is_predicted_to_be_better_than_one_format_greedy_and_random(explored):
+    found, _ = explored
+    plain = charts.uniform(found)["int4/group:64"]
+    budget = dq.Budget(bytes=found.bytes_of(plain))
+    best = found.sqnr_db(found.choose(budget))
+    assert best > found.sqnr_db(plain) + 0.5
+    assert best >= found.sqnr_db(found.greedy(budget))
+    assert best > found.sqnr_db(found.random(budget, 0)) + 1
+
+
+def test_measured_errors_of_unseen_plans_rank_as_predicted(explored):
+    assert explored[0].trust["trajectory"] >= 0.8
+
+
+def test_first_order_errors_are_those_measured_with_one_layer_at_a_time(explored, folder):
+    pipe = tiny.load("tiny-pixart")
+    model = pipe.transformer
+    menus = choices.menus(
+        api._plan_all({"": (model, dq.recipes.get("int8-weight"))}, ())[""], dq.recipes.get("int8-weight")
+    )
+    menus = {name: menu[3:6] for name, menu in list(menus.items())[2:12]}  # 5, 4 and 3 bits
+    few, store = Predictions(model, Store(folder / "transformer"), 4), Store(folder / "first-order")
+    predicted = sensitivity.prediction(
+        model, menus, Predictions(model, Store(folder / "transformer"), 8), store, progress=False
+    )
+    measured = sensitivity.judged(model, menus, few, store, torch.float32, progress=False)
+    pairs = [(predicted[n][i, -1], measured[n][i, -1]) for n in menus for i in range(3)]
+    logs = np.log(np.array(pairs))
+    assert np.corrcoef(logs.T)[0, 1] > 0.97
+
+
+def test_a_killed_measurement_goes_on_where_it_was(tmp_path, monkeypatch):
+    pipe, runs = tiny.load("tiny-pixart"), []
+    whole = trajectory._walk
+
+    def dies(runner, run, *rest):
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        runs.append(run)
+        whole(runner, run, *rest)
+
+    runner = Runner(pipe, calibration(steps=2, samples=2))
+    models_of, menus = {"": pipe.transformer}, {"": {"transformer_blocks.0.attn1.to_q": _menu((256, 256))}}
+    monkeypatch.setattr(trajectory, "MOST_RUNS", 4)
+    undisturbed = trajectory.gradients(runner, models_of, menus, Store(tmp_path / "a"), False)
+    monkeypatch.setattr(trajectory, "_walk", dies)
+    with pytest.raises(KeyboardInterrupt):
+        trajectory.gradients(runner, models_of, menus, Store(tmp_path / "b"), False)
+    monkeypatch.setattr(trajectory, "_walk", lambda *given: (runs.append(given[1]), whole(*given)))
+    resumed = trajectory.gradients(runner, models_of, menus, Store(tmp_path / "b"), False)
+    assert runs == [0, 1, 2, 3]
+    for name, table in undisturbed[""].items():
+        assert np.array_equal(table, resumed[""][name])
+
+
+def _menu(shape):
+    plan = LayerPlan("linear", shape, TensorPlan.parse("int8/channel"))
+    return choices.menu(plan, dq.recipes.get("int8-weight"))
+
+
+def test_the_gradient_through_the_run_is_the_derivative_of_the_picture(tmp_path):
+    pipe = tiny.load("tiny-pixart")
+    name = "transformer_blocks.1.attn2.to_v"
+    layer, runner = pipe.transformer.get_submodule(name), Runner(pipe, calibration(steps=3, samples=3))
+    listener = margins.Listener(pipe.transformer, {name: _menu((256, 256))})
+    seen = {}
+    listener.end = lambda: seen.update(listener.summed) or 1.0
+    trajectory._walk(runner, 0, {"": pipe.transformer}, {"": listener}, sensitivity.generator(0, 0))
+    step = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)) * 1e-3
+    judge = trajectory.Ends(runner, 1)
+    signs = torch.randint(0, 2, judge._truth[0].shape, generator=sensitivity.generator(0, 0)) * 2 - 1
+    with torch.no_grad():
+        layer.weight += step
+        above = judge._end(0)
+        layer.weight -= 2 * step
+        below = judge._end(0)
+    slope = float(((above - below) / 2 * signs).sum())
+    assert float((seen[name] * step).sum()) == pytest.approx(slope, rel=0.02)
+
+
+def test_activations_branches_and_full_precision_are_among_the_choices():
+    linear = LayerPlan("linear", (512, 512), TensorPlan.parse("int4/group:64"), TensorPlan.parse("int4/group:64"))
+    menu = choices.menu(linear, dq.recipes.get("svdquant-int4"))
+    assert menu[0] is None and linear in menu
+    assert {choice.act.spec.bits for choice in menu[1:]} == {4, 8}
+    assert {choice.weight.spec.bits for choice in menu[1:]} == {8, 7, 6, 5, 4, 3, 2}
+    assert {0, 16, 32} >= {choice.rank for choice in menu[1:]} > {0}
+    assert not any(choice.rank for choice in choices.menu(linear, dq.recipes.get("int8"))[1:])
+
+
+def test_a_branch_lowers_the_predicted_error(explored):
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    weight += 8 * torch.randn(256, 4) @ torch.randn(4, 256)
+    plan = LayerPlan("linear", (256, 256), TensorPlan.parse("int4/group:64"))
+    own = margins.Margins.empty(plan, ())
+    own.add(torch.randn(256, 256), margins.WHOLE)
+    plain, branched = margins.energies(weight, (plan, LayerPlan(**{**vars(plan), "rank": 16})), own)[:, -1]
+    assert branched < 0.5 * plain
+
+
+def test_harm_falls_with_every_bit(explored):
+    rows = [row for *_, row in explored[0].rows() if len(row.choices) > 1]
+    falls = [bool((np.diff(row.harm[1:]) > 0).all()) for row in rows]  # from 8 bits down to 2
+    assert np.mean(falls) >= 0.9
+
+
+def test_pictures_of_other_prompts_are_nearer_than_with_one_format_in_the_same_bytes(explored):
+    found, plans = explored
+    plain = charts.uniform(found)["int4/group:64"]
+    mixed = found.choose(dq.Budget(bytes=found.bytes_of(plain)))
+    pipe = tiny.load("tiny-pixart")
+    others = calibration(steps=8, seed=5, samples=8)
+    judge = trajectory.Ends(Runner(pipe, others), 6)
+    errors = []
+    for chosen in (plain, mixed):
+        dq.quantize(pipe, search.plans(found, plans, chosen, "test")["transformer"], progress=False)
+        errors.append(judge.error()[-1])
+        dq.dequantize(pipe)
+        pipe.transformer.load_state_dict(tiny.load("tiny-pixart").transformer.state_dict())
+    assert 10 * np.log10(errors[0] / errors[1]) > 1
+
+
+def test_a_loud_start_token_leaves_the_other_tokens_exact():
+    text = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+    text[:, 0] *= 60
+    model = torch.nn.ModuleDict({"to_k": torch.nn.Linear(64, 64)})
+    model.forward = lambda x: model["to_k"](x)
+    recipe = dq.Recipe("kv", ("int8/channel", "int8/token"), ("int8/channel", "int8a/tensor"))
+    with torch.no_grad():
+        before = model(text)
+        dq.quantize(model, recipe, progress=False)
+        rest = before[:, 1:], model(text)[:, 1:]
+    assert 10 * torch.log10(rest[0].square().sum() / (rest[1] - rest[0]).square().sum()) > 35
+
+
+@pytest.mark.parametrize("name, bits", [("mixdq-w4a8", 4.25), ("viditq-mp-w4a8", 5.5)])
+def test_methods_of_mixed_precision_keep_their_mean_bits(name, bits):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(128, 128) for _ in range(6)))
+    with torch.no_grad():
+        for index, layer in enumerate(model):
+            layer.weight[:, :4] *= 1 + 4 * index
+    x = torch.randn(32, 128)
+    report = dq.quantize(model, name, calibration=lambda m: m(x), progress=False)
+    packed = packed_layers(model).values()
+    mean = 8 * sum(choices.weight_bytes(layer.plan, torch.float32) for layer in packed) / (128 * 128 * len(packed))
+    assert bits - 1 < mean <= bits
+    assert {row.weight for row in report.layers} <= {
+        str(TensorPlan.parse(c)) for c in dq.recipes.get(name).options["choices"]
+    }
+
+
+def test_svdquant_is_fitted_to_the_formats_a_budget_chose():
+    pipe = tiny.load("tiny-pixart")
+    free = size(pipe.transformer)
+    budget = dq.Budget(bytes=int(0.21 * free))
+    seen = calibration(steps=2, samples=4)
+    report = dq.quantize(pipe, "svdquant-int4", budget=budget, calibration=seen, progress=False)
+    assert report.bytes_after <= budget.bytes
+    assert report.bytes_after >= 0.95 * budget.bytes
+    assert len({(row.weight, row.act) for row in report.layers}) > 3
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"bytes": 1000}, "the least possible is"),
+        ({"bits": 1.0}, "bits is 1"),
+        ({"ms_per_step": 1e-3}, "ms_per_step"),
+        ({"bytes": 3_000_000, "ms_per_step": 1e-3}, "ms_per_step"),
+    ],
+)
+def test_an_impossible_budget_is_refused_with_the_nearest_figure(explored, change, said):
+    with pytest.raises(dq.DQError, match=said) as refusal:
+        explored[0].choose(dq.Budget(**change))
+    assert "least possible" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"bytes": 0}, {"bits": True}, {"bits": 4, "scope": "all"}, {"bits": 4, "metric": "x"}]
+)
+def test_a_budget_that_means_nothing_is_refused_at_once(change):
+    with pytest.raises(dq.DQError, match="budget"):
+        dq.Budget(**change)
+
+
+def test_a_budget_goes_with_a_recipe_not_with_a_plan_or_a_number():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    with pytest.raises(dq.DQError, match=r"expected dq.Budget"):
+        dq.quantize(model, "int8-weight", budget=4, progress=False)
+
+
+def test_a_bare_model_is_measured_by_its_own_loop():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+    with torch.no_grad():
+        model[2].weight *= 1e-3  # so that the first layer's error hardly matters at the end ...
+        model[2].bias += 1.0
+    x = torch.randn(32, 64)
+    report = dq.quantize(
+        model, "int8-weight", budget=dq.Budget(bits=5), calibration=lambda m: m(x), keep=[], progress=False
+    )
+    assert report.bytes_after <= report.bytes_before * 5 / 32 + 4 * 128
+    assert any("SQNR" in note for note in report.notes)
+
+
+def test_without_data_weights_alone_decide():
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+    report = dq.quantize(model, "int8-weight", budget=dq.Budget(bits=4.5), progress=False)
+    assert {row.weight for row in report.layers if row.weight} == {"int4/group:64"}
+
+
+def test_layers_of_a_kind_may_share_a_choice(explored):
+    found, _ = explored
+    chosen = found.choose(dq.Budget(bits=4.5, tie="kind"))["transformer"]
+    kinds = {}
+    for name, choice in chosen.items():
+        kinds.setdefault(name.replace("0", "#").translate(str.maketrans("12345", "#####")), set()).add(choice)
+    assert all(len(found) == 1 for name, found in kinds.items() if name.startswith("transformer_blocks"))
+
+
+def test_a_search_is_a_json_that_solves_the_same_again(explored):
+    found, _ = explored
+    again = search.Search.from_dict(json.loads(json.dumps(found.to_dict())))
+    budget = dq.Budget(bits=4.2)
+    assert again.choose(budget) == found.choose(budget)
+    assert again.sqnr_db(found.choose(budget)) == found.sqnr_db(found.choose(budget))
+
+
+def test_times_are_kept_and_predict_the_whole_call(explored, monkeypatch):
+    found, _ = explored
+    monkeypatch.setattr(cost, "_time", lambda *given: pytest.fail("measured again"))
+    pipe = tiny.load("tiny-pixart")
+    plan = api._plan_all({"": (pipe.transformer, dq.recipes.get("int8-weight"))}, ())[""]
+    assert found.ms_of(charts.uniform(found)["int8/channel"]) > 0
+    assert set(found.parts["transformer"].layers) == set(plan.layers)
+
+
+def test_peak_counts_what_a_call_holds():
+    model = torch.nn.Sequential(torch.nn.Linear(256, 1024, bias=False), torch.nn.Linear(1024, 256, bias=False))
+    x = torch.randn(1000, 256)
+    with cost._Held() as held, torch.inference_mode():
+        model(x)
+    assert held.most == 4 * 1000 * (1024 + 256)
+
+
+def test_plan_command_writes_plan_curve_and_page(folder, tmp_path):
+    out, curve, page = tmp_path / "plan.json", tmp_path / "curve.png", tmp_path / "page.html"
+    given = [
+        "--set",
+        "height=64",
+        "--set",
+        "width=64",
+        "--set",
+        "max_sequence_length=40",
+        "--set",
+        "clean_caption=false",
+    ]
+    given += [
+        "--steps",
+        "2",
+        "--samples",
+        "4",
+        "--dtype",
+        "fp32",
+        "--budget-bits",
+        "4.5",
+        "--work",
+        str(tmp_path / "work"),
+    ]
+    result = CliRunner().invoke(
+        app,
+        ["plan", "tiny-pixart", *given, "--out", str(out), "--curve", str(curve), "--page", str(page)],
+        catch_exceptions=False,
+    )
+    assert result.exit_code == 0, result.output
+    assert "all int4/group:64" in result.output
+    assert curve.stat().st_size > 10_000
+    assert page.read_text().count("<tr>") > 60 and "http" not in page.read_text()
+    edited = json.loads(out.read_text())
+    name = "transformer_blocks.0.attn1.to_q"
+    edited["layers"][name]["weight"] = "int8/channel"
+    out.write_text(json.dumps(edited))
+    pipe = tiny.load("tiny-pixart")
+    dq.quantize(pipe, out, progress=False)
+    assert packed_layers(pipe.transformer)[name].plan.weight.format == "int8"
+
+
+def test_a_plan_of_another_architecture_is_refused_naming_the_first_layer(explored, tmp_path):
+    found, plans = explored
+    path = tmp_path / "plan.json"
+    search.plans(found, plans, found.choose(dq.Budget(bits=4.5)), "test")["transformer"].save(path)
+    with pytest.raises(dq.DQError, match=r"transformer_blocks\.0|adaln_single"):
+        dq.quantize(tiny.load("tiny-sd"), path, progress=False)

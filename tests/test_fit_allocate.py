@@ -1,0 +1,97 @@
+"""The integer program: optimal, within its limits, better than greedy and random, and honest when nothing fits."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from dq.fit import allocate, sampled
+from dq.fit.allocate import Item
+
+
+def items(count=6, choices=4, seed=0, limits=1):
+    """Decisions whose harm falls and whose cost rises with the number of the choice."""
+    dice = np.random.default_rng(seed)
+    found = []
+    for i in range(count):
+        errors = np.sort(dice.lognormal(0, 2, choices))[::-1].copy()
+        costs = np.sort(dice.uniform(1, 10, (limits, choices)), axis=1) * dice.uniform(1, 5)
+        found.append(Item(str(i), errors, costs))
+    return found
+
+
+def brute(rows, limits):
+    plans = itertools.product(*(range(len(row.errors)) for row in rows))
+    return min((p for p in plans if (allocate.cost(rows, p) <= limits).all()), key=lambda p: allocate.error(rows, p))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("limits", [1, 2])
+def test_the_program_finds_what_trying_everything_finds(seed, limits):
+    rows = items(seed=seed, limits=limits)
+    bounds = 1.3 * allocate.cost(rows, [1] * len(rows))
+    found = allocate.solve(rows, bounds)
+    assert (allocate.cost(rows, found) <= bounds).all()
+    assert allocate.error(rows, found) == pytest.approx(allocate.error(rows, brute(rows, bounds)), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_other_way_of_choosing_is_better(seed):
+    rows = items(count=60, seed=seed)
+    bounds = 1.2 * allocate.cost(rows, [1] * len(rows))
+    best = allocate.error(rows, allocate.solve(rows, bounds))
+    for other in (allocate.greedy(rows, bounds), allocate.drawn(rows, bounds, seed), [1] * len(rows)):
+        assert (allocate.cost(rows, other) <= bounds).all()
+        assert best <= allocate.error(rows, other) * (1 + 1e-4)
+
+
+def test_random_plans_fill_the_limit():
+    rows = items(count=80, seed=1)
+    bounds = 1.4 * allocate.cost(rows, [0] * len(rows))
+    for seed in range(5):
+        assert 0.97 * bounds[0] <= allocate.cost(rows, allocate.drawn(rows, bounds, seed))[0] <= bounds[0]
+
+
+def test_what_cannot_fit_is_refused_with_the_least_that_can():
+    rows = items()
+    with pytest.raises(allocate.Infeasible) as refusal:
+        allocate.solve(rows, [1.0])
+    assert refusal.value.least[0] == pytest.approx(sum(row.costs[0].min() for row in rows))
+
+
+def test_errors_of_tiny_size_are_told_apart():
+    rows = [Item(row.name, row.errors * 1e-12, row.costs) for row in items()]
+    bounds = 1.3 * allocate.cost(rows, [1] * len(rows))
+    found = allocate.solve(rows, bounds)
+    assert allocate.error(rows, found) == pytest.approx(allocate.error(rows, brute(rows, bounds)), rel=1e-6)
+
+
+def test_more_room_never_does_more_harm():
+    rows = items(count=40, seed=3)
+    harms = [allocate.error(rows, plan) for plan in allocate.curve(rows, [np.inf], 0)]
+    assert len(harms) > 10
+    assert all(later <= before * (1 + 1e-4) for before, later in itertools.pairwise(harms))
+
+
+def test_regression_on_random_plans_finds_the_layers_that_the_first_guess_got_wrong():
+    dice = np.random.default_rng(0)
+    menus = {str(i): [None, 1, 2, 3] for i in range(20)}
+    truth = {name: np.outer(np.array([0, 1, 4, 16]), np.ones(4)) * dice.lognormal(0, 1.5) for name in menus}
+    guess = {name: table * dice.lognormal(0, 1) for name, table in truth.items()}
+
+    def measured(plans):
+        rows = [sum(truth[n][c] for n, c in zip(menus, plan, strict=True)) for plan in plans]
+        return np.array(rows) * dice.lognormal(0, 0.02, (len(rows), 1))
+
+    drawn, held_out = sampled.plans(menus, 300, 1), sampled.plans(menus, 60, 2)
+    fitted = sampled.fitted(guess, drawn, measured(drawn))
+    true = measured(held_out)[:, -1]
+
+    def rank(errors):
+        return spearmanr([sum(errors[n][c, -1] for n, c in zip(menus, p, strict=True)) for p in held_out], true)[0]
+
+    assert rank(fitted) > rank(guess)
+    assert rank(fitted) > 0.98
+    layers = [[errors[name][2, -1] for name in menus] for errors in (fitted, truth)]
+    assert spearmanr(*layers)[0] >= 0.8
