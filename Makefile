@@ -1,11 +1,12 @@
 # make demo   a trained pipeline, quantized, saved, reloaded and compared: out/demo.png and a table
+# make eval   pipelines x recipes, metrics and a report: out/eval/tiny/report.html      make app   the page of the demo
 # make test   install and run all tests      make lint   style      make table   README's results from eval/results
 PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.installed .venv/.native
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint table
+.PHONY: demo test lint table eval app
 
 demo: $(READY)
 	$(PY) -m pipelines.demo
@@ -17,6 +18,13 @@ test: $(READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+# two processes of one thread each share the pictures
+eval: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --nproc-per-node 2 -m eval run eval/suites/tiny.yaml --out out/eval/tiny
+
+app: $(READY)
+	$(PY) app.py
 
 table: $(READY)
 	$(PY) -m eval.table --write

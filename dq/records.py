@@ -239,6 +239,8 @@ class _Packer:
         if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
             raise DQError(f"{where}: cannot store a {tensor.layout} tensor on {tensor.device}, expected dense values")
         flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+        if flat.stride() != (1,):  # one element of an expanded tensor: contiguous() leaves it as it is
+            flat = flat.clone(memory_format=torch.contiguous_format)
         raw = flat.view(torch.uint8).numpy() if flat.numel() else b""
         row = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
         row |= {"crc32": f"{zlib.crc32(raw):08x}", "cpu": tensor.device.type == "cpu", "file": None}

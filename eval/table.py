@@ -1,19 +1,27 @@
 """README's result tables, made from the committed rows: `python -m eval.table [--write]`."""
 
 import argparse
+import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 from eval import rows
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-TABLES = ("results", "methods", "kernels")  # each between lines <!-- name --> and <!-- /name --> of README.md
+TABLES = (
+    "results",
+    "eval",
+    "mixed",
+    "methods",
+    "kernels",
+)  # each between lines <!-- name --> and <!-- /name --> of README.md
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def quality(found: list[dict]) -> list[str]:
     """Markdown lines of the quality table."""
     head = ["model", "recipe (compute dtype)", "denoiser file", "PSNR to fp32", "caption accuracy", "kernels"]
-    lines = [_line(head), "|---|---|---|---|---|---|"]
+    lines = [line(head), "|---|---|---|---|---|---|"]
     for row in found:
         name = "not quantized" if row["recipe"] == "none" else f"`{row['recipe']}`"
         share = "" if row["bytes_share"] is None else f"{row['bytes_share']:.2f}x of fp32"
@@ -21,20 +29,20 @@ def quality(found: list[dict]) -> list[str]:
         accuracy = f"{100 * row['caption_accuracy']:.0f} % (fp32: {100 * row['caption_accuracy_fp32']:.0f} %)"
         kernels = ", ".join(f"{name} ({count})" for name, count in row["kernels"].items()) or "torch"
         cells = [row["model"], f"{name} ({SHORT[row['dtype']]})", share, decibels, accuracy, kernels]
-        lines.append(_line(cells))
+        lines.append(line(cells))
     return lines
 
 
 def speed(found: list[dict]) -> list[str]:
     """Markdown lines of the speed table. Rows whose activations are emulated do not belong into it."""
     head = ["one call", "machine", "full precision", "quantized", "times as fast", "kernels"]
-    lines = [_line(head), "|---|---|---|---|---|---|"]
+    lines = [line(head), "|---|---|---|---|---|---|"]
     for row in found:
         if "emulated" not in row["kernel"]:
             full = f"{row['full_ms']:.2f} ms {SHORT[row['dtype']]}"
             quantized = f"{row['quantized_ms']:.2f} ms `{row['recipe']}`"
             ratio = f"{row['full_ms'] / row['quantized_ms']:.2f}"
-            lines.append(_line([row["what"], row["machine"], full, quantized, ratio, row["kernel"]]))
+            lines.append(line([row["what"], row["machine"], full, quantized, ratio, row["kernel"]]))
     return lines
 
 
@@ -48,12 +56,12 @@ def methods(found: list[dict]) -> list[str]:
     decibels = {(row["model"], row["row"], row["prompts"]): row["psnr_db"] for row in found}
     head = ["model", "row", "prompts", "bits", "PSNR to fp32 (gain)", "feature distance", "caption accuracy"]
     head += ["noise SQNR early / middle / late", "bytes", "branch", "seconds", "kernel"]
-    lines, below = [_line(head), "|---" * len(head) + "|"], []
+    lines, below = [line(head), "|---" * len(head) + "|"], []
     known = [row for row in found if row["row"] in order]
     for row in sorted(known, key=lambda row: (row["model"], order.index(row["row"]))):
         rival = decibels.get((row["model"], against[row["row"]], row["prompts"]))
         gain = None if rival is None else row["psnr_db"] - rival
-        lines.append(_line(_method_cells(row, gain)))
+        lines.append(line(_method_cells(row, gain)))
         if gain is not None and gain <= 0:
             reason = REASONS.get((row["model"], row["row"]), "no reason known")
             below.append(f"- `{row['row']}` on {row['model']} does not beat {against[row['row']]}: {reason}")
@@ -77,34 +85,35 @@ def _method_cells(row: dict, gain: float | None) -> list[str]:
 def kernels(found: list[dict]) -> list[str]:
     """Markdown lines of dq next to its peers, a model at a time, bf16 first. Emulated execution is left out."""
     head = ["model", "contender", "ms", "times bf16", "kernel"]
-    lines, chosen = [_line(head), "|---" * len(head) + "|"], [row for row in found if row["kind"] == "speed"]
+    lines, chosen = [line(head), "|---" * len(head) + "|"], [row for row in found if row["kind"] == "speed"]
     models = list(dict.fromkeys(row["model"] for row in chosen))
     for row in sorted(chosen, key=lambda row: (models.index(row["model"]), row["contender"] != "bf16")):
         if "emulated" not in row["kernel"]:
             figures = [f"{row['ms']:.2f}", f"{row['times_bf16']:.2f}"]
-            lines.append(_line([row["shown"], f"`{row['contender']}`", *figures, row["kernel"]]))
+            lines.append(line([row["shown"], f"`{row['contender']}`", *figures, row["kernel"]]))
     return lines
 
 
 def memory(found: list[dict]) -> list[str]:
     """Markdown lines of what a process holds that loads a model and runs one step."""
     head = ["model", "loaded as", "peak of the process", "below bf16's by"]
-    lines = [_line(head), "|---" * len(head) + "|"]
+    lines = [line(head), "|---" * len(head) + "|"]
     for row in found:
         if row["kind"] == "memory":
             share = f"{100 * row['saved_share']:.0f} % of the weights' {row['weight_bytes'] / 2**30:.2f} GiB"
             saved = "" if row["contender"] == "bf16" else share
-            lines.append(_line([row["shown"], f"`{row['contender']}`", f"{row['peak_bytes'] / 2**30:.2f} GiB", saved]))
+            lines.append(line([row["shown"], f"`{row['contender']}`", f"{row['peak_bytes'] / 2**30:.2f} GiB", saved]))
     return lines
 
 
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def line(cells: Iterable[str]) -> str:
+    """A row of a markdown table."""
+    return f"| {' | '.join(text.replace('|', '/') for text in cells)} |"
 
 
 def render(name: str = "results") -> str:
     """What stands between the markers of a table, from eval/results; "" without rows."""
-    return {"results": _results, "methods": _methods, "kernels": _kernels}[name]()
+    return {"results": _results, "eval": _eval, "mixed": _mixed, "methods": _methods, "kernels": _kernels}[name]()
 
 
 def _results() -> str:
@@ -115,6 +124,58 @@ def _results() -> str:
     if found := rows.read(rows.FOLDER / "speed.json"):
         parts.append("\n".join([*speed(found), "", "Medians, both models in turn in one process."]))
     return "\n\n".join(parts)
+
+
+def _eval() -> str:
+    # imported here: only this table needs what runs are made of
+    from eval import report, summary
+
+    found, parts = rows.read(report.FILE), []
+    for suite in dict.fromkeys(row["suite"] for row in found):
+        mine = [row for row in found if row["suite"] == suite]
+        commits, machines = (", ".join(sorted({row[key] for row in mine})) for key in ("commit", "machine"))
+        text = (
+            f"Suite `{suite}`: {mine[0]['items']} pictures an entry, {mine[0]['steps']} steps, commit {commits}, "
+            f"{machines}. {summary.SPREADS} More figures are in eval/results/eval.json."
+        )
+        parts.append("\n".join([*report.table(mine), "", text]))
+    return "\n\n".join(parts)
+
+
+def _mixed() -> str:
+    found = [row for row in rows.read(rows.FOLDER / "mixed.json") if "psnr_db" in row]
+    if not found:
+        return ""
+    commits, machines = (", ".join(sorted({row[key] for row in found})) for key in ("commit", "machine"))
+    text = (
+        f"PSNR to fp32, {found[0]['prompts']} held-out prompts, 20 steps, 8-bit activations; mean and, where there are "
+        "several calibration seeds, least to most. In brackets: gain over one format. Share: most bytes used of those "
+        f"allowed. Commit {commits}, {machines}."
+    )
+    return "\n".join([*mixed(found), "", text])
+
+
+def mixed(found: list[dict]) -> list[str]:
+    """Markdown lines of the table of budgets: a line per model and budget, a column per way to choose."""
+    ways = ("one format", "mixed", "greedy", "random")
+    lines = [line(["model", "bytes of", *ways, "share"]), "|---" * (len(ways) + 3) + "|"]
+    for model, budget in dict.fromkeys((row["model"], row["budget"]) for row in found):
+        mine = [row for row in found if (row["model"], row["budget"]) == (model, budget)]
+        values = {way: [row["psnr_db"] for row in mine if row["way"] == way] for way in ways}
+        plain = statistics.mean(values["one format"]) if values["one format"] else None
+        share = max(row["bytes"] / row["limit"] for row in mine)
+        cells = [_spread(values[way], plain if way != "one format" else None) for way in ways]
+        lines.append(line([model, budget, *cells, f"{100 * share:.1f} %"]))
+    return lines
+
+
+def _spread(values: list[float], plain: float | None) -> str:
+    """Mean and range in dB, and the gain over `plain`."""
+    if not values:
+        return ""
+    mean = statistics.mean(values)
+    ends = f", {min(values):.1f} to {max(values):.1f}" if len(values) > 1 else ""
+    return f"{mean:.1f} dB{ends}" + ("" if plain is None else f" ({mean - plain:+.1f})")
 
 
 def _methods() -> str:

@@ -254,3 +254,15 @@ def test_the_watch_charges_the_innermost_function_of_dq(monkeypatch):
     assert 0.2 < shares["fit.lowrank.factors"] < 0.4 and shares["outside of dq"] > 0
     assert not watch.thread.is_alive() and threading.active_count() >= 1
     assert watch.passes(0.4)["fit.lowrank.factors"] == shares["fit.lowrank.factors"]
+
+
+def test_the_table_of_budgets_has_means_ranges_and_gains():
+    def row(way, seed, decibels):
+        return {"model": "m", "budget": "int4", "way": way, "calibration_seed": seed, "psnr_db": decibels} | {
+            "bytes": 99,
+            "limit": 100,
+        }
+
+    found = [row("one format", 0, 30.0), row("mixed", 0, 32.0), row("mixed", 1, 33.0), row("random", 0, 25.0)]
+    text = table.mixed(found)[-1]
+    assert text == "| m | int4 | 30.0 dB | 32.5 dB, 32.0 to 33.0 (+2.5) |  | 25.0 dB (-5.0) | 99.0 % |"

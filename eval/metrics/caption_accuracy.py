@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pipelines import tiny
-from pipelines.tiny.recogniser import is_right, shows_all
+from pipelines.tiny.recogniser import Found, is_right, shows_all
 from pipelines.tiny.scenes import Scene
 
 NEEDS = ("images", "scenes")
@@ -36,13 +36,24 @@ def as_batch(images) -> torch.Tensor:
     return images.float()
 
 
-def score(images, scenes: Sequence[Scene]) -> dict[str, float]:
-    """Accuracy figures of N pictures against the N scenes their captions came from; see the module docstring."""
+def _pairs(images, scenes: Sequence[Scene]) -> list[tuple[list[Found], Scene]]:
+    """What each picture shows, beside the scene it is to show; ValueError when there are not as many scenes."""
     batch = as_batch(images)
     if len(batch) != len(scenes):
         raise ValueError(f"caption accuracy needs as many scenes as pictures, got {len(scenes)} and {len(batch)}")
     found = [row for part in batch.split(100) for row in _recogniser().find(part)]
-    pairs = list(zip(found, scenes, strict=True))
+    return list(zip(found, scenes, strict=True))
+
+
+def per_item(images, scenes: Sequence[Scene]) -> list[float]:
+    """1 for each picture that shows all objects of its scene, else 0."""
+    return [float(shows_all(found, scene)) for found, scene in _pairs(images, scenes)]
+
+
+def score(images, scenes: Sequence[Scene]) -> dict[str, float]:
+    """Accuracy figures of N pictures against the N scenes their captions came from; see the module docstring."""
+    pairs = _pairs(images, scenes)
+    found = [row for row, _ in pairs]
     seen = [{(f.colour, f.shape) for f in row} for row in found]
     hits = sum(pair in names for names, scene in zip(seen, scenes, strict=True) for pair in scene.wanted)
     return {

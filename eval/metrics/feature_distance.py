@@ -66,6 +66,11 @@ def per_picture(images, reference) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def per_item(images, reference) -> list[float]:
+    """Distance of each picture from its reference."""
+    return per_picture(images, reference).tolist()
+
+
 def score(images, reference) -> dict[str, float]:
     """Mean and largest distance of N pictures from their N references."""
     distances = per_picture(images, reference)

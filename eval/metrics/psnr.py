@@ -33,6 +33,11 @@ def per_picture(images, reference) -> torch.Tensor:
     return -10 * torch.log10((x - y).square().flatten(1).mean(1).clamp_min(FLOOR))
 
 
+def per_item(images, reference) -> list[float]:
+    """PSNR of each picture in dB."""
+    return per_picture(images, reference).tolist()
+
+
 def score(images, reference) -> dict[str, float]:
     """Mean and worst PSNR of N pictures against their N references."""
     decibels = per_picture(images, reference)

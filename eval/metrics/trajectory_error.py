@@ -49,6 +49,13 @@ def per_step(trajectory: Sequence[torch.Tensor], reference: Sequence[torch.Tenso
     return [float((mine - theirs).square().mean()) for mine, theirs in zip(trajectory, reference, strict=True)]
 
 
+def per_item(trajectory: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> list[float]:
+    """Mean squared error over all steps of each picture, latents (N, ...) a step."""
+    per_step(trajectory, reference)
+    errors = [(mine - theirs).square().flatten(1).mean(1) for mine, theirs in zip(trajectory, reference, strict=True)]
+    return torch.stack(errors).mean(0).tolist()
+
+
 def score(trajectory: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> dict[str, float]:
     """Figures of one run (or of several, latents concatenated over pictures) against its full-precision twin."""
     errors = per_step(trajectory, reference)
