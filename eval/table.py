@@ -148,9 +148,9 @@ def _mixed() -> str:
         return ""
     commits, machines = (", ".join(sorted({row[key] for row in found})) for key in ("commit", "machine"))
     text = (
-        f"PSNR to fp32, {found[0]['prompts']} held-out prompts, 20 steps, 8-bit activations; mean and, where there are "
-        "several calibration seeds, least to most. In brackets: gain over one format. Share: most bytes used of those "
-        f"allowed. Commit {commits}, {machines}."
+        f"PSNR to fp32, {found[0]['prompts']} held-out prompts, 20 steps, 8-bit activations; mean, and least to most "
+        "where there are several calibration seeds. In brackets: gain over one format. Share: most bytes used of what "
+        f"is allowed. Commit {commits}, {machines}."
     )
     return "\n".join([*mixed(found), "", text])
 

@@ -28,7 +28,7 @@ from dq.records import Store
 from dq.running import Runner
 from dq.units import replaced
 
-MOST_CALLS = 160  # denoiser calls walked through, in whole runs
+MOST_CALLS = 320  # denoiser calls walked through, in whole runs
 FEWEST, MOST_RUNS = 4, 16
 
 
