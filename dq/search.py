@@ -24,6 +24,7 @@ from dq.fit.predictions import BUCKETS
 from dq.plan import DQError, LayerPlan, Plan
 
 MIB = 2**20
+NEVER = 1e18  # a cost that no limit allows
 
 
 @dataclass
@@ -80,18 +81,23 @@ class Search:
         return self._spread(items, found, budget.tie)
 
     def greedy(self, budget: Budget) -> Chosen:
-        """The same by raising the most sensitive layers first (ViDiT-Q), to compare with."""
-        limits, costs, fixed = self._limits(budget)
-        items = self._items("", costs)
-        bounds = [limit - base for limit, base in zip(limits.values(), fixed, strict=True)]
+        """The same by raising the most sensitive layers to the most exact format first (ViDiT-Q), to compare with."""
+        items, bounds = self._rounded(budget)
         return self._spread(items, allocate.greedy(items, bounds), "")
 
     def random(self, budget: Budget, seed: int) -> Chosen:
-        """Random choices that fill the budget, to compare with."""
-        limits, costs, fixed = self._limits(budget)
-        items = self._items("", costs)
-        bounds = [limit - base for limit, base in zip(limits.values(), fixed, strict=True)]
+        """Random formats that fill the budget, to compare with."""
+        items, bounds = self._rounded(budget)
         return self._spread(items, allocate.drawn(items, bounds, seed), "")
+
+    def _rounded(self, budget: Budget) -> tuple[list[Item], list[float]]:
+        """Items in which no layer may stay in full precision, and the limits."""
+        limits, costs, fixed = self._limits(budget)
+        for (part, name), values in ((key, values) for cost in costs for key, values in cost.items()):
+            kept = [choice is None for choice in self.parts[part].layers[name].choices]
+            values[np.array(kept)] = NEVER
+        bounds = [limit - base for limit, base in zip(limits.values(), fixed, strict=True)]
+        return self._items("", costs), bounds
 
     def curve(self, of: str = "bytes", points: int = 24) -> list[Chosen]:
         """Plans from the smallest (of "ms": fastest) to the most exact."""

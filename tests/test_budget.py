@@ -357,3 +357,13 @@ def test_a_plan_of_another_architecture_is_refused_naming_the_first_layer(explor
     search.plans(found, plans, found.choose(dq.Budget(bits=4.5)), "test")["transformer"].save(path)
     with pytest.raises(dq.DQError, match=r"transformer_blocks\.0|adaln_single"):
         dq.quantize(tiny.load("tiny-sd"), path, progress=False)
+
+
+@pytest.mark.parametrize("way", ["greedy", "random"])
+def test_what_mixed_precision_is_compared_with_rounds_every_layer_and_fills_the_budget(explored, way):
+    found, _ = explored
+    budget = dq.Budget(bytes=found.bytes_of(charts.uniform(found)["int4/group:64"]))
+    chosen = found.greedy(budget) if way == "greedy" else found.random(budget, 3)
+    kept = [name for part, name, row in found.rows() if row.choices[chosen[part][name]] is None]
+    assert kept == []
+    assert 0.97 * budget.bytes <= found.bytes_of(chosen) <= budget.bytes

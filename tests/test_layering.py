@@ -39,7 +39,7 @@ ROOMS = (
     ("bench", "widths", "peers", "race", "cli"),
 )
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
-OUTSIDE = ("pipelines", "eval", "app", "tests")
+OUTSIDE = ("pipelines", "eval", "app", "demo", "tests")
 # a saved model needs none of these: plans are frozen when saved
 NOT_FOR_LOADING = (
     "families",
