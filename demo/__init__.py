@@ -1,0 +1,1 @@
+"""The parts of `app.py`: models in memory, and one file per tab."""
