@@ -12,8 +12,7 @@ from PIL import Image
 
 from demo.sessions import told
 from dq.plan import DQError, nearest
-from eval import figures, report, summary
-from eval.page import COSTS
+from eval import figures, page, report, summary
 from eval.runs import MANIFEST, Run
 from eval.suite import FULL
 
@@ -59,19 +58,9 @@ def table(found: Mapping[str, Any], pipeline: str) -> pd.DataFrame:
 def plots(found: Mapping[str, Any], pipeline: str, metric: str) -> str:
     """A metric over bytes and over time, as SVG; words where fewer than two entries have both."""
     part = found["pipelines"][pipeline]
-    kind = part["metrics"][metric]
-    drawn = []
-    for cost, (label, unit) in COSTS.items():
-        points = []
-        for entry, row in part["entries"].items():
-            score, at = row["scores"].get(metric, {}), row["figures"].get(cost)
-            if score.get("value") is not None and at is not None and not (row["emulated"] and cost == "ms_per_step"):
-                points.append(figures.Point(entry, at / unit, score["value"], score.get("low"), score.get("high")))
-        if len(points) > 1:
-            drawn.append(figures.pareto(points, label, summary.head(metric, kind), kind["better"]))
-        else:
-            drawn.append(f"<p>{label}: fewer than two entries have a figure, so there is no plot.</p>")
-    return f'<div class="plots">{"".join(f"<figure>{plot}</figure>" for plot in drawn)}</div>'
+    drawn = [f"<figure>{plot}</figure>" for plot in page.plots(metric, part["metrics"][metric], part["entries"])]
+    drawn = drawn or ["<p>fewer than two entries have figures, so there is no plot</p>"]
+    return f'<div class="plots">{"".join(drawn)}</div>'
 
 
 def remarks(found: Mapping[str, Any], pipeline: str) -> str:

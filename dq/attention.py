@@ -9,18 +9,18 @@ so state dicts, saving, copies and hooks are as before.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dq import kernels
+from dq import kernels, takeover
 from dq.kernels.cpu import attention as cpu
 
 REACH = frozenset(("scaled_dot_product_attention", "dispatch_attention_fn", "ALL_ATTENTION_FUNCTIONS"))
-SLOTS = ("_old_forward", "forward")  # accelerate's hooks keep the forward they replaced in the first
+ROLE = "attention"
 
 
 class _Attention(TorchFunctionMode):
@@ -39,12 +39,12 @@ class _Attention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def forward(self, *args, **kwargs):
-    """The forward of an attached module. It has this name so that a pickled module finds its class's own again."""
-    if self._dq_attention is None or kernels.selected() not in ("auto", "cpu"):  # detached under a hook, or not wanted
-        return self._dq_forward(*args, **kwargs)
-    with _Attention(self._dq_attention == "int8"):
-        return self._dq_forward(*args, **kwargs)
+def _attend(module: nn.Module, inner: Callable, *args, **kwargs):
+    """The role of an attached module (see `dq.takeover`)."""
+    if kernels.selected() not in ("auto", "cpu"):
+        return inner(*args, **kwargs)
+    with _Attention(module._dq_attention == "int8"):
+        return inner(*args, **kwargs)
 
 
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -77,35 +77,16 @@ def attach(model: nn.Module, int8: bool = False) -> list[str]:
     names = []
     for name, module in attention_modules(model):
         names.append(name)
-        own = vars(module)  # not setattr: it looks for parameters and submodules
-        if "_dq_forward" not in own:
-            slot = next((slot for slot in SLOTS if slot in own), "forward")
-            own["_dq_forward"] = own.get(slot, module.forward)
-            own[slot] = types.MethodType(forward, module)
-        own["_dq_attention"] = "int8" if int8 else "bf16"
+        vars(module)["_dq_attention"] = "int8" if int8 else "bf16"
+        takeover.take(module, ROLE, _attend)
     return names
 
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`; a model that is not attached stays as it is."""
     for module in model.modules():
-        own = vars(module)
-        if "_dq_forward" not in own:
-            continue
-        own["_dq_attention"] = None
-        slot = next((slot for slot in SLOTS if getattr(own.get(slot), "__func__", None) is forward), None)
-        if slot is not None:
-            _restore(module, slot)  # else a hook holds our method, which from now on passes through
-
-
-def _restore(module: nn.Module, slot: str) -> None:
-    own = vars(module)
-    before = own.pop("_dq_forward")
-    del own["_dq_attention"]
-    if slot == "forward" and getattr(before, "__func__", None) is type(module).forward:
-        del own[slot]  # the class has it
-    else:
-        own[slot] = before
+        takeover.give_back(module, ROLE)
+        vars(module).pop("_dq_attention", None)
 
 
 def attached(model: nn.Module) -> dict[str, str]:

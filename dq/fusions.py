@@ -2,6 +2,7 @@
 
     activation   gelu_tanh(x W^T + b)   the activation in the product's epilogue
     attention    see `dq.attention`
+    blocks       see `dq.blocks`
 
 A module is fused when it is one packed linear and a tanh GELU of its output, which a probe shows. At every call the
 fused path is taken only while nothing has come between: an adapter or a hook on the linear, gradients, another kernel.
@@ -10,18 +11,19 @@ The linear is still called as a module, so that offloading works, and gives the 
 
 from __future__ import annotations
 
-import types
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dq import attention
+from dq import attention, blocks, takeover
 from dq.layers import PackedLinear
 from dq.plan import Plan
 
 PROBE_ROWS = 2
+ROLE = "gelu"
 
 
 def attach(model: nn.Module, plan: Plan) -> None:
@@ -30,30 +32,22 @@ def attach(model: nn.Module, plan: Plan) -> None:
     attention.attach(model, int8=plan.attention == "int8")
     for module in model.modules():
         if _is_activation(module):
-            own = vars(module)  # not setattr: it looks for parameters and submodules
-            own["_dq_gelu"] = next((slot for slot in attention.SLOTS if slot in own), "forward")
-            own[own["_dq_gelu"]] = types.MethodType(forward, module)
+            takeover.take(module, ROLE, _activate)
+    blocks.attach(model)
 
 
 def detach(model: nn.Module) -> None:
     """Give every module its own forward back."""
     attention.detach(model)
+    blocks.detach(model)
     for module in model.modules():
-        own = vars(module)
-        slot = own.pop("_dq_gelu", None)
-        for name in attention.SLOTS if slot else ():  # a hook that came later moved our method to the other slot
-            if getattr(own.get(name), "__func__", None) is not forward:
-                continue
-            if name == slot == "forward":
-                del own[name]
-            else:
-                own[name] = types.MethodType(type(module).forward, module)
+        takeover.give_back(module, ROLE)
 
 
 def notes(model: nn.Module) -> list[str]:
-    """Lines for `dq.explain`: what is fused, and why attention is not."""
-    lines = []
-    gelu = sum("_dq_gelu" in vars(module) for module in model.modules())
+    """Lines for `dq.explain`: what is fused, and what is not."""
+    lines = blocks.notes(model)
+    gelu = sum(takeover.has(module, ROLE) for module in model.modules())
     if gelu:
         lines.append(f"GELU runs in the product before it in {gelu} modules")
     kinds = Counter(attention.attached(model).values())
@@ -102,14 +96,14 @@ def _can_fuse(linear: nn.Module, x: torch.Tensor) -> bool:
     return linear.choice.gelu is not None and not (torch.is_grad_enabled() and x.requires_grad)
 
 
-def forward(self, *args, **kwargs):
-    """The forward of a fused activation. It has this name so that a pickled module finds its class's own again."""
+def _activate(module: nn.Module, inner: Callable, *args, **kwargs):
+    """The role of a fused activation (see `dq.takeover`)."""
     if len(args) == 1 and not kwargs:
-        (linear,) = self.children()
+        (linear,) = module.children()
         if _can_fuse(linear, args[0]):
             linear.then_gelu = True
             try:
                 return linear(args[0])
             finally:
                 linear.then_gelu = False
-    return type(self).forward(self, *args, **kwargs)
+    return inner(*args, **kwargs)

@@ -43,9 +43,9 @@ def linear(x, t, p, **more):
     grains = [grain.size if grain.kind == "group" else 0 for grain in (p.weight.grain, p.act.grain)]
     act = [p.act.spec.min_code, p.act.spec.max_code, int(p.act.spec.affine)]
     given = {"act_scale": t.act_scale, "low": None, "up": None, "gelu": False, "residual": None, "gate": None}
-    given |= {"norm": "", "eps": 0.0, "mod_scale": None, "mod_shift": None} | more
+    given |= {"norm": "", "eps": 0.0, "mod_scale": None, "mod_shift": None, "key": 0} | more
     head = (x, t.weight, t.scale, t.bias, given["act_scale"], given["low"], given["up"], p.weight.spec.bits, *grains)
-    tail = [given[key] for key in ("gelu", "residual", "gate", "norm", "eps", "mod_scale", "mod_shift")]
+    tail = [given[key] for key in ("gelu", "residual", "gate", "norm", "eps", "mod_scale", "mod_shift", "key")]
     return torch.ops.dq.cpu_linear(*head, act, p.act.shift, *tail)
 
 
@@ -156,7 +156,7 @@ def test_prologue_and_epilogue(rows, columns, outputs, batch, seed):
     x, scale, shift = draw(rows * batch, columns), draw(batch, columns) / 3, draw(batch, columns)
     residual, gate, t = draw(rows * batch, outputs), draw(batch, outputs), tensors(p, draw(outputs))
     each = lambda value: value.repeat_interleave(rows, 0)  # noqa: E731
-    norm = F.layer_norm(x, (columns,), eps=1e-6) * (1 + each(scale)) + each(shift)
+    norm = F.layer_norm(x, (columns,), eps=1e-6) * each(scale) + each(shift)
     code_room = (norm.abs().amax(1) / 127)[:, None] * t.scale.t() * 127  # a code next to a tie may fall either way
     plain = reference.build("linear", p, None)(norm, t)
     got = {"norm": "layer", "eps": 1e-6, "mod_scale": scale, "mod_shift": shift}
@@ -164,6 +164,29 @@ def test_prologue_and_epilogue(rows, columns, outputs, batch, seed):
     assert ((y - plain).abs() <= 1.01 * code_room + 1e-4 * plain.abs()).all()
     fused = linear(x, t, p, gelu=True, residual=residual, gate=gate, **got)
     assert torch.allclose(fused, residual + each(gate) * F.gelu(y, approximate="tanh"), rtol=1e-5, atol=2e-5)
+
+
+@few
+@given(rows=st.integers(1, 50), outputs=sizes, batch=st.integers(1, 3), gated=st.booleans(), seed=st.integers(0, 99))
+def test_gate_and_residual_keep_the_bits_of_fp32(rows, outputs, batch, gated, seed):
+    make = generator(seed)
+    p = plan((outputs, 40))
+    draw = lambda *size: torch.randn(*size, generator=make)  # noqa: E731
+    x, gate, residual, t = draw(rows * batch, 40), draw(batch, outputs), draw(rows * batch, outputs), tensors(p)
+    y = linear(x, t, p)
+    expected = residual + (gate.repeat_interleave(rows, 0) * y if gated else y)
+    assert torch.equal(linear(x, t, p, gate=gate if gated else None, residual=residual), expected)
+
+
+@pytest.mark.parametrize("act", ["int8/token", "int4a/group:16"])
+def test_a_key_stands_for_the_codes_of_the_call_before(act):
+    p, other = plan((40, 64), act=act), plan((24, 64), "int4/channel", act)
+    t, u, x, y = tensors(p), tensors(other), *torch.randn(2, 9, 64, generator=generator(0))
+    linear(x, t, p, key=7)
+    assert torch.equal(linear(y, u, other, key=7), linear(x, u, other))  # the call between them has no key
+    assert torch.equal(linear(y, t, p, key=7), linear(y, t, p))
+    linear(x, t, p, key=8)
+    assert torch.equal(linear(y, t, p, key=9), linear(y, t, p))
 
 
 def test_gelu_is_within_two_units_of_bf16():

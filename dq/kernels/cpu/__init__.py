@@ -129,25 +129,53 @@ def _matching(value: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | Non
 
 
 def _linear(plan: LayerPlan, gelu: bool = False) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
+    from dq.kernels.cpu import deferred
+
+    call, linear = _launch(plan), deferred.Linear(outputs=plan.shape[0], act=plan.act)
+    alone = deferred.Ending(gelu)
+
+    def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+        block = None if torch.compiler.is_compiling() else deferred.running()
+        if block is None:
+            return call(t, x, deferred.Beginning(), alone, 0)
+        if t.down is not None:
+            x = deferred.plain(x)  # the branch reads all of it
+        ends = not gelu and (t.down is None or _fuses_branch(x, t))
+        if ends and linear.works is not False:
+            t = Tensors(*(None if value is None else value.detach() for value in t))  # offloading may take them back
+        launch = lambda x, begin, end, key: call(t, x, begin, alone if gelu else end, key)  # noqa: E731
+        return block.linear(linear, launch, x, ends, shares=t.act_scale is None)
+
+    return run
+
+
+def _fuses_branch(x: torch.Tensor, t: Tensors) -> bool:
+    return t.down is not None and x.dtype is torch.bfloat16 and t.up.shape[1] % 2 == 0
+
+
+def _launch(plan: LayerPlan) -> Callable[..., torch.Tensor]:
+    """-> launch(tensors, x, Beginning, Ending, key): one call of the linear kernel, for x (..., columns)."""
     codes, bits = _codes(plan)
     groups = _group(plan.weight.grain), _group(plan.act.grain)
     act = [plan.act.spec.min_code, plan.act.spec.max_code, int(plan.act.spec.affine)]
     columns, outputs, shift = plan.columns, plan.shape[0], plan.act.shift
 
-    def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+    def launch(t: Tensors, x: torch.Tensor, begin: tuple, end: tuple, key: int) -> torch.Tensor:
+        (norm, eps, scale, move), (gelu, gate, residual) = begin, end
         rows = x.reshape(-1, columns)
         low, up = None, None
-        fused = t.down is not None and x.dtype is torch.bfloat16 and t.up.shape[1] % 2 == 0
+        fused = _fuses_branch(x, t)
         if fused:
             low, up = F.linear(rows, _matching(t.down, x)), _matching(t.up, x)
+        residual = None if residual is None else residual.reshape(-1, outputs)
         y = torch.ops.dq.cpu_linear(
             rows, codes(t), t.scale, _matching(t.bias, x), t.act_scale, low, up, bits, *groups, act, shift, gelu,
-            None, None, "", 0.0, None, None,
+            residual, gate, norm, eps, scale, move, key,
         )  # fmt: skip
         y = y.reshape(*x.shape[:-1], outputs)
         return y if t.down is None or fused else y + dense.low_rank(x, t, plan, None)
 
-    return run
+    return launch
 
 
 def _pixelwise(plan: LayerPlan) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:

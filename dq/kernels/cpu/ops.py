@@ -33,7 +33,8 @@ def _structure(name: str, **fields: str) -> type[ctypes.Structure]:
 _Linear = _structure(
     "_Linear",
     pointer="x mod_scale mod_shift smooth act_scale weight weight_scale bias low up gate residual y",
-    int64="rows columns outputs row_bytes rank rows_per_batch mod_stride weight_group act_group weight_scale_stride",
+    int64="rows columns outputs row_bytes rank rows_per_batch mod_stride weight_group act_group "
+    "weight_scale_stride key",
     int32="dtype norm weight_bits act_low act_high act_affine gelu",
     float="eps shift",
 )
@@ -63,7 +64,7 @@ _ops = torch.library.Library("dq", "FRAGMENT")
 _ops.define(
     "cpu_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? act_scale, Tensor? low, Tensor? up, "
     "int bits, int weight_group, int act_group, int[] act, float shift, bool gelu, Tensor? residual, Tensor? gate, "
-    "str norm, float eps, Tensor? mod_scale, Tensor? mod_shift) -> Tensor"
+    "str norm, float eps, Tensor? mod_scale, Tensor? mod_shift, int key=0) -> Tensor"
 )
 _ops.define(
     "cpu_conv(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? act_scale, int bits, int[] act, "
@@ -74,25 +75,36 @@ _ops.define("cpu_thin(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int b
 
 def _linear(
     x, weight, scale, bias, act_scale, low, up, bits, weight_group, act_group, act, shift, gelu, residual, gate,
-    norm, eps, mod_scale, mod_shift,
+    norm, eps, mod_scale, mod_shift, key=0,
 ):  # fmt: skip
-    """act: [least code, largest code, affine]. gate, mod_scale, mod_shift: (batch, channels), rows / batch each."""
+    """x is normalized, times mod_scale plus mod_shift, rounded; y is gate times the product plus residual.
+
+    act: [least code, largest code, affine]. gate, mod_scale, mod_shift: (batch | 1, channels). key: a
+    name for the rounded x, or 0; the codes of this thread's last call are used again under the same one.
+    """
     rows, columns, outputs = x.shape[0], x.shape[1], weight.shape[0]
     x = x.contiguous()
     y = x.new_empty(rows, outputs)
-    batched = gate if gate is not None else mod_scale
+    batch, (gate, mod_scale, mod_shift) = _samples(gate, mod_scale, mod_shift)
+    residual = None if residual is None else residual.contiguous()
     low_code, high_code, affine = act
     arguments = _Linear(
         rows=rows, columns=columns, outputs=outputs, row_bytes=weight.shape[1], rank=0 if up is None else up.shape[1],
-        rows_per_batch=rows if batched is None else max(rows // batched.shape[0], 1), mod_stride=columns,
+        rows_per_batch=max(rows // batch, 1), mod_stride=columns,
         weight_group=weight_group, act_group=act_group, weight_scale_stride=_scale_stride(scale),
         dtype=DTYPES[x.dtype], norm=NORMS[norm], weight_bits=bits, act_low=low_code, act_high=high_code,
-        act_affine=affine, gelu=gelu, eps=eps, shift=shift,
+        act_affine=affine, gelu=gelu, eps=eps, shift=shift, key=key,
     )  # fmt: skip
     tensors = {"x": x, "weight": weight, "weight_scale": scale, "bias": bias, "act_scale": act_scale, "y": y}
     tensors |= {"low": low, "up": up, "gate": gate, "residual": residual}
     _call("dq_linear", arguments, tensors | {"mod_scale": mod_scale, "mod_shift": mod_shift})
     return y
+
+
+def _samples(*values: torch.Tensor | None) -> tuple[int, list[torch.Tensor | None]]:
+    """-> how many samples there are, and each value (samples | 1, channels) with a row for every sample."""
+    count = max((value.shape[0] for value in values if value is not None), default=1)
+    return count, [None if value is None else value.expand(count, -1).contiguous() for value in values]
 
 
 def _scale_stride(scale: torch.Tensor) -> int:

@@ -24,6 +24,7 @@ struct DqLinear {
   int64_t rows, columns, outputs, row_bytes, rank, rows_per_batch, mod_stride;
   int64_t weight_group, act_group;  // 0: the whole row
   int64_t weight_scale_stride;
+  int64_t key;  // a name for the rounded activations, or 0: with the key of the last call its codes are taken
   int32_t dtype, norm, weight_bits, act_low, act_high, act_affine, gelu;
   float eps, shift;
 };

@@ -1,6 +1,6 @@
 // Activations: rows of floats, optionally normalized, modulated and smoothed, to unsigned bytes q + 128.
 //
-//   v = (norm(x) * (1 + mod_scale) + mod_shift) * smooth + shift        q = clip(rne(v / s) + z)
+//   v = (norm(x) * mod_scale + mod_shift) * smooth + shift        q = clip(rne(v / s) + z)
 //
 // q / s is an exact division, as in dq/formats/integer.py, so that codes equal the reference's to the bit.
 #pragma once
@@ -10,8 +10,8 @@ namespace dq {
 
 struct RowSource {
   const void* x;         // (rows, width), rows `stride` elements apart
-  const void* mod_scale; // (batch, width) in the dtype of x, or null
-  const void* mod_shift;
+  const void* mod_scale; // (batch, width) in the dtype of x, or null: weights of the norm, modulation or both
+  const void* mod_shift; // (batch, width), null without mod_scale
   const float* smooth;   // (width,) or null
   long width, stride, rows_per_batch, mod_stride;
   int dtype, norm;       // norm: 0 none, 1 LayerNorm, 2 RMSNorm, neither with weights of its own
@@ -58,7 +58,7 @@ static inline void fetch(const RowSource& s, long m, float* row) {
     __mmask16 lanes = first_lanes(s.width - k);
     __m512 v = _mm512_loadu_ps(row + k);
     if (s.mod_scale) {
-      __m512 gain = _mm512_add_ps(load(s.mod_scale, mod + k, s.dtype, lanes), _mm512_set1_ps(1.f));
+      __m512 gain = load(s.mod_scale, mod + k, s.dtype, lanes);
       v = _mm512_fmadd_ps(v, gain, load(s.mod_shift, mod + k, s.dtype, lanes));
     }
     if (s.smooth) v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(lanes, s.smooth + k));
