@@ -124,7 +124,7 @@ def tab(roots: Sequence[Path]) -> None:
     run = chosen[0]
     with gr.Row():
         make = gr.Button("Make the report", elem_id="report-go")
-        page = gr.DownloadButton("Report (HTML)", elem_id="report")
+        download = gr.DownloadButton("Report (HTML)", elem_id="report")
 
     @told
     def show(run=None, pipeline=None, metric=None, entry=None):
@@ -141,7 +141,7 @@ def tab(roots: Sequence[Path]) -> None:
     update = lambda: gr.update(choices=runs.names())  # noqa: E731
     run.focus(update, None, run, api_visibility="private", show_progress="hidden")
     gr.api(runs.names, api_name="runs")
-    make.click(written, run, page, api_name="report")
+    make.click(written, run, download, api_name="report")
     gr.on(None, show, chosen, outputs, api_visibility="private", show_progress="hidden")  # when the page opens
 
 
