@@ -51,8 +51,7 @@ def entries() -> list[Entry]:
     plain = [Entry(name, "one format", 0) for name in UNIFORM]
     mixed = [Entry(name, "mixed", seed) for seed in SEEDS for name in ("int4", "int5", "int6", *SHARES)]
     others = [Entry(n, way, seed) for seed in SEEDS for way in ("greedy", "random") for n in ("int4", "int5", "int6")]
-    first = len(SHARES) + 3
-    return [*plain, *mixed[:first], *others[:6], *mixed[first:], *others[6:]]
+    return [*plain, *mixed, *others]
 
 
 def main() -> None:

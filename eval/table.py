@@ -159,7 +159,8 @@ def mixed(found: list[dict]) -> list[str]:
     """Markdown lines of the table of budgets: a line per model and budget, a column per way to choose."""
     ways = ("one format", "mixed", "greedy", "random")
     lines = [line(["model", "bytes of", *ways, "share"]), "|---" * (len(ways) + 3) + "|"]
-    for model, budget in dict.fromkeys((row["model"], row["budget"]) for row in found):
+    pairs = {(row["model"], row["budget"]): row["limit"] for row in found}
+    for model, budget in sorted(pairs, key=lambda pair: (pair[0], -pairs[pair])):
         mine = [row for row in found if (row["model"], row["budget"]) == (model, budget)]
         values = {way: [row["psnr_db"] for row in mine if row["way"] == way] for way in ways}
         plain = statistics.mean(values["one format"]) if values["one format"] else None
