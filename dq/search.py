@@ -258,6 +258,7 @@ def summary(search: Search, chosen: Chosen, budget: Budget) -> list[str]:
 
 
 def measured(
+    plan: Plan,
     menus: Mapping[str, Sequence[Choice]],
     errors: Mapping[str, np.ndarray],
     ms: Mapping[str, Sequence[float]],
@@ -272,10 +273,10 @@ def measured(
     for name, choices in menus.items():
         weights = prod(choices[-1].shape)
         if name not in errors:
-            choices = choices[-1:]
+            choices = (plan.layers[name],)
         found = errors.get(name, np.zeros((len(choices), BUCKETS + 1)))
         own = [weight_bytes(choice, dtype, weights) + extra * _inputs(choice) for choice in choices]
-        rows[name] = Measured(tuple(choices), found, own, list(ms.get(name, ()))[-len(choices) :], weights)
+        rows[name] = Measured(tuple(choices), found, own, list(ms.get(name, ()))[: len(choices)], weights)
     return rows
 
 

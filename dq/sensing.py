@@ -5,8 +5,7 @@ Everything measured goes to the folder of the calls, so that a killed search goe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +26,7 @@ from dq.fit.predictions import BUCKETS, Predictions
 from dq.fit.sensitivity import Errors, Judge
 from dq.plan import Plan, Recipe, read_json
 from dq.records import Store
-from dq.running import Runner
+from dq.running import Runner, kept_modes
 from dq.search import Part, Search
 
 CALLS = 24  # single calls walked forward and back
@@ -77,7 +76,7 @@ def find(subject: Subject, folder: Path, wish: Wish, progress: bool = True) -> S
     """Measure every denoiser's layers on the calls below `folder`. The first process measures, the others read."""
     state, path = PartialState(cpu=not torch.cuda.is_available()), folder / "search.json"
     if state.is_main_process:
-        with _evaluating(subject.models.values()):
+        with kept_modes(subject.models):
             write_json(path, _measured(subject, folder, wish, progress).to_dict())
     state.wait_for_everyone()
     return Search.from_dict(read_json(path))
@@ -90,7 +89,9 @@ def refuse_impossible(subject: Subject, budget: Budget) -> None:
     parts = {}
     for part, menus in subject.menus.items():
         nothing = {name: np.zeros((len(menu), BUCKETS + 1)) for name, menu in menus.items()}
-        parts[part] = Part(search.measured(menus, nothing, {}, subject.dtype(part), subject.extra))
+        parts[part] = Part(
+            search.measured(subject.plans[part], menus, nothing, {}, subject.dtype(part), subject.extra)
+        )
     scope = "pipeline" if budget.scope == "peak" else budget.scope
     least = replace(budget, ms_per_step=None, scope=scope)
     Search(subject.recipe.name, budget.metric, parts, _fixed_bytes(subject, parts, None)).choose(least)
@@ -105,7 +106,9 @@ def unseen(subject: Subject) -> Search:
         for name, menu in subject.menus[part].items():
             if menu[-1] is not None and menu[-1].kind != "stack":
                 errors[name] = sensitivity.relative(model.get_submodule(name).weight.detach(), menu)
-        parts[part] = Part(search.measured(subject.menus[part], errors, {}, subject.dtype(part), subject.extra))
+        parts[part] = Part(
+            search.measured(subject.plans[part], subject.menus[part], errors, {}, subject.dtype(part), subject.extra)
+        )
     return Search(subject.recipe.name, "weights alone", parts, _fixed_bytes(subject, parts, None))
 
 
@@ -117,7 +120,7 @@ def _measured(subject: Subject, folder: Path, wish: Wish, progress: bool) -> Sea
         costs, dtype = cost.Costs({}, 0.0, 1.0), subject.dtype(part)
         if wish.timed:
             costs = cost.measure(model, subject.menus[part], Predictions(model, stores[part], 1), dtype, progress)
-        rows = search.measured(subject.menus[part], errors[part], costs.ms, dtype, subject.extra)
+        rows = search.measured(subject.plans[part], subject.menus[part], errors[part], costs.ms, dtype, subject.extra)
         parts[part] = Part(rows, costs.fixed, costs.calls)
     return Search(subject.recipe.name, metric, parts, _fixed_bytes(subject, parts, stores), trust)
 
@@ -220,15 +223,3 @@ def _weight(model: nn.Module, name: str) -> int:
 
 def _bytes(models: Iterable[nn.Module]) -> int:
     return sum(value.numel() * value.element_size() for model in models for value in model.parameters())
-
-
-@contextmanager
-def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
-    before = {model: model.training for model in models}
-    try:
-        for model in before:
-            model.eval()
-        yield
-    finally:
-        for model, was in before.items():
-            model.train(was)

@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 import dq
 from dq import hub, recipes
-from dq.layers import packed_layers, tensor_shapes
+from dq.fit.choices import weight_bytes
+from dq.layers import packed_layers
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 from eval import rows
 from eval.metrics import caption_accuracy, feature_distance, noise_sqnr, psnr
@@ -287,8 +288,7 @@ def _plain(plan: LayerPlan, weight: str | None) -> LayerPlan:
 
 def packed_bytes(plan: Plan) -> int:
     """Bytes of the packed tensors under a plan with fp32 as compute dtype, biases not counted."""
-    shapes = [entry for layer in plan.layers.values() for entry in tensor_shapes(layer).values()]
-    return sum(torch.Size(shape).numel() * (dtype or torch.float32).itemsize for shape, dtype in shapes)
+    return sum(weight_bytes(layer, torch.float32) for layer in plan.layers.values())
 
 
 def _same_plan(model: str, name: str, plan: str, options) -> dict | None:

@@ -367,3 +367,11 @@ def test_what_mixed_precision_is_compared_with_rounds_every_layer_and_fills_the_
     kept = [name for part, name, row in found.rows() if row.choices[chosen[part][name]] is None]
     assert kept == []
     assert 0.97 * budget.bytes <= found.bytes_of(chosen) <= budget.bytes
+
+
+def test_a_layer_that_is_never_called_keeps_what_the_recipe_plans():
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(64, 64) for name in ("used", "idle")})
+    model.forward = lambda x: model["used"](x)
+    x = torch.randn(8, 64)
+    dq.quantize(model, "int8-weight", budget=dq.Budget(bits=6.6), calibration=lambda m: m(x), progress=False)
+    assert packed_layers(model)["idle"].plan.weight.format == "int8"
