@@ -26,6 +26,7 @@ from dq.files import write_json
 from dq.fit.choices import Choice, label
 from dq.fit.predictions import Predictions
 from dq.fit.sensitivity import packed
+from dq.plan import LayerPlan, Plan
 from dq.units import replaced, tensors_in
 
 SECONDS = 0.3  # spent on the choices of one shape, all in turn
@@ -37,7 +38,8 @@ class Costs:
     """Measured milliseconds of one model's layers.
 
     ms     by layer: a figure per choice, one call of the model
-    fixed  what one call of the model takes beside its layers
+    fixed  what one call of the model takes beyond the sum of its layers, each alone: everything between them, and
+           what they cost each other in caches and memory; measured with all layers in the recipe's own formats
     calls  of the model per step
     """
 
@@ -50,10 +52,11 @@ def measure(
     model: nn.Module,
     menus: Mapping[str, Sequence[Choice]],
     predictions: Predictions,
-    dtype: torch.dtype,
+    plan: Plan,
     progress: bool = True,
 ) -> Costs:
-    """Time every distinct (layer shape, input shape, choice), and the whole call in full precision."""
+    """Time every distinct (layer shape, input shape, choice), and a whole call with all layers as in the plan."""
+    dtype = getattr(torch, plan.compute_dtype)
     args, kwargs = predictions.call(len(predictions.keys) // 2)
     inputs = _inputs(model, menus, args, kwargs)
     table = _Table(next(model.parameters()).device, dtype)
@@ -71,8 +74,9 @@ def measure(
             ms[name] = [table[key, label(choice)] for choice in menus[name]]
     for name in menus.keys() - ms.keys():  # experts, or never called
         ms[name] = [0.0] * len(menus[name])
-    fixed = _fixed(model, {name: table[key, "kept"] for key, names in alike.items() for name in names}, args, kwargs)
-    return Costs(ms, fixed, predictions.calls_per_step)
+    whole = _whole(model, {name: plan.layers[name] for name in inputs}, dtype, args, kwargs)
+    alone = sum(ms[name][menus[name].index(plan.layers[name])] for name in inputs)
+    return Costs(ms, whole - alone, predictions.calls_per_step)
 
 
 def _inputs(model: nn.Module, menus: Mapping, args: tuple, kwargs: dict) -> dict[str, torch.Size]:
@@ -111,12 +115,13 @@ def _time(modules: Sequence[nn.Module], choices: Mapping[str, Choice], shape: to
     return {text: statistics.median(values) / len(modules) for text, values in times.items()}
 
 
-def _fixed(model: nn.Module, kept: Mapping[str, float], args: tuple, kwargs: dict) -> float:
-    """What a call of the model takes beside the layers in `kept` (milliseconds in full precision each)."""
-    skipped = {model.get_submodule(name): _Nothing(model.get_submodule(name)) for name in kept}
-    with replaced(skipped):
-        times = timing.in_turn({"rest": lambda: model(*args, **kwargs)}, SECONDS * 5)
-    return statistics.median(times["rest"])
+def _whole(model: nn.Module, plans: Mapping[str, LayerPlan], dtype: torch.dtype, args: tuple, kwargs: dict) -> float:
+    """Median milliseconds of a call of the model with layers rounded as planned."""
+    modules = {name: model.get_submodule(name) for name in plans}
+    forwards = {module: packed(name, module, plans[name], dtype).forward for name, module in modules.items()}
+    with replaced(forwards):
+        times = timing.in_turn({"whole": lambda: model(*args, **kwargs)}, SECONDS * 5)
+    return statistics.median(times["whole"])
 
 
 @torch.inference_mode()
@@ -151,18 +156,6 @@ class _Held(TorchDispatchMode):
     def _freed(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.now -= size
-
-
-class _Nothing:
-    """In place of a layer's forward: an output of the right shape that cost nothing to compute."""
-
-    def __init__(self, module: nn.Module):
-        self.forward, self.made = module.forward, {}
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape not in self.made:
-            self.made[x.shape] = self.forward(x)
-        return self.made[x.shape]
 
 
 class _Table:

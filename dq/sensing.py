@@ -119,7 +119,8 @@ def _measured(subject: Subject, folder: Path, wish: Wish, progress: bool) -> Sea
     for part, model in subject.models.items():
         costs, dtype = cost.Costs({}, 0.0, 1.0), subject.dtype(part)
         if wish.timed:
-            costs = cost.measure(model, subject.menus[part], Predictions(model, stores[part], 1), dtype, progress)
+            seen = Predictions(model, stores[part], 1)
+            costs = cost.measure(model, subject.menus[part], seen, subject.plans[part], progress)
         rows = search.measured(subject.plans[part], subject.menus[part], errors[part], costs.ms, dtype, subject.extra)
         parts[part] = Part(rows, costs.fixed, costs.calls)
     return Search(subject.recipe.name, metric, parts, _fixed_bytes(subject, parts, stores), trust)

@@ -237,11 +237,11 @@ def calibrate(pipe, model: str, entry: Entry, options) -> dq.Report:
     return report
 
 
-def calibration(model: str, entry: Entry, options):
-    """Prompts that no evaluation prompt repeats, not even by the same words."""
+def calibration(model: str, entry: Entry, options, count: int = CALIBRATION_PROMPTS):
+    """`count` prompts that no evaluation prompt repeats, not even by the same words."""
     asked = {caption for caption, _ in tiny.prompts(options.prompts, seed=options.seed)}
     drawn = [caption for caption, _ in tiny.prompts(20 * CALIBRATION_PROMPTS, seed=CALIBRATION_SEED)]
-    prompts = [caption for caption in dict.fromkeys(drawn) if caption not in asked][:CALIBRATION_PROMPTS]
+    prompts = [caption for caption in dict.fromkeys(drawn) if caption not in asked][:count]
     call = {key: value for key, value in tiny.CALL[model].items() if key != "num_inference_steps"}
     return dq.Calibration(**{"prompts": prompts, "call_kwargs": call, **CALIBRATION, **entry.calibration})
 

@@ -157,17 +157,22 @@ def _mixed() -> str:
 
 def mixed(found: list[dict]) -> list[str]:
     """Markdown lines of the table of budgets: a line per model and budget, a column per way to choose."""
-    ways = ("one format", "mixed", "greedy", "random")
+    ways = ("one format", "mixed", "greedy", "random", "one format, GPTQ", "mixed, GPTQ")
     lines = [line(["model", "bytes of", *ways, "share"]), "|---" * (len(ways) + 3) + "|"]
     pairs = {(row["model"], row["budget"]): row["limit"] for row in found}
     for model, budget in sorted(pairs, key=lambda pair: (pair[0], -pairs[pair])):
         mine = [row for row in found if (row["model"], row["budget"]) == (model, budget)]
         values = {way: [row["psnr_db"] for row in mine if row["way"] == way] for way in ways}
-        plain = statistics.mean(values["one format"]) if values["one format"] else None
+        plain = {way: statistics.mean(values[way]) for way in ways if way.startswith("one format") and values[way]}
         share = max(row["bytes"] / row["limit"] for row in mine)
-        cells = [_spread(values[way], plain if way != "one format" else None) for way in ways]
+        cells = [_spread(values[way], None if way in plain else plain.get(_plain(way))) for way in ways]
         lines.append(line([model, budget, *cells, f"{100 * share:.1f} %"]))
     return lines
+
+
+def _plain(way: str) -> str:
+    """What a way of choosing is set against."""
+    return "one format, GPTQ" if way.endswith("GPTQ") else "one format"
 
 
 def _spread(values: list[float], plain: float | None) -> str:

@@ -264,5 +264,7 @@ def test_the_table_of_budgets_has_means_ranges_and_gains():
         }
 
     found = [row("one format", 0, 30.0), row("mixed", 0, 32.0), row("mixed", 1, 33.0), row("random", 0, 25.0)]
+    found += [row("one format, GPTQ", 0, 35.0), row("mixed, GPTQ", 0, 36.0)]
     text = table.mixed(found)[-1]
-    assert text == "| m | int4 | 30.0 dB | 32.5 dB, 32.0 to 33.0 (+2.5) |  | 25.0 dB (-5.0) | 99.0 % |"
+    nearest = "30.0 dB | 32.5 dB, 32.0 to 33.0 (+2.5) |  | 25.0 dB (-5.0)"
+    assert text == f"| m | int4 | {nearest} | 35.0 dB | 36.0 dB (+1.0) | 99.0 % |"

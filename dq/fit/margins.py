@@ -7,8 +7,9 @@ dW = Q(W) - W (rows, columns) is the rounding error of the weight, dx = Q(x) - x
 shall stay the same and L_v = <v, L> with random signs v, so that the mean of <dL_v/dW, dW>^2 over v is |J dW|^2: the
 energy of the error in L, to first order. Errors of different weights are independent, which makes the square of the
 sum a sum of squares, and the margins make it cheap: one measurement serves any number of formats. Runs differ by
-orders of magnitude in how much an error moves their end; each counts as a share of what rounding all layers to
-REFERENCE_BITS does to it, so that the mean over runs is one of decibels rather than of the worst run.
+orders of magnitude in how much an error moves their end, by the energy e that rounding all layers to REFERENCE_BITS
+leaves there. Each is divided by e^FAIRNESS: with 1 the mean over runs is one of decibels, with 0 the worst run rules.
+Pictures that an error tips over lose more than the first order says, so the hard runs count for more than with 1.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from dq.kernels import reference
 from dq.plan import LayerPlan, TensorPlan
 
 REFERENCE_BITS = 4.5
+FAIRNESS = 0.5
 WHOLE = BUCKETS  # the row of the margins that counts steps together: errors of one weight add up over the steps
 
 
@@ -100,9 +102,9 @@ class Listener:
         return sum(float(self.running[name].rows[WHOLE] @ noise) for name, noise in self.noise.items())
 
     def close(self, energy: float) -> None:
-        """Count the run that ended as a share of its energy, and be ready for the next."""
+        """Count the run that ended by its energy, and be ready for the next."""
         for name, run in self.running.items():
-            self.margins[name].merge(run, 1 / max(energy, np.finfo(float).tiny))
+            self.margins[name].merge(run, max(energy, np.finfo(float).tiny) ** -FAIRNESS)
         self.running = self._empty()
 
     def _empty(self) -> dict[str, Margins]:

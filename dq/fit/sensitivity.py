@@ -10,9 +10,11 @@ layer quantized at a time and look. `dq.fit.sampled`: random plans and regressio
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -56,14 +58,14 @@ def prediction(
     store  keeps what was gathered after every call; a killed measurement goes on there
     """
     listener = Listener(model, menus)
-    start = resumed(listener, store, "prediction", [*predictions.keys, seed])
-    for call in tqdm(range(start, len(predictions.keys)), desc="gradients", disable=not progress, delay=2):
-        signs, listener.bucket = generator(seed, call), predictions.buckets[call]
+    made = Progress.resume({"": listener}, store, "prediction", [*predictions.keys, seed])
+    for call in tqdm(range(made.done, len(predictions.keys)), desc="gradients", disable=not progress, delay=2):
+        begun, signs, listener.bucket = time.perf_counter(), generator(seed, call), predictions.buckets[call]
         with frozen([model]), listener.listening(), torch.enable_grad():
             args, kwargs = map_tree(predictions.call(call), _leaf)
             backward(predictions.answer(args, kwargs, model(*args, **kwargs)), signs)
         listener.close(listener.end())
-        keep(listener, store, "prediction", [*predictions.keys, seed], call + 1)
+        made.step({"": listener}, time.perf_counter() - begun)
     return table(listener, menus, len(predictions.keys), progress)
 
 
@@ -101,22 +103,33 @@ def frozen(models: Sequence[nn.Module]) -> Iterator[None]:
             value.requires_grad_(before)
 
 
-def resumed(listener: Listener, store: Store, name: str, of: Sequence) -> int:
-    """Take up what an interrupted measurement of the same things kept; -> how far it was."""
-    if not store.has(name) or (kept := store.read(name))["identity"] != _identity(listener, of):
-        return 0
-    listener.restore(kept["margins"])
-    return kept["done"]
+@dataclass
+class Progress:
+    """How far a measurement is, kept in a store with what was gathered, so that a killed one goes on there."""
 
+    store: Store
+    name: str
+    identity: int
+    done: int = 0
+    seconds: float = 0.0
 
-def keep(listener: Listener, store: Store, name: str, of: Sequence, done: int) -> None:
-    kept = {"identity": _identity(listener, of), "done": done, "margins": listener.state()}
-    store.write(name, kept, share=False)
+    @classmethod
+    def resume(cls, listeners: Mapping[str, Listener], store: Store, name: str, of: Sequence) -> Progress:
+        """`of` tells one measurement from another; what an interrupted one kept goes back into the listeners."""
+        layers = {part: {key: list(value) for key, value in own.rounders.items()} for part, own in listeners.items()}
+        fresh = cls(store, name, zlib.crc32(json.dumps([list(of), layers]).encode()))
+        if not store.has(name) or (kept := store.read(name))["identity"] != fresh.identity:
+            return fresh
+        for part, listener in listeners.items():
+            listener.restore(kept["margins"][part])
+        return cls(store, name, fresh.identity, kept["done"], kept["seconds"])
 
-
-def _identity(listener: Listener, of: Sequence) -> int:
-    layers = {name: list(rounders) for name, rounders in listener.rounders.items()}
-    return zlib.crc32(json.dumps([list(of), layers]).encode())
+    def step(self, listeners: Mapping[str, Listener], seconds: float) -> None:
+        """One more is done."""
+        self.done, self.seconds = self.done + 1, self.seconds + seconds
+        kept = {"identity": self.identity, "done": self.done, "seconds": self.seconds}
+        kept["margins"] = {part: listener.state() for part, listener in listeners.items()}
+        self.store.write(self.name, kept, share=False)
 
 
 def _leaf(value: torch.Tensor) -> torch.Tensor:

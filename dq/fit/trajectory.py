@@ -10,6 +10,7 @@ decoder. The sum over steps is taken before the square: errors of one weight add
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
@@ -28,8 +29,9 @@ from dq.records import Store
 from dq.running import Runner
 from dq.units import replaced
 
-MOST_CALLS = 320  # denoiser calls walked through, in whole runs
-FEWEST, MOST_RUNS = 4, 16
+FEWEST_RUNS, MOST_RUNS = 4, 64  # hard prompts are few, and formats found with 16 runs gained a third of those with 64
+RUNS_A_PROMPT = 8  # each from other noise
+SECONDS = 480.0  # after which no run begins, but for the fewest
 
 
 def possible(runner: Runner) -> str | None:
@@ -46,22 +48,24 @@ def gradients(
     store: Store,
     progress: bool = True,
 ) -> dict[str, Errors]:
-    """By part: errors of the pictures or final latents, to first order.
+    """By part: errors of the pictures or final latents, to first order, from as many runs as the time allows.
 
     store  keeps what was gathered after every run; a killed measurement goes on there
     Raises RuntimeError where the pipeline's loop cannot be differentiated.
     """
     steps, seed = runner.calibration.steps, runner.calibration.seed
-    runs = min(max(MOST_CALLS // steps, FEWEST), MOST_RUNS)
+    runs = min(RUNS_A_PROMPT * len(runner.texts), MOST_RUNS)
     listeners = {part: Listener(model, menus[part]) for part, model in models.items()}
-    names = {part: f"trajectory/{part or 'model'}" for part in models}
-    of = [steps, seed, runs, *runner.texts]
-    starts = [sensitivity.resumed(listener, store, names[part], of) for part, listener in listeners.items()]
-    for run in tqdm(range(min(starts), runs), desc="trajectories", disable=not progress, delay=2):
-        _walk(runner, run, models, listeners, sensitivity.generator(seed, run))
-        for part, listener in listeners.items():
-            sensitivity.keep(listener, store, names[part], of, run + 1)
-    return {part: sensitivity.table(listener, menus[part], runs, progress) for part, listener in listeners.items()}
+    made = sensitivity.Progress.resume(listeners, store, "trajectory", [steps, seed, runs, *runner.texts])
+    with tqdm(total=runs, initial=made.done, desc="trajectories", disable=not progress, delay=2) as bar:
+        while made.done < runs and (made.done < FEWEST_RUNS or made.seconds < SECONDS):
+            begun = time.perf_counter()
+            _walk(runner, made.done, models, listeners, sensitivity.generator(seed, made.done))
+            made.step(listeners, time.perf_counter() - begun)
+            bar.update()
+    return {
+        part: sensitivity.table(listener, menus[part], made.done, progress) for part, listener in listeners.items()
+    }
 
 
 def _walk(runner: Runner, run: int, models: Mapping, listeners: Mapping, signs: torch.Generator) -> None:
