@@ -1,7 +1,8 @@
 """Quantizing in a process of its own, which can be ended at any moment: `python -m demo.job < settings.json`.
 
-Settings: model, place, recipe, out, and for calibrated recipes prompts, samples, steps, seed, call. Writes OUT as a
-saved pipeline with plan.json and report.json beside the parts, whole or not at all. Exit codes are those of `dq`.
+Settings: model, place, recipe, out, under a budget bits (per weight), and for calibrated recipes and budgets prompts,
+samples, steps, seed, call. Writes OUT as a saved pipeline with plan.json and report.json beside the parts, whole or
+not at all. Exit codes are those of `dq`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def main() -> None:
 def quantize(settings: dict) -> None:
     """Load, quantize, save; the plans of all denoisers in one file, by component."""
     pipe = models.load(settings["place"])
-    report = dq.quantize(pipe, settings["recipe"], calibration=_calibration(pipe, settings))
+    budget = dq.Budget(bits=settings["bits"]) if "bits" in settings else None
+    report = dq.quantize(pipe, settings["recipe"], calibration=_calibration(pipe, settings), budget=budget)
     with cli.replacing(Path(settings["out"]), force=False) as place:
         pipe.save_pretrained(place)
         plans = {name: hub.plan_of(model).to_dict() for name, model in api.find_denoisers(pipe).items()}

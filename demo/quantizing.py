@@ -33,6 +33,7 @@ from dq.plan import DQError, nearest
 from pipelines import tiny
 
 MOST_SAMPLES, MOST_PROMPTS, KEPT = 1024, 200, 8
+LEAST_BITS, MOST_BITS = 2, 16  # of a budget; 0 stands for none
 LAYER_COLUMNS = ["layer", "weight", "activation", "rank", "KiB", "SQNR, dB", "kernel"]
 BAR = re.compile(r"^(?P<what>.*?):?\s+(?P<share>\d+)%\|.*?\|\s*(?P<done>\d+)/(?P<all>\d+)\s*\[")
 BEAT, GRACE = 0.3, 5.0  # seconds between looks at the process, and until it is killed
@@ -93,15 +94,21 @@ class Job:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def settings(shelf: Shelf, model: str, recipe: str, prompts: str, samples: int, steps: int, seed: int) -> dict:
+def settings(
+    shelf: Shelf, model: str, recipe: str, bits: float, prompts: str, samples: int, steps: int, seed: int
+) -> dict:
     """What `demo.job` is told. DQError for whatever is out of bounds."""
     place, known = shelf.place(model), recipes.names()
     if recipe not in known:
         raise DQError(f"recipe {str(recipe)[:80]!r} is unknown, {nearest(str(recipe)[:80], known)}")
     model = str(model).strip()
     found = {"model": model, "place": str(place), "recipe": recipe}
-    found["out"] = str(_fresh(shelf.made, re.sub(r"[^\w.-]+", "-", f"{model}-{recipe}")))
-    if not recipes.get(recipe).needs_calibration:
+    if bits:
+        drawing.check("bits per weight", bits, LEAST_BITS, MOST_BITS)
+        found["bits"] = float(bits)
+    name = f"{model}-{recipe}" + (f"-{bits:g}-bits" if bits else "")
+    found["out"] = str(_fresh(shelf.made, re.sub(r"[^\w.-]+", "-", name)))
+    if not (bits or recipes.get(recipe).needs_calibration):
         return found
     lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()]
     if len(lines) > MOST_PROMPTS or any(len(line) > drawing.LONGEST_PROMPT for line in lines):
@@ -208,9 +215,9 @@ def tab(shelf: Shelf, sessions: Sessions) -> None:
             )
 
     @told
-    def run(model, recipe, prompts, samples, steps, seed, request: gr.Request = None):
+    def run(model, recipe, bits, prompts, samples, steps, seed, request: gr.Request = None):
         """Quantize a pipeline with a recipe: words on the progress, then plan, report and layers."""
-        asked = settings(shelf, model, recipe, prompts, samples, steps, seed)
+        asked = settings(shelf, model, recipe, bits, prompts, samples, steps, seed)
         with sessions.working(request) as stop:
             for text in running(Job(asked), stop):
                 yield text, None, None, None
@@ -240,6 +247,14 @@ def _inputs(shelf: Shelf) -> dict[str, gr.components.Component]:
             label="Recipe",
             elem_id="quantize-recipe",
             info="the data-free ones need no calibration",
+        ),
+        "bits": gr.Number(
+            0,
+            label="Budget: bits per weight",
+            minimum=0,
+            maximum=MOST_BITS,
+            elem_id="quantize-bits",
+            info="0: the recipe's own formats; else each layer gets one by how much it harms the picture",
         ),
     }
     with gr.Accordion("Calibration", open=True):

@@ -30,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Dtype = Annotated[Optional[str], typer.Option(help="Compute dtype: bf16, fp16 or fp32.")]  # noqa: UP045
+Policy = Annotated[Optional[str], typer.Option(help="Which: [stratified], uniform, all, normal, clustered.")]  # noqa: UP045
 BudgetGib = Annotated[Optional[float], typer.Option(help="Most GiB of the denoiser; formats are mixed.")]  # noqa: UP045
 BudgetBits = Annotated[Optional[float], typer.Option(help="Most bits per weight, on average.")]  # noqa: UP045
 BudgetMs = Annotated[Optional[float], typer.Option(help="Most milliseconds per step, by measured layers.")]  # noqa: UP045
@@ -67,12 +68,10 @@ def quantize(
     recipe: Annotated[Optional[str], typer.Option(help="A recipe name, or a recipe JSON.")] = None,  # noqa: UP045
     plan: Annotated[Optional[Path], typer.Option(help="A plan JSON, in place of a recipe.")] = None,  # noqa: UP045
     prompts: Annotated[Optional[Path], typer.Option(help="Calibration prompts, one a line.")] = None,  # noqa: UP045
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a calibration run.")] = 20,
-    samples: Annotated[int, typer.Option(min=1, help="Denoiser inputs to record for calibration.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration runs.")] = 0,
-    policy: Annotated[
-        str, typer.Option(help="Which inputs: stratified, uniform, all, normal, clustered.")
-    ] = "stratified",
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Denoising steps of a calibration run [20].")] = None,  # noqa: UP045
+    samples: Annotated[Optional[int], typer.Option(min=1, help="Denoiser inputs to record [64].")] = None,  # noqa: UP045
+    seed: Annotated[Optional[int], typer.Option(min=0, help="Seed of the calibration runs [0].")] = None,  # noqa: UP045
+    policy: Policy = None,
     extra: Annotated[list[str], typer.Option("--set", help="Calibration call argument: name=JSON, may repeat.")] = [],  # noqa: B006
     work: Annotated[Optional[Path], typer.Option(help="Folder to calibrate in; a killed run goes on there.")] = None,  # noqa: UP045
     budget_gib: BudgetGib = None,
@@ -89,10 +88,12 @@ def quantize(
     if (recipe is None) == (plan is None):
         raise DQError(f"got {'no recipe' if plan is None else 'two'}, expected either --recipe NAME or --plan FILE")
     wanted, budget = recipes.get(recipe or plan), _budget(budget_gib, budget_bits, budget_ms)
+    asked = {"prompts": prompts, "steps": steps, "samples": samples, "seed": seed, "policy": policy, "work": work}
+    asked = {name: value for name, value in asked.items() if value is not None}
     fitted = getattr(wanted, "needs_calibration", False) or budget is not None
-    if not fitted and (prompts is not None or work is not None):
-        option = "--prompts" if prompts is not None else "--work"
-        raise DQError(f"recipe {recipe or str(plan)!r} is data-free and reads no prompts; leave {option} out")
+    if not fitted and (asked or extra):
+        option = next(iter(asked), "set")
+        raise DQError(f"recipe {recipe or str(plan)!r} is data-free and runs nothing; leave --{option} out")
     parts = dict(_pair(text, "--component", "text_encoder=int8-weight") for text in component)
     with replacing(out, force) as place:
         target = saved.load(model, _dtype(dtype))
@@ -101,7 +102,7 @@ def quantize(
         given = None
         if fitted:
             call = _plain_size(target) | _arguments(extra)
-            given = dq.Calibration(prompts, steps, samples, seed, policy, call, folder=work)
+            given = dq.Calibration(call_kwargs=call, folder=asked.pop("work", None), **asked)
         report = dq.quantize(target, wanted, calibration=given, budget=budget, components=parts, keep=keep)
         dq.save(target, place)
     print(report)

@@ -58,6 +58,7 @@ class Search:
 
     fixed_bytes  by scope: bytes beside the planned layers' weights
     trust        by metric: rank correlation of predicted and measured errors over plans that no fit has seen
+    runs         whole denoising runs that sensitivity was measured on; 0 where it was single calls
     """
 
     recipe: str
@@ -65,6 +66,7 @@ class Search:
     parts: dict[str, Part]
     fixed_bytes: dict[str, int] = field(default_factory=dict)
     trust: dict[str, float] = field(default_factory=dict)
+    runs: int = 0
 
     def rows(self) -> list[tuple[str, str, Measured]]:
         """(part, layer, what was measured) in order."""
@@ -253,6 +255,7 @@ def summary(search: Search, chosen: Chosen, budget: Budget) -> list[str]:
     used += [f"{search.ms_of(chosen):.1f} ms per step"] if search.timed else []
     trust = ", ".join(f"{metric} {value:.2f}" for metric, value in search.trust.items())
     lines = [f"budget {budget}: predicted {', '.join(used)}, SQNR {search.sqnr_db(chosen):.1f} dB"]
+    lines.append(f"sensitivity: {search.metric}" + (f", {search.runs} runs" if search.runs else ""))
     lines.append("choices: " + ", ".join(f"{text} ({count})" for text, count in sorted(counts.items())))
     return lines + ([f"rank correlation with measured errors of plans not fitted to: {trust}"] if trust else [])
 

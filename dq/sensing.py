@@ -114,7 +114,7 @@ def unseen(subject: Subject) -> Search:
 
 def _measured(subject: Subject, folder: Path, wish: Wish, progress: bool) -> Search:
     stores = {part: Store(folder / (part or "model")) for part in subject.models}
-    metric, errors, trust = _errors(subject, stores, Store(folder / "search"), wish, progress)
+    metric, errors, trust, runs = _errors(subject, stores, Store(folder / "search"), wish, progress)
     parts = {}
     for part, model in subject.models.items():
         costs, dtype = cost.Costs({}, 0.0, 1.0), subject.dtype(part)
@@ -123,18 +123,19 @@ def _measured(subject: Subject, folder: Path, wish: Wish, progress: bool) -> Sea
             costs = cost.measure(model, subject.menus[part], seen, subject.plans[part], progress)
         rows = search.measured(subject.plans[part], subject.menus[part], errors[part], costs.ms, dtype, subject.extra)
         parts[part] = Part(rows, costs.fixed, costs.calls)
-    return Search(subject.recipe.name, metric, parts, _fixed_bytes(subject, parts, stores), trust)
+    return Search(subject.recipe.name, metric, parts, _fixed_bytes(subject, parts, stores), trust, runs)
 
 
 def _errors(subject: Subject, stores: Mapping[str, Store], own: Store, wish: Wish, progress: bool) -> tuple:
-    """-> the metric that was possible, errors by part, and how well every estimator at hand ranks unseen plans."""
+    """-> the metric that was possible, errors by part, how well every estimator ranks unseen plans, whole runs."""
     metric = wish.metric
     whole = subject.runner is not None and trajectory.possible(subject.runner) is None
     if metric == "trajectory" and not whole:
         metric = "prediction"
     found: dict[str, dict[str, Errors]] = {}
+    runs = 0
     if whole and metric in ("trajectory", "sampled"):
-        found["trajectory"] = trajectory.gradients(subject.runner, subject.models, subject.menus, own, progress)
+        found["trajectory"], runs = trajectory.gradients(subject.runner, subject.models, subject.menus, own, progress)
     if metric == "prediction" or not whole:
         found["prediction"] = _each(subject, stores, _predicted, progress)
     if metric == "output":
@@ -143,7 +144,7 @@ def _errors(subject: Subject, stores: Mapping[str, Store], own: Store, wish: Wis
     if metric == "sampled":
         found["sampled"] = _sampled(subject, base, stores, own, whole, progress)
     trust = _checked(subject, found, stores, own, whole, wish.held_out, progress) if wish.held_out else {}
-    return metric, found[metric], trust
+    return metric, found[metric], trust, runs
 
 
 def _each(subject: Subject, stores: Mapping[str, Store], measure, progress: bool) -> dict[str, Errors]:

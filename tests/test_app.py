@@ -188,6 +188,19 @@ def test_quantizing_gives_plan_and_report_and_a_recipe_for_compare(client, place
 
 
 @pytest.mark.slow
+def test_a_budget_of_bits_mixes_formats_and_is_kept(client):
+    asked = {"recipe": "int8-weight", "bits": 5, "prompts": "a red circle", "samples": 2, "steps": 2, "seed": 0}
+    words, plan, _, _ = client.predict(model="tiny-pixart", **asked, api_name="/quantize")
+    assert "tiny-pixart-int8-weight-5-bits-1" in words and "5 bits per weight: predicted" in words
+    assert len({str(layer.weight) for layer in dq.Plan.load(plan).layers.values()}) > 2
+    assert "tiny-pixart-int8-weight-5-bits-1" in client.predict("tiny-pixart", api_name="/recipes")
+    with pytest.raises(
+        gradio_client.exceptions.AppError, match="bits per weight is 1, expected a number from 2 to 16"
+    ):
+        client.predict(model="tiny-pixart", **(asked | {"bits": 1}), api_name="/quantize")
+
+
+@pytest.mark.slow
 def test_a_job_that_is_stopped_ends_and_leaves_nothing(client, places, jobs):
     before = set(places["made"].iterdir())
     asked = {"recipe": "gptq-int4-weight", "prompts": "", "samples": 500, "steps": 50, "seed": 0}

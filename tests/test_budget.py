@@ -107,13 +107,13 @@ def test_a_killed_measurement_goes_on_where_it_was(tmp_path, monkeypatch):
     runner = Runner(pipe, calibration(steps=2, samples=2))
     models_of, menus = {"": pipe.transformer}, {"": {"transformer_blocks.0.attn1.to_q": _menu((256, 256))}}
     monkeypatch.setattr(trajectory, "MOST_RUNS", 4)
-    undisturbed = trajectory.gradients(runner, models_of, menus, Store(tmp_path / "a"), False)
+    undisturbed, count = trajectory.gradients(runner, models_of, menus, Store(tmp_path / "a"), False)
     monkeypatch.setattr(trajectory, "_walk", dies)
     with pytest.raises(KeyboardInterrupt):
         trajectory.gradients(runner, models_of, menus, Store(tmp_path / "b"), False)
     monkeypatch.setattr(trajectory, "_walk", lambda *given: (runs.append(given[1]), whole(*given)))
-    resumed = trajectory.gradients(runner, models_of, menus, Store(tmp_path / "b"), False)
-    assert runs == [0, 1, 2, 3]
+    resumed, again = trajectory.gradients(runner, models_of, menus, Store(tmp_path / "b"), False)
+    assert runs == [0, 1, 2, 3] and count == again == 4
     for name, table in undisturbed[""].items():
         assert np.array_equal(table, resumed[""][name])
 

@@ -150,6 +150,8 @@ WRONG = {
     "no model in it": (["quantize", "{empty}", "--out", "{new}", "--recipe", "int8"], "holds no model"),
     "not on this disk": (["quantize", "no/body", "--out", "{new}", "--recipe", "int8"], "cannot be loaded"),
     "prompts": (["quantize", "tiny-pixart", "--out", "{new}", "--recipe", "int8", "--prompts", "p.txt"], "data-free"),
+    "steps": (["quantize", "tiny-pixart", "--out", "{new}", "--recipe", "int8", "--steps", "4"], "leave --steps out"),
+    "set": (["quantize", "tiny-pixart", "--out", "{new}", "--recipe", "int8", "--set", "eta=0"], "leave --set out"),
     "budget": (
         ["quantize", "tiny-pixart", "--out", "{new}", "--recipe", "int8", "--budget-gib", "0.001"],
         "least possible",

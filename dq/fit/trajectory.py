@@ -47,8 +47,8 @@ def gradients(
     menus: Mapping[str, Mapping[str, Sequence[Choice]]],
     store: Store,
     progress: bool = True,
-) -> dict[str, Errors]:
-    """By part: errors of the pictures or final latents, to first order, from as many runs as the time allows.
+) -> tuple[dict[str, Errors], int]:
+    """-> by part: errors of the pictures or final latents, to first order; and from how many runs, as time allows.
 
     store  keeps what was gathered after every run; a killed measurement goes on there
     Raises RuntimeError where the pipeline's loop cannot be differentiated.
@@ -63,9 +63,8 @@ def gradients(
             _walk(runner, made.done, models, listeners, sensitivity.generator(seed, made.done))
             made.step(listeners, time.perf_counter() - begun)
             bar.update()
-    return {
-        part: sensitivity.table(listener, menus[part], made.done, progress) for part, listener in listeners.items()
-    }
+    found = {part: sensitivity.table(own, menus[part], made.done, progress) for part, own in listeners.items()}
+    return found, made.done
 
 
 def _walk(runner: Runner, run: int, models: Mapping, listeners: Mapping, signs: torch.Generator) -> None:
