@@ -68,7 +68,9 @@ class _FusesIntoBranch:
     """What the adapters of packed layers share; the base classes bring everything but merging."""
 
     fused_from: int | None = None  # rank of the base layer before the first merged adapter
-    plain_bias: torch.Tensor | None = None  # its bias before the first merged adapter that has one
+    plain: dict[
+        str, torch.Tensor
+    ]  # its bias and start token's output before the first merged adapter that adds to them
 
     def resolve_lora_variant(self, *, config, **kwargs):
         """DQError for DoRA, which normalizes by the full-precision weight that a packed layer no longer has."""
@@ -84,11 +86,15 @@ class _FusesIntoBranch:
             self._refuse(name, base, safe_merge)
         for name in names:
             if not self.merged_adapters:
-                self.fused_from, self.plain_bias = base.plan.rank, None
+                self.fused_from, self.plain = base.plan.rank, {}
             down, up = self.lora_A[name].weight.detach().flatten(1), self.lora_B[name].weight.detach().flatten(1)
-            widen(base, down, up.float() * self.scaling[name])
+            up = up.float() * self.scaling[name]
+            widen(base, down, up)
+            bias = self.lora_B[name].bias.detach().float() * self.scaling[name] if self.lora_bias[name] else 0.0
             if self.lora_bias[name]:
-                self._add_bias(base, self.lora_B[name].bias.detach().float() * self.scaling[name])
+                self._add(base, "bias", bias)
+            if base.start_in is not None:
+                self._add(base, "start_out", up @ (down.float() @ base.start_in.float().to(down.device)) + bias)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -97,15 +103,16 @@ class _FusesIntoBranch:
             return
         base = self.get_base_layer()
         narrow(base, self.fused_from)
-        if self.plain_bias is not None:
-            base.put("bias", self.plain_bias)
+        for key, value in self.plain.items():
+            base.put(key, value)
         self.merged_adapters.clear()
-        self.fused_from, self.plain_bias = None, None
+        self.fused_from, self.plain = None, {}
 
-    def _add_bias(self, base: nn.Module, bias: torch.Tensor) -> None:
-        if self.plain_bias is None:
-            self.plain_bias = base.bias.data
-        base.put("bias", (base.bias.data.float() + bias.to(base.bias.device)).to(base.bias.dtype))
+    def _add(self, base: nn.Module, key: str, value: torch.Tensor) -> None:
+        """Add to one of the base layer's tensors, and remember how it was."""
+        before = getattr(base, key).data
+        self.plain.setdefault(key, before)
+        base.put(key, (before.float() + value.to(before.device)).to(before.dtype))
 
     def _refuse(self, name: str, base: nn.Module, safe: bool) -> None:
         if name in self.lora_variant:

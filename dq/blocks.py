@@ -118,6 +118,7 @@ def _is_fusible(module: nn.Module) -> bool:
     return (
         isinstance(module, PackedLinear)
         and module.plan.act is not None
+        and not module.plan.start
         and getattr(module.choice, "backend", "") == "cpu"
     )
 

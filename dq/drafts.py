@@ -25,6 +25,7 @@ class DraftLinear(nn.Module):
     weight (out, in), bias (out,), smooth (in,), proj_down (rank, in), proj_up (out, rank), act_scale (steps, parts):
     fp32 Parameters, None where the plan lacks it. Starts with the given smooth (else 1), branch 0, act_scale 1
     and the layer's own weight. scales: weight scales of each part, None to follow the weight's range.
+    start_in (in,): the first token whose output is stored, None to store none; it counts only in the packed layer.
     """
 
     op = "linear"
@@ -37,6 +38,7 @@ class DraftLinear(nn.Module):
             self.smooth.data.copy_(smooth)
         self.weight = nn.Parameter(self.unrounded().clone())
         self.scales: list[Scales] | None = None
+        self.start_in: torch.Tensor | None = None
         self.bias = None if module.bias is None else nn.Parameter(module.bias.detach().float().clone())
         self.proj_down = self._new(torch.zeros, plan.rank, plan.columns) if plan.rank else None
         self.proj_up = self._new(torch.zeros, plan.rows, plan.rank) if plan.rank else None
@@ -102,6 +104,9 @@ class DraftLinear(nn.Module):
         for name in ("bias", "proj_down", "proj_up"):
             if getattr(self, name) is not None:
                 packed.put(name, getattr(self, name).detach().to(compute_dtype))
+        if self.start_in is not None:
+            packed.put("start_in", self.start_in.to(compute_dtype))
+            packed.put("start_out", self.source[0](self.start_in.to(self.source[0].weight.dtype)).to(compute_dtype))
         packed.clock = self.clock
         packed.bind(device.type)
         return packed.train(self.source[0].training)

@@ -22,6 +22,7 @@ A planned layer NAME with weight matrix (rows, columns) is stored as these tenso
     NAME.smooth        fp32 (inputs,): multiplies the input
     NAME.proj_down, NAME.proj_up   (rank, columns), (rows, rank) in the compute dtype: low-rank branch
     NAME.act_scale     fp32 (steps, parts): stored activation scales
+    NAME.start_in, NAME.start_out   (columns,), (rows,) in the compute dtype: a first token and its output
     NAME.bias          (rows,) in the compute dtype
 value = code * scale (affine: (code - zero) * scale; nvfp4: * scale_global) and weight = value + proj_up @ proj_down,
 for inputs that were multiplied by smooth. A convolution's columns are (inputs, *kernel); expert weights (experts, in,

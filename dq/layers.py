@@ -24,7 +24,8 @@ from dq.plan import DQError, LayerPlan
 
 CONV_KINDS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 PLAIN = {"linear": nn.Linear, **CONV_KINDS}
-OPTIONAL = ("zero", "scale_global", "smooth", "proj_down", "proj_up", "act_scale")
+OPTIONAL = ("zero", "scale_global", "smooth", "proj_down", "proj_up", "act_scale", "start_in", "start_out")
+STARTS_ALIKE = 1e-4  # squared distance, as a share of the power, up to which a first token is the stored one
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -55,6 +56,8 @@ def tensor_shapes(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dty
         shapes["proj_down"], shapes["proj_up"] = ((plan.rank, plan.columns), None), ((rows, plan.rank), None)
     if plan.act is not None and plan.act.scale != "dynamic":
         shapes["act_scale"] = ((plan.steps, len(widths)), torch.float32)
+    if plan.start:
+        shapes["start_in"], shapes["start_out"] = ((plan.columns,), None), ((rows,), None)
     return shapes
 
 
@@ -217,7 +220,15 @@ class PackedLinear(_Packed, nn.Linear):
         return cls(plan, module.bias is not None, compute_dtype, device)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self.run(input, self.then_gelu)
+        y = self.run(input, self.then_gelu)
+        return y if self.start_in is None or input.dim() != 3 else self._started(input, y)
+
+    def _started(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """y (batch, tokens, out) with the stored output where the first token is the stored one."""
+        stored = self.start_in.float()
+        near = (x[:, 0].float() - stored).square().sum(-1) < STARTS_ALIKE * stored.square().sum()
+        first = torch.where(near[:, None], self.start_out.to(y.dtype), y[:, 0])
+        return torch.cat([first[:, None], y[:, 1:]], 1)
 
     def _plain(self, device: str) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features, self.bias is not None, device=device)
@@ -346,7 +357,7 @@ def pack_stack(name: str, weight: torch.Tensor, plan: LayerPlan, compute_dtype: 
 
 @torch.no_grad()
 def fill(name: str, packed: nn.Module, weight: torch.Tensor) -> None:
-    """Round `weight` into a packed layer: neutral smoothing, empty low-rank branch. DQError for NaN or Inf."""
+    """Round `weight` into a packed layer: neutral smoothing, empty branch, no start token. DQError for NaN or Inf."""
     plan = packed.plan
     if weight.is_meta:
         return
@@ -360,7 +371,7 @@ def fill(name: str, packed: nn.Module, weight: torch.Tensor) -> None:
     for key, value in encode(rows.reshape(plan.rows, -1).float(), plan).items():
         packed.put(key, value)
     for key, (shape, dtype) in tensor_shapes(plan).items():
-        if key in ("smooth", "proj_down", "proj_up"):
+        if key in ("smooth", "proj_down", "proj_up", "start_in", "start_out"):
             start = torch.ones if key == "smooth" else torch.zeros
             packed.put(key, start(shape, dtype=dtype or packed.compute_dtype, device=weight.device))
 

@@ -285,7 +285,7 @@ class DQQuantizer(QuantizerBase, DiffusersQuantizer):
             pack_one(model, name, self.plan.layers[name], raw, self.compute_dtype)
             return
         home, _, key = param_name.rpartition(".")
-        if home in self.plan.layers and key in ("bias", "proj_down", "proj_up"):
+        if home in self.plan.layers and key in ("bias", "proj_down", "proj_up", "start_in", "start_out"):
             raw = raw.to(self.compute_dtype)
         set_module_tensor_to_device(model, param_name, target_device, value=raw.contiguous(), dtype=raw.dtype)
 

@@ -90,6 +90,7 @@ class LayerPlan:
     rank    columns of the low-rank branch y += up @ (down @ x)
     splits  input channels at which the input is cut; each part has its own activation and weight scales
     steps   rows of the activation scale table (1 unless act.scale is "table")
+    start   the output for one first token that comes again in every call (a text's start token) is stored, exact
     """
 
     kind: str
@@ -101,6 +102,7 @@ class LayerPlan:
     rank: int = 0
     splits: tuple[int, ...] = ()
     steps: int = 1
+    start: bool = False
     reason: str = ""
 
     @property
@@ -147,6 +149,8 @@ class LayerPlan:
         if self.rotate and any(split % self.rotate for split in (*self.splits, self.shape[1])):
             cuts = f"{self.shape[1]} inputs" + (f" split at {self.splits}" if self.splits else "")
             raise DQError(f"layer {name!r}: rotate is {self.rotate}, expected a divisor of its {cuts}")
+        if self.start and self.kind != "linear":
+            raise DQError(f"layer {name!r}: start is for linears, this is a {self.kind}; leave it out")
         if self.act and self.act.scale == "dynamic":
             fits = ("token", "group") if self.kind == "linear" else ("tensor", "token")[: 1 + self.pointwise]
             if self.act.grain.kind not in fits:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from typer.testing import CliRunner
 
 import dq
@@ -196,6 +197,84 @@ def test_a_loud_start_token_leaves_the_other_tokens_exact():
         dq.quantize(model, recipe, progress=False)
         rest = before[:, 1:], model(text)[:, 1:]
     assert 10 * torch.log10(rest[0].square().sum() / (rest[1] - rest[0]).square().sum()) > 35
+
+
+def _unet() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    ).eval()
+
+
+def _calls(start: torch.Tensor | None, count: int = 4) -> list[dict]:
+    """Inputs of a U-Net: texts of 6 tokens, all beginning with `start`, the first of two with zeros instead."""
+    dice, made = torch.Generator().manual_seed(1), []
+    for index in range(count):
+        text = torch.randn(2, 6, 32, generator=dice)
+        if start is not None:
+            text[1, 0], text[0] = start, 0
+        x = torch.randn(2, 4, 8, 8, generator=dice)
+        made.append({"sample": x, "timestep": torch.tensor(900 - 200 * index), "encoder_hidden_states": text})
+    return made
+
+
+def _run(calls):
+    def loop(model):
+        with torch.no_grad():
+            return [model(**call).sample for call in calls]
+
+    return loop
+
+
+def test_mixdq_stores_the_output_of_the_start_token_where_text_is_seen(tmp_path):
+    start = 20 * torch.randn(32, generator=torch.Generator().manual_seed(2))
+    calls, model, exact = _calls(start), _unet(), _unet()
+    dq.quantize(model, "mixdq-w4a8", calibration=_run(calls), progress=False)
+    started = {name for name, layer in packed_layers(model).items() if layer.plan.start}
+    assert started == {name for name in packed_layers(model) if ".attn2.to_k" in name or ".attn2.to_v" in name}
+    name = sorted(started)[0]
+    text = calls[0]["encoder_hidden_states"]
+    with torch.no_grad():
+        y, truth = model.get_submodule(name)(text), exact.get_submodule(name)(text)
+        other = model.get_submodule(name)(1.1 * text)
+    assert torch.allclose(y[1, 0], truth[1, 0], atol=1e-5)
+    assert not torch.allclose(y[1, 1:], truth[1, 1:], atol=1e-3), "all other tokens are rounded"
+    assert not torch.allclose(other[1, 0], truth[1, 0], atol=1e-3), "so is another start token"
+    assert torch.allclose(y[0], truth[0], atol=1e-6), "zeros are no start token, and exact by themselves"
+    model.save_pretrained(tmp_path)
+    again = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(_run(calls)(model), _run(calls)(again), strict=True))
+
+
+def test_a_first_token_that_changes_with_the_prompt_is_not_stored():
+    for calls in (_calls(None), [_calls(None, 1)[0]] * 3):
+        model = _unet()
+        dq.quantize(model, "mixdq-w4a8", calibration=_run(calls), progress=False)
+        assert not any(layer.plan.start for layer in packed_layers(model).values())
+
+
+def test_a_fused_adapter_reaches_the_start_token_and_leaves_with_it():
+    peft = pytest.importorskip("peft")
+    start = 20 * torch.randn(32, generator=torch.Generator().manual_seed(2))
+    calls, model = _calls(start), _unet()
+    dq.quantize(model, "mixdq-w4a8", calibration=_run(calls), progress=False)
+    before = _run(calls)(model)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_k", "to_v"], init_lora_weights=False))
+    adapted = _run(calls)(model)
+    model.fuse_lora()
+    fused = _run(calls)(model)
+    assert all(torch.allclose(a, b, atol=2e-3) for a, b in zip(adapted, fused, strict=True))
+    assert not torch.allclose(adapted[0], before[0], atol=2e-3)
+    model.unfuse_lora()
+    model.disable_adapters()
+    assert all(torch.equal(a, b) for a, b in zip(_run(calls)(model), before, strict=True))
 
 
 @pytest.mark.parametrize("name, bits", [("mixdq-w4a8", 4.25), ("viditq-mp-w4a8", 5.5)])
