@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dq import adapters, fusions, hub, layers, loading, recipes
-from dq.layers import PackedStack, packed_layers
+from dq.layers import PackedStack, packed_layers, parameter_bytes
 from dq.plan import DQError, LayerPlan, Plan, Recipe, nearest
 from dq.report import Report, Row
 
@@ -54,7 +54,7 @@ def quantize(
     models |= _named_components(target, components or {})
     keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
     plans = _plan_all(models, keep)
-    before = _bytes(model for model, _ in models.values())
+    before = parameter_bytes(*(model for model, _ in models.values()))
     packed, errors, notes = {}, {}, []
     if calibration is not None or budget is not None:
         from dq import work
@@ -71,7 +71,7 @@ def quantize(
         for name, layer in packed[part].items():
             loading.put(model, name, layer)
         hub.mark(model, plans[part])
-    after = _bytes(model for model, _ in models.values())
+    after = parameter_bytes(*(model for model, _ in models.values()))
     name = getattr(wanted, "name", None) or getattr(wanted, "recipe", "")
     notes += _step_notes(plans)
     return Report(_with_kernels(rows, models), before, after, time.perf_counter() - start, name, notes=notes)
@@ -106,13 +106,13 @@ def explain(target) -> Report:
     for part, model in models.items():
         plan = hub.plan_of(model)
         for name, layer in packed_layers(model).items():
-            rows.append(_row(part, name, layer.plan, _layer_bytes(layer), None, layer.plan.reason))
+            rows.append(_row(part, name, layer.plan, parameter_bytes(layer), None, layer.plan.reason))
         kept = plan.kept if plan is not None else {}
         rows += [_kept_row(part, model, name, reason) for name, reason in kept.items()]
     before = sum(_dense_bytes(model) for model in models.values())
     recipe = ", ".join(dict.fromkeys(hub.plan_of(model).recipe for model in models.values()))
     plans = {part: hub.plan_of(model) for part, model in models.items()}
-    report = Report(_with_kernels(rows, models), before, _bytes(models.values()), 0.0, recipe)
+    report = Report(_with_kernels(rows, models), before, parameter_bytes(*models.values()), 0.0, recipe)
     report.notes += _step_notes(plans)
     report.notes += [f"{part or 'model'}: {line}" for part, model in models.items() for line in fusions.notes(model)]
     return report
@@ -280,7 +280,7 @@ def _pack_all(part: str, model: nn.Module, plan: Plan, progress: bool) -> tuple[
 def _rows(part: str, model: nn.Module, plan: Plan, packed: Mapping, errors: Mapping) -> list[Row]:
     """Report rows of one model, in plan order, kept layers last."""
     rows = [
-        _row(part, name, layer, _layer_bytes(packed[name]), errors[part].get(name), layer.reason)
+        _row(part, name, layer, parameter_bytes(packed[name]), errors[part].get(name), layer.reason)
         for name, layer in plan.layers.items()
     ]
     return rows + [_kept_row(part, model, name, reason) for name, reason in plan.kept.items()]
@@ -328,7 +328,7 @@ def _kept_row(part: str, model: nn.Module, name: str, reason: str) -> Row:
         return Row(full, "stack", None, None, 0, weight.numel() * weight.element_size(), None, reason)
     layer = owner.get_submodule(key)
     kind = layers.kind_of(layer) or type(layer).__name__
-    return Row(full, kind, None, None, 0, _layer_bytes(layer), None, reason)
+    return Row(full, kind, None, None, 0, parameter_bytes(layer), None, reason)
 
 
 def _with_kernels(rows: list[Row], models: Mapping[str, object]) -> list[Row]:
@@ -351,18 +351,10 @@ def _with_kernel(row: Row, layer: nn.Module | None) -> Row:
     return Row(**{**vars(row), "kernel": f"{choice.backend}: {choice.label}", "why_not": choice.refusals})
 
 
-def _layer_bytes(layer: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in layer.parameters(recurse=False))
-
-
-def _bytes(models: Iterable[nn.Module]) -> int:
-    return sum(p.numel() * p.element_size() for model in models for p in model.parameters())
-
-
 def _dense_bytes(model: nn.Module) -> int:
     """Parameter bytes of the model with every packed layer in its compute dtype."""
     packed = packed_layers(model)
-    total = _bytes([model]) - sum(_layer_bytes(layer) for layer in packed.values())
+    total = parameter_bytes(model) - sum(parameter_bytes(layer) for layer in packed.values())
     for layer in packed.values():
         elements = layer.plan.rows * layer.plan.columns
         bias = getattr(layer, "bias", None)

@@ -376,6 +376,11 @@ def fill(name: str, packed: nn.Module, weight: torch.Tensor) -> None:
             packed.put(key, start(shape, dtype=dtype or packed.compute_dtype, device=weight.device))
 
 
+def parameter_bytes(*modules: nn.Module) -> int:
+    """Bytes of all parameters together."""
+    return sum(value.nbytes for module in modules for value in module.parameters())
+
+
 def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Packed layers and stacks of a model by dotted name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, _Packed | PackedStack)}

@@ -164,7 +164,7 @@ class Runner:
         self.runs[BASE] = self._call(self.models[BASE])
         for _ in range(WARM):
             self.expected = self.runs[BASE]().float()
-        return {"kernel": _products(self.runs[BASE]), "weight_bytes": _weight_bytes(self.models[BASE])}
+        return {"kernel": _products(self.runs[BASE]), "weight_bytes": layers.parameter_bytes(self.models[BASE])}
 
     @torch.no_grad()
     def ready(self, contender: Contender) -> dict:
@@ -232,7 +232,7 @@ class Runner:
     def save(self, name: str, folder: str, recipe: Recipe | None) -> int:
         """Save a model, quantized when there is a recipe. -> bytes of its weights in bf16."""
         model = widths.build(name)
-        size = _weight_bytes(model)
+        size = layers.parameter_bytes(model)
         if recipe is not None:
             SCHEMES[recipe.name](model)
         model.save_pretrained(folder)
@@ -345,10 +345,6 @@ def _error_db(expected: torch.Tensor, y: torch.Tensor) -> float | None:
 
 def _versions(contender: Contender) -> dict[str, str]:
     return {contender.needs: importlib.metadata.version(contender.needs)} if contender.needs else {}
-
-
-def _weight_bytes(model: nn.Module) -> int:
-    return sum(value.numel() * value.element_size() for value in model.parameters())
 
 
 def _peak_bytes() -> int:

@@ -93,8 +93,13 @@ def main() -> None:
 
 def measure(model: str, entry: Entry, options) -> dict:
     """The figures of one row."""
-    pipe, (found, plans) = tiny.load(model), explored(model, entry.seed, options.prompts, options.seed)
+    pipe, asked = tiny.load(model), (model, entry.seed, options.prompts, options.seed)
+    found, plans = explored(*asked)
     limit, chosen = _chosen(found, entry)
+    if entry.way == "mixed":  # pictures decide between the best few plans
+        budget = dq.Budget(bytes=limit)
+        found, _ = explored(*asked, budgets=(budget,))
+        chosen = found.choose(budget)
     if entry.way.endswith("GPTQ"):
         report = _fit(pipe, model, entry, limit, options)
     else:
@@ -146,11 +151,14 @@ def calibration(model: str, seed: int, count: int, evaluated: int) -> dq.Calibra
 
 
 @cache
-def explored(model: str, seed: int, count: int, evaluated: int, timed: bool = False) -> tuple[search.Search, dict]:
-    """What a budget chooses from; see `calibration`."""
+def explored(
+    model: str, seed: int, count: int, evaluated: int, timed: bool = False, budgets: tuple[dq.Budget, ...] = ()
+) -> tuple[search.Search, dict]:
+    """What a budget chooses from; see `calibration` and `sensing.Wish`."""
     given = calibration(model, seed, count, evaluated)
     with methods.claimed(f"search {given.folder.name}"):
-        return api.explore(tiny.load(model), RECIPE, given, wish=sensing.Wish(timed=timed), progress=False)
+        wish = sensing.Wish(timed=timed, budgets=budgets)
+        return api.explore(tiny.load(model), RECIPE, given, wish=wish, progress=False)
 
 
 def _formats(pipe) -> dict[str, int]:

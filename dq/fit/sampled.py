@@ -22,6 +22,7 @@ from tqdm import tqdm
 from dq.fit import sensitivity
 from dq.fit.choices import Choice
 from dq.fit.sensitivity import Errors, Judge
+from dq.layers import parameter_bytes
 from dq.records import Store
 from dq.units import replaced
 
@@ -39,36 +40,64 @@ def plans(menus: Mapping[str, Sequence[Choice]], count: int, seed: int) -> list[
     return found
 
 
-@torch.no_grad()
-def scores(
-    model: nn.Module,
-    menus: Mapping[str, Sequence[Choice]],
-    drawn: Sequence[Sequence[int]],
-    judge: Judge,
-    store: Store,
-    dtype: torch.dtype,
-    progress: bool = True,
-) -> np.ndarray:
-    """(plans, buckets + 1): the error under every plan; each is kept in the store."""
-    names, found = list(menus), []
-    layers: dict[tuple[str, int], nn.Module] = {}
-    for chosen in tqdm(drawn, desc="random plans", disable=not progress, delay=2):
-        given = [[name, str(menus[name][choice])] for name, choice in zip(names, chosen, strict=True)]
-        key = f"sampled/{zlib.crc32(json.dumps([given, list(judge.keys)]).encode()):08x}"
-        if not store.has(key):
+class Trial:
+    """Runs models rounded to nearest under plans, and tells how far that leads; every plan's error is kept.
+
+    models, menus, dtypes  by part: a denoiser, the choices of its layers, and its compute dtype
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        menus: Mapping[str, Mapping[str, Sequence[Choice]]],
+        dtypes: Mapping[str, torch.dtype],
+        judge: Judge,
+        store: Store,
+    ):
+        self.models, self.menus, self.judge, self.store = models, menus, judge, store
+        self.layers = {part: _Layers(model, menus[part], dtypes[part]) for part, model in models.items()}
+
+    @torch.no_grad()
+    def error(self, chosen: Mapping[str, Mapping[str, int]]) -> np.ndarray:
+        """(buckets + 1,) under a plan: the number of the choice by part and layer."""
+        given = [[part, name, str(self.menus[part][name][i])] for part in chosen for name, i in chosen[part].items()]
+        key = f"sampled/{zlib.crc32(json.dumps([given, list(self.judge.keys)]).encode()):08x}"
+        if not self.store.has(key):
             forwards = {}
-            for name, choice in zip(names, chosen, strict=True):
-                plan = menus[name][choice]
-                if plan is None or plan.kind == "stack":
-                    continue
-                module = model.get_submodule(name)
-                if (name, choice) not in layers:
-                    layers[name, choice] = sensitivity.packed(name, module, plan, dtype)
-                forwards[module] = layers[name, choice].forward
+            for part, plan in chosen.items():
+                for name, choice in plan.items():
+                    wanted = self.menus[part][name][choice]
+                    if wanted is not None and wanted.kind != "stack":
+                        layer = self.layers[part].get(name, choice)
+                        forwards[self.models[part].get_submodule(name)] = layer.forward
             with replaced(forwards):
-                store.write(key, {"error": judge.error().tolist()}, share=False)
-        found.append(store.read(key)["error"])
-    return np.array(found)
+                self.store.write(key, {"error": self.judge.error().tolist()}, share=False)
+        return np.array(self.store.read(key)["error"])
+
+
+def scores(trial: Trial, part: str, drawn: Sequence[Sequence[int]], progress: bool = True) -> np.ndarray:
+    """(plans, buckets + 1): the error under every plan of one part, given as choices in the order of its menus."""
+    names = list(trial.menus[part])
+    bar = tqdm(drawn, desc="random plans", disable=not progress, delay=2)
+    return np.array([trial.error({part: dict(zip(names, chosen, strict=True))}) for chosen in bar])
+
+
+class _Layers:
+    """Packed layers, made when asked for and kept as long as together they take no more than the model's weights."""
+
+    def __init__(self, model: nn.Module, menus: Mapping[str, Sequence[Choice]], dtype: torch.dtype):
+        self.model, self.menus, self.dtype = model, menus, dtype
+        self.kept: dict[tuple[str, int], nn.Module] = {}
+        self.left = parameter_bytes(model)
+
+    def get(self, name: str, choice: int) -> nn.Module:
+        if (name, choice) in self.kept:
+            return self.kept[name, choice]
+        made = sensitivity.packed(name, self.model.get_submodule(name), self.menus[name][choice], self.dtype)
+        if parameter_bytes(made) <= self.left:
+            self.left -= parameter_bytes(made)
+            self.kept[name, choice] = made
+        return made
 
 
 def fitted(guess: Errors, drawn: Sequence[Sequence[int]], measured: np.ndarray) -> Errors:
