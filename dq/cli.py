@@ -141,8 +141,7 @@ def plan(
     target = saved.load(model, _dtype(dtype))
     call = _plain_size(target) | _arguments(extra)
     given = dq.Calibration(prompts, steps, samples, seed, call_kwargs=call, folder=work)
-    wish = sensing.Wish(metric, timed or budget_ms is not None, budgets=() if budget is None else (budget,))
-    found, plans = api.explore(target, recipe, given, wish=wish)
+    found, plans = api.explore(target, recipe, given, wish=sensing.Wish(metric, timed or budget_ms is not None))
     chosen = None
     if budget is not None:
         chosen = found.choose(budget)

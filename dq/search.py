@@ -25,7 +25,6 @@ from dq.plan import DQError, LayerPlan, Plan
 
 MIB = 2**20
 NEVER = 1e18  # a cost that no limit allows
-SPREAD = 0.25  # natural logarithm: of the errors that a measurement is off by
 
 
 @dataclass
@@ -60,7 +59,6 @@ class Search:
     fixed_bytes  by scope: bytes beside the planned layers' weights
     trust        by metric: rank correlation of predicted and measured errors over plans that no fit has seen
     runs         whole denoising runs that sensitivity was measured on; 0 where it was single calls
-    tried        by repr of a budget: plans that were run, the one of least predicted harm first, and what each led to
     """
 
     recipe: str
@@ -69,39 +67,20 @@ class Search:
     fixed_bytes: dict[str, int] = field(default_factory=dict)
     trust: dict[str, float] = field(default_factory=dict)
     runs: int = 0
-    tried: dict[str, list[tuple[Chosen, float]]] = field(default_factory=dict)
 
     def rows(self) -> list[tuple[str, str, Measured]]:
         """(part, layer, what was measured) in order."""
         return [(part, name, row) for part, found in self.parts.items() for name, row in found.layers.items()]
 
     def choose(self, budget: Budget) -> Chosen:
-        """The plan within the budget that did least harm when tried, else the one that will by prediction.
-
-        Raises DQError with the nearest figure that can be reached.
-        """
-        if tried := self.tried.get(repr(budget)):
-            return min(tried, key=lambda pair: pair[1])[0]
-        return self.candidates(budget, 1)[0]
-
-    def candidates(self, budget: Budget, count: int) -> list[Chosen]:
-        """Up to `count` different plans within the budget that do about the least harm; first the one that does.
-
-        The others are best for errors that are off by SPREAD, as measured ones are.
-        """
+        """The least harmful plan within the budget. DQError with the nearest figure that can be reached."""
         limits, costs, fixed = self._limits(budget)
-        items, bounds = self._items(budget.tie, costs), [v - f for v, f in zip(limits.values(), fixed, strict=True)]
-        found, dice = [], np.random.default_rng(0)
-        for number in range(count):
-            factors = np.exp(SPREAD * dice.standard_normal(len(items)) * (number > 0))
-            drawn = [replace(item, errors=factor * item.errors) for item, factor in zip(items, factors, strict=True)]
-            try:
-                plan = self._spread(items, allocate.solve(drawn, bounds), budget.tie)
-            except allocate.Infeasible as refusal:
-                raise DQError(self._refusal(refusal, limits, fixed)) from None
-            if plan not in found:
-                found.append(plan)
-        return found
+        items = self._items(budget.tie, costs)
+        try:
+            found = allocate.solve(items, [limit - base for limit, base in zip(limits.values(), fixed, strict=True)])
+        except allocate.Infeasible as refusal:
+            raise DQError(self._refusal(refusal, limits, fixed)) from None
+        return self._spread(items, found, budget.tie)
 
     def greedy(self, budget: Budget) -> Chosen:
         """The same by raising the most sensitive layers to the most exact format first (ViDiT-Q), to compare with."""
@@ -277,9 +256,6 @@ def summary(search: Search, chosen: Chosen, budget: Budget) -> list[str]:
     trust = ", ".join(f"{metric} {value:.2f}" for metric, value in search.trust.items())
     lines = [f"budget {budget}: predicted {', '.join(used)}, SQNR {search.sqnr_db(chosen):.1f} dB"]
     lines.append(f"sensitivity: {search.metric}" + (f", {search.runs} runs" if search.runs else ""))
-    if tried := search.tried.get(repr(budget)):
-        gain = 10 * np.log10(tried[0][1] / min(error for _, error in tried))
-        lines.append(f"best of {len(tried)} nearly equal plans by pictures, {gain:.1f} dB above the first")
     lines.append("choices: " + ", ".join(f"{text} ({count})" for text, count in sorted(counts.items())))
     return lines + ([f"rank correlation with measured errors of plans not fitted to: {trust}"] if trust else [])
 

@@ -5,7 +5,7 @@ Everything measured goes to the folder of the calls, so that a killed search goe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,15 +16,13 @@ import torch
 from accelerate import PartialState
 from scipy.stats import spearmanr
 from torch import nn
-from tqdm import tqdm
 
-from dq import cost, methods, search
+from dq import cost, search
 from dq.budget import Budget
 from dq.calibration import Calibration
 from dq.files import write_json
 from dq.fit import choices, sampled, sensitivity, trajectory
 from dq.fit.predictions import BUCKETS, Predictions
-from dq.fit.sampled import Trial
 from dq.fit.sensitivity import Errors, Judge
 from dq.layers import parameter_bytes
 from dq.plan import Plan, Recipe, read_json
@@ -36,20 +34,15 @@ CALLS = 24  # single calls walked forward and back
 JUDGED_CALLS, JUDGED_RUNS = 6, 2  # run again for every changed layer or plan
 SAMPLES, HELD_OUT = 48, 8  # random plans to fit to, and to check on
 SMOOTH_BYTES = 4  # what fitting may add to a layer per input channel
-CANDIDATES = 8  # plans tried under a budget
 
 
 @dataclass(frozen=True)
 class Wish:
-    """How to measure: the metric (see dq.Budget), whether milliseconds are wanted, how many plans to check on.
-
-    budgets  for which several plans are tried, so that `Search.choose` gives the best of them
-    """
+    """How to measure: the metric (see dq.Budget), whether milliseconds are wanted, how many plans to check on."""
 
     metric: str = "trajectory"
     timed: bool = False
     held_out: int = HELD_OUT
-    budgets: tuple[Budget, ...] = ()
 
 
 @dataclass
@@ -131,26 +124,7 @@ def _measured(subject: Subject, folder: Path, wish: Wish, progress: bool) -> Sea
             costs = cost.measure(model, subject.menus[part], seen, subject.plans[part], progress)
         rows = search.measured(subject.plans[part], subject.menus[part], errors[part], costs.ms, dtype, subject.extra)
         parts[part] = Part(rows, costs.fixed, costs.calls)
-    found = Search(subject.recipe.name, metric, parts, _fixed_bytes(subject, parts, stores), trust, runs)
-    if runs and wish.budgets and methods.rounds_to_nearest(subject.recipe):
-        _try(subject, found, wish.budgets, Store(folder / "search"), progress)
-    return found
-
-
-def _try(subject: Subject, found: Search, budgets: Sequence[Budget], own: Store, progress: bool) -> None:
-    """Run the pipeline under the best few plans of every budget: what their roundings do to each other is luck."""
-    judge = trajectory.Ends(subject.runner, max(found.runs // 4, JUDGED_RUNS))
-    menus = {part: {name: row.choices for name, row in each.layers.items()} for part, each in found.parts.items()}
-    trial = _trial(subject, menus, judge, own)
-    for budget in budgets:
-        plans = found.candidates(budget, CANDIDATES)
-        bar = tqdm(plans, desc="plans within the budget", disable=not progress, delay=2)
-        found.tried[repr(budget)] = [(plan, float(trial.error(plan)[-1])) for plan in bar]
-
-
-def _trial(subject: Subject, menus: Mapping[str, Mapping], judge: Judge, own: Store) -> Trial:
-    models = {part: subject.models[part] for part in menus}
-    return Trial(models, menus, {part: subject.dtype(part) for part in menus}, judge, own)
+    return Search(subject.recipe.name, metric, parts, _fixed_bytes(subject, parts, stores), trust, runs)
 
 
 def _errors(subject: Subject, stores: Mapping[str, Store], own: Store, wish: Wish, progress: bool) -> tuple:
@@ -198,11 +172,11 @@ def _judge(subject: Subject, part: str, stores: Mapping[str, Store], whole: bool
 
 def _sampled(subject: Subject, base, stores, own: Store, whole: bool, progress: bool) -> dict[str, Errors]:
     found = {}
-    for part in subject.models:
+    for part, model in subject.models.items():
         known = {name: subject.menus[part][name] for name in base[part]}
         drawn = sampled.plans(known, SAMPLES, subject.calibration.seed)
         judge = _judge(subject, part, stores, whole)
-        truth = sampled.scores(_trial(subject, {part: known}, judge, own), part, drawn, progress)
+        truth = sampled.scores(model, known, drawn, judge, own, subject.dtype(part), progress)
         found[part] = sampled.fitted(base[part], drawn, truth)
     return found
 
@@ -214,11 +188,11 @@ def _checked(subject: Subject, found, stores, own: Store, whole: bool, count: in
     proportion, and too large where an error cannot grow any more.
     """
     trust: dict[str, float] = {}
-    for part in subject.models:
+    for part, model in subject.models.items():
         known = {name: subject.menus[part][name] for name in next(iter(found.values()))[part]}
         drawn = sampled.plans(known, count, subject.calibration.seed + 1)
         judge = _judge(subject, part, stores, whole)
-        truth = sampled.scores(_trial(subject, {part: known}, judge, own), part, drawn, progress)[:, -1]
+        truth = sampled.scores(model, known, drawn, judge, own, subject.dtype(part), progress)[:, -1]
         for metric, errors in found.items():
             mine = errors[part]
             guesses = np.array([sum(mine[n][c, -1] for n, c in zip(known, plan, strict=True)) for plan in drawn])

@@ -81,7 +81,7 @@ class Work:
         if folder is None:
             found = sensing.unseen(self._subject())
         else:
-            wish = sensing.Wish(budget.metric, budget.ms_per_step is not None, budgets=(budget,))
+            wish = sensing.Wish(budget.metric, budget.ms_per_step is not None)
             found = sensing.find(self._subject(), folder, wish, self.progress)
         chosen = found.choose(budget)
         self.plans.update(search.plans(found, self.plans, chosen, str(budget)))

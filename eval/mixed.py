@@ -93,13 +93,8 @@ def main() -> None:
 
 def measure(model: str, entry: Entry, options) -> dict:
     """The figures of one row."""
-    pipe, asked = tiny.load(model), (model, entry.seed, options.prompts, options.seed)
-    found, plans = explored(*asked)
+    pipe, (found, plans) = tiny.load(model), explored(model, entry.seed, options.prompts, options.seed)
     limit, chosen = _chosen(found, entry)
-    if entry.way == "mixed":  # pictures decide between the best few plans
-        budget = dq.Budget(bytes=limit)
-        found, _ = explored(*asked, budgets=(budget,))
-        chosen = found.choose(budget)
     if entry.way.endswith("GPTQ"):
         report = _fit(pipe, model, entry, limit, options)
     else:
@@ -151,14 +146,11 @@ def calibration(model: str, seed: int, count: int, evaluated: int) -> dq.Calibra
 
 
 @cache
-def explored(
-    model: str, seed: int, count: int, evaluated: int, timed: bool = False, budgets: tuple[dq.Budget, ...] = ()
-) -> tuple[search.Search, dict]:
-    """What a budget chooses from; see `calibration` and `sensing.Wish`."""
+def explored(model: str, seed: int, count: int, evaluated: int, timed: bool = False) -> tuple[search.Search, dict]:
+    """What a budget chooses from; see `calibration`."""
     given = calibration(model, seed, count, evaluated)
     with methods.claimed(f"search {given.folder.name}"):
-        wish = sensing.Wish(timed=timed, budgets=budgets)
-        return api.explore(tiny.load(model), RECIPE, given, wish=wish, progress=False)
+        return api.explore(tiny.load(model), RECIPE, given, wish=sensing.Wish(timed=timed), progress=False)
 
 
 def _formats(pipe) -> dict[str, int]:

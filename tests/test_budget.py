@@ -1,7 +1,6 @@
 """Budgets: limits hold, the choice is better than plain formats, and what cannot be is refused with what can."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -362,43 +361,6 @@ def test_layers_of_a_kind_may_share_a_choice(explored):
     for name, choice in chosen.items():
         kinds.setdefault(name.replace("0", "#").translate(str.maketrans("12345", "#####")), set()).add(choice)
     assert all(len(found) == 1 for name, found in kinds.items() if name.startswith("transformer_blocks"))
-
-
-def test_candidates_differ_keep_the_budget_and_do_about_the_least_harm(explored):
-    found, _ = explored
-    budget = dq.Budget(bits=4.5)
-    plans = found.candidates(budget, 6)
-    assert plans[0] == found.choose(budget) and len(plans) > 3
-    assert all(plan not in plans[:index] for index, plan in enumerate(plans))
-    best = found.sqnr_db(plans[0])
-    for plan in plans:
-        assert found.bits_of(plan) <= 4.5 and best - 0.5 < found.sqnr_db(plan) <= best
-
-
-def test_the_plan_whose_pictures_are_nearest_is_chosen(explored):
-    found, budget = replace(explored[0], tried={}), dq.Budget(bits=4.5)
-    plans = found.candidates(budget, 3)
-    found.tried[repr(budget)] = list(zip(plans, (3.0, 1.0, 2.0), strict=True))
-    assert found.choose(budget) == plans[1]
-    assert "best of 3 nearly equal plans by pictures, 4.8 dB above" in " ".join(
-        search.summary(found, plans[1], budget)
-    )
-    assert found.choose(dq.Budget(bits=4.5, tie="kind")) != plans[1], "another budget was not tried"
-
-
-def test_plans_are_tried_as_they_would_be_used(tmp_path, monkeypatch):
-    pipe, budget = tiny.load("tiny-pixart"), dq.Budget(bits=4.5)
-    monkeypatch.setattr(trajectory, "MOST_RUNS", 4)
-    monkeypatch.setattr(sensing, "CANDIDATES", 2)
-    given = calibration(steps=2, samples=2, folder=tmp_path)
-    found, plans = api.explore(pipe, "int8", given, wish=sensing.Wish(held_out=0, budgets=(budget,)), progress=False)
-    (tried,) = found.tried.values()
-    assert len(tried) == 2 and tried[0][1] != tried[1][1]
-    judge = trajectory.Ends(Runner(tiny.load("tiny-pixart"), given), 2)
-    for plan, error in tried:
-        judge.runner = Runner(tiny.load("tiny-pixart"), given)
-        dq.quantize(judge.runner.pipe, search.plans(found, plans, plan, "x")["transformer"], progress=False)
-        assert judge.error()[-1] == pytest.approx(error, rel=0.1)  # kernels that fuse round a little otherwise
 
 
 def test_a_search_is_a_json_that_solves_the_same_again(explored):

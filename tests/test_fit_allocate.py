@@ -4,19 +4,23 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import spearmanr
 
-from dq.fit import allocate, sampled
+from dq import recipes
+from dq.fit import allocate, choices, sampled
 from dq.fit.allocate import Item
+from dq.layers import parameter_bytes
+from dq.plan import LayerPlan, TensorPlan
 
 
-def items(count=6, choices=4, seed=0, limits=1):
+def items(count=6, options=4, seed=0, limits=1):
     """Decisions whose harm falls and whose cost rises with the number of the choice."""
     dice = np.random.default_rng(seed)
     found = []
     for i in range(count):
-        errors = np.sort(dice.lognormal(0, 2, choices))[::-1].copy()
-        costs = np.sort(dice.uniform(1, 10, (limits, choices)), axis=1) * dice.uniform(1, 5)
+        errors = np.sort(dice.lognormal(0, 2, options))[::-1].copy()
+        costs = np.sort(dice.uniform(1, 10, (limits, options)), axis=1) * dice.uniform(1, 5)
         found.append(Item(str(i), errors, costs))
     return found
 
@@ -95,3 +99,17 @@ def test_regression_on_random_plans_finds_the_layers_that_the_first_guess_got_wr
     assert rank(fitted) > 0.98
     layers = [[errors[name][2, -1] for name in menus] for errors in (fitted, truth)]
     assert spearmanr(*layers)[0] >= 0.8
+
+
+def test_layers_kept_for_random_plans_take_no_more_than_the_model():
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+    plan = LayerPlan("linear", (64, 64), TensorPlan.parse("int8/channel"))
+    menus = {str(index): choices.menu(plan, recipes.get("int8-weight")) for index in range(4)}
+    layers = sampled._Layers(model, menus, torch.float32)
+    for name, menu in menus.items():
+        for choice in range(1, len(menu)):
+            made = layers.get(name, choice)
+            assert torch.equal(made.weight, layers.get(name, choice).weight)
+    held = parameter_bytes(*layers.kept.values())
+    assert 0.9 * parameter_bytes(model) < held <= parameter_bytes(model)
+    assert len(layers.kept) < sum(len(menu) - 1 for menu in menus.values())

@@ -40,46 +40,31 @@ def plans(menus: Mapping[str, Sequence[Choice]], count: int, seed: int) -> list[
     return found
 
 
-class Trial:
-    """Runs models rounded to nearest under plans, and tells how far that leads; every plan's error is kept.
-
-    models, menus, dtypes  by part: a denoiser, the choices of its layers, and its compute dtype
-    """
-
-    def __init__(
-        self,
-        models: Mapping[str, nn.Module],
-        menus: Mapping[str, Mapping[str, Sequence[Choice]]],
-        dtypes: Mapping[str, torch.dtype],
-        judge: Judge,
-        store: Store,
-    ):
-        self.models, self.menus, self.judge, self.store = models, menus, judge, store
-        self.layers = {part: _Layers(model, menus[part], dtypes[part]) for part, model in models.items()}
-
-    @torch.no_grad()
-    def error(self, chosen: Mapping[str, Mapping[str, int]]) -> np.ndarray:
-        """(buckets + 1,) under a plan: the number of the choice by part and layer."""
-        given = [[part, name, str(self.menus[part][name][i])] for part in chosen for name, i in chosen[part].items()]
-        key = f"sampled/{zlib.crc32(json.dumps([given, list(self.judge.keys)]).encode()):08x}"
-        if not self.store.has(key):
+@torch.no_grad()
+def scores(
+    model: nn.Module,
+    menus: Mapping[str, Sequence[Choice]],
+    drawn: Sequence[Sequence[int]],
+    judge: Judge,
+    store: Store,
+    dtype: torch.dtype,
+    progress: bool = True,
+) -> np.ndarray:
+    """(plans, buckets + 1): the error under every plan; each is kept in the store."""
+    names, found, layers = list(menus), [], _Layers(model, menus, dtype)
+    for chosen in tqdm(drawn, desc="random plans", disable=not progress, delay=2):
+        given = [[name, str(menus[name][choice])] for name, choice in zip(names, chosen, strict=True)]
+        key = f"sampled/{zlib.crc32(json.dumps([given, list(judge.keys)]).encode()):08x}"
+        if not store.has(key):
             forwards = {}
-            for part, plan in chosen.items():
-                for name, choice in plan.items():
-                    wanted = self.menus[part][name][choice]
-                    if wanted is not None and wanted.kind != "stack":
-                        layer = self.layers[part].get(name, choice)
-                        forwards[self.models[part].get_submodule(name)] = layer.forward
+            for name, choice in zip(names, chosen, strict=True):
+                plan = menus[name][choice]
+                if plan is not None and plan.kind != "stack":
+                    forwards[model.get_submodule(name)] = layers.get(name, choice).forward
             with replaced(forwards):
-                self.store.write(key, {"error": self.judge.error().tolist()}, share=False)
-        return np.array(self.store.read(key)["error"])
-
-
-def scores(trial: Trial, part: str, drawn: Sequence[Sequence[int]], progress: bool = True) -> np.ndarray:
-    """(plans, buckets + 1): the error under every plan of one part, given as choices in the order of its menus."""
-    names = list(trial.menus[part])
-    bar = tqdm(drawn, desc="random plans", disable=not progress, delay=2)
-    return np.array([trial.error({part: dict(zip(names, chosen, strict=True))}) for chosen in bar])
+                store.write(key, {"error": judge.error().tolist()}, share=False)
+        found.append(store.read(key)["error"])
+    return np.array(found)
 
 
 class _Layers:

@@ -29,7 +29,7 @@ from dq.records import Store
 from dq.running import Runner
 from dq.units import replaced
 
-FEWEST_RUNS, MOST_RUNS = 4, 64  # hard prompts are few, and formats found with 16 runs gained a third of those with 64
+FEWEST_RUNS, MOST_RUNS = 4, 64  # hard runs are few: at 6 bits tiny-pixart gained 0.2 dB from 16 runs, 1.7 from 64
 RUNS_A_PROMPT = 8  # each from other noise
 SECONDS = 480.0  # after which no run begins, but for the fewest
 

@@ -6,7 +6,6 @@ A method file exports
     fit(unit, seen, options) -> {layer name: draft}      drafts of the unit's planned layers; draft.plan is final
     FEW_CALLS        optional: True when a part of many large calls will do
     prepare(model, plan, family, options) -> Plan        optional: changes the plan before anything is recorded
-    NEAREST          optional: True when weights are rounded to nearest, so that a plan can be tried without fitting
 Layers that fit leaves out, and layers the trace cannot follow, are rounded to nearest.
 """
 
@@ -63,11 +62,6 @@ def prepared(model: nn.Module, plan: Plan, recipe: Recipe) -> Plan:
 def for_budget(recipe: Recipe) -> Recipe:
     """The recipe as it fits layers whose plans, ranks of branches included, were chosen beforehand."""
     return replace(recipe, options={**recipe.options, "rank": None}) if "rank" in recipe.options else recipe
-
-
-def rounds_to_nearest(recipe: Recipe) -> bool:
-    """Whether layers become what plain rounding makes of them."""
-    return not recipe.method or getattr(files()[recipe.method], "NEAREST", False)
 
 
 def calls_worth(folder: Path, recipe: Recipe) -> int:

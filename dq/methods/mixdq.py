@@ -5,8 +5,7 @@
 Weights are rounded to nearest, one scale per output channel; nothing is learned. Deviations:
 - The paper measures attention to text and feed-forward layers by the SSIM of pictures, all others by the SQNR of the
   prediction, solves each group by itself, and looks for the best split of the bits among some candidates by making
-  pictures. Here both are measured on one scale, by gradients of the pictures (dq.fit.trajectory), and solved at once;
-  pictures decide between the best few plans.
+  pictures. Here both are measured on one scale, by gradients of the pictures (dq.fit.trajectory), and solved at once.
 - Activations have one scale per token (convolutions: per sample) that is found in every call, so that the text's start
   token, far louder than all others, harms none of them.
 - The paper computes that token in full precision where keys and values of the text are made. It is the same in every
@@ -27,7 +26,7 @@ from dq.plan import Recipe
 from dq.seen import Needs, Seen, Unit, UnitCall
 
 NEEDS = Needs(rows=256, calls=True, hat=False)  # rows: for the report
-FEW_CALLS = NEAREST = True
+FEW_CALLS = True
 LEAST_SHARE = 0.4  # of the calls' samples that begin with the token; guidance may come with zeros in place of text
 WEIGHTS = ("int8/channel", "int4/channel", "int2/channel")
 
