@@ -113,3 +113,13 @@ def test_layers_kept_for_random_plans_take_no_more_than_the_model():
     held = parameter_bytes(*layers.kept.values())
     assert 0.9 * parameter_bytes(model) < held <= parameter_bytes(model)
     assert len(layers.kept) < sum(len(menu) - 1 for menu in menus.values())
+
+
+def test_random_plans_stay_under_the_limit_where_choices_are_forbidden_by_their_cost():
+    found = items(40, 5)
+    for item in found:
+        item.costs[:, 4] = 1e18
+    for seed in range(20):
+        limit = float(sum(item.costs[0, 2] for item in found))
+        plan = allocate.drawn(found, [limit], seed)
+        assert 4 not in plan and 0.95 * limit < allocate.cost(found, plan)[0] <= limit

@@ -131,8 +131,8 @@ def drawn(items: Sequence[Item], limits: Sequence[float], seed: int) -> list[int
         after = total[:, None] - item.costs[:, [chosen[index]]] + item.costs
         fits = after[0] < total[0] if over else (after <= bounds[:, None]).all(0) & (after[0] > total[0])
         if fits.any():
-            choice = int(dice.choice(np.flatnonzero(fits)))
-            total, chosen[index] = after[:, choice], choice
+            chosen[index] = int(dice.choice(np.flatnonzero(fits)))
+            total = cost(items, chosen)  # anew: where a forbidden choice was left, differences of its cost are rough
     if (total > bounds).any():
         raise Infeasible(np.sum([item.costs.min(1) for item in items], axis=0), False)
     return chosen
