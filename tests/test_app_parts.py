@@ -49,7 +49,7 @@ def test_a_hub_id_is_never_read_from_a_folder_beside_the_server(places, tmp_path
     shelf = models.Shelf([], places["made"])
     with pytest.raises(DQError, match="cannot be fetched"), shelf.borrow("owner/name"):
         pass
-    asked = quantizing.settings(shelf, "owner/name", "int8", "", 1, 1, 0)
+    asked = quantizing.settings(shelf, "owner/name", "int8", 0, "", 1, 1, 0)
     with pytest.raises(DQError, match="cannot be fetched"):
         job.quantize(asked)
 
@@ -234,13 +234,15 @@ def test_progress_lines_are_read_from_a_job_as_they_come():
     [
         ({"model": "../secret/theirs"}, "is not known here"),
         ({"recipe": "int9"}, "is unknown"),
+        ({"bits": 40}, "bits per weight is 40"),
         ({"samples": 5000}, "samples is 5000"),
         ({"samples": 4, "steps": 8}, "expected at least one sample a step"),
         ({"prompts": "a\n" * 201}, "at most 200 lines"),
     ],
 )
 def test_jobs_are_bounded(places, changes, text):
-    given = {"model": "tiny-sd", "recipe": "svdquant-int4", "prompts": "", "samples": 8, "steps": 2, "seed": 0}
+    given = {"model": "tiny-sd", "recipe": "svdquant-int4", "bits": 0}
+    given |= {"prompts": "", "samples": 8, "steps": 2, "seed": 0}
     with pytest.raises(DQError, match=text):
         quantizing.settings(models.Shelf([], places["made"]), **given | changes)
 
