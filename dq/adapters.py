@@ -68,9 +68,7 @@ class _FusesIntoBranch:
     """What the adapters of packed layers share; the base classes bring everything but merging."""
 
     fused_from: int | None = None  # rank of the base layer before the first merged adapter
-    plain: dict[
-        str, torch.Tensor
-    ]  # its bias and start token's output before the first merged adapter that adds to them
+    plain: dict[str, torch.Tensor]  # its tensors, but the branch, as they were before the first adapter changed them
 
     def resolve_lora_variant(self, *, config, **kwargs):
         """DQError for DoRA, which normalizes by the full-precision weight that a packed layer no longer has."""
