@@ -8,7 +8,6 @@ on. Several processes may run at once, each takes rows that no other has; two wi
 """
 
 import argparse
-import ast
 import contextlib
 import fcntl
 import importlib
@@ -16,7 +15,6 @@ import json
 import os
 import re
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -32,7 +30,7 @@ from dq import hub, recipes
 from dq.fit.choices import weight_bytes
 from dq.layers import packed_layers
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
-from eval import rows
+from eval import rows, versions
 from eval.metrics import caption_accuracy, feature_distance, noise_sqnr, psnr
 from eval.quality import denoiser, fingerprint, kernels
 from pipelines import tiny
@@ -175,7 +173,7 @@ def measure(model: str, entry: Entry, options) -> dict:
     """Quantize and compare with the fp32 model; the figures of one row."""
     pipe = tiny.load(model)
     plan = plain_plan(model, entry, options) if entry.plain else None
-    figures = {"plan": None if plan is None else _crc(_code("") + json.dumps(plan.to_dict()["layers"]))}
+    figures = {"plan": None if plan is None else versions.crc(_code("") + json.dumps(plan.to_dict()["layers"]))}
     if plan is not None and (same := _same_plan(model, entry.name, figures["plan"], options)):
         return same
     if plan is None:
@@ -347,54 +345,26 @@ def _write(path: Path, save) -> None:
     fresh.replace(path)
 
 
-@cache
-def _code(method: str) -> str:
-    """Bare source of all files behind a method."""
-    return "".join(_bare(path) for path in sorted(sources(method)))
-
-
-def _bare(path: Path) -> str:
-    """Source without comments, docstrings and layout: changes there do not make figures old."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
-
-
-def sources(method: str) -> set[Path]:
-    """Files of dq that decide what a recipe of this method ("" for data-free) makes of a model."""
+def roots(method: str) -> list[Path]:
+    """Files of dq that, with what they import, decide what a recipe of a method ("": data-free) makes of a model."""
     home = ROOT / "dq"
-    todo = [*(home / "formats").glob("*.py"), *(home / "kernels").glob("*.py"), home / "recipes.py"]
+    found = [*(home / "formats").glob("*.py"), *(home / "kernels").glob("*.py"), home / "recipes.py"]
     if method:
-        todo += [home / "methods" / name for name in ("__init__.py", f"{method}.py")]
-        todo += [home / "trace.py", home / "calibration.py"]
-    found: set[Path] = set()
-    while todo:
-        path = todo.pop()
-        if path not in found and path.exists():
-            found.add(path)
-            todo += _imported(path)
+        found += [home / "methods" / name for name in ("__init__.py", f"{method}.py")]
+        found += [home / "trace.py", home / "calibration.py"]
     return found
 
 
-def _imported(path: Path) -> Iterator[Path]:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dq":
-            for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
-                place = ROOT / name.replace(".", "/")
-                yield from (place.with_suffix(".py"), place / "__init__.py") if name != "dq" else ()
+@cache
+def _code(method: str) -> str:
+    return versions.code(roots(method))
 
 
 def version(entry: Entry) -> str:
     """Changes when the code or the options behind an entry do."""
     recipe = entry.wanted()
     asked = [recipe.to_dict(), entry.plain, entry.weights, dict(entry.calibration), CALIBRATION, CALIBRATION_PROMPTS]
-    return _crc(_code(recipe.method) + json.dumps(asked, default=str, sort_keys=True))
-
-
-def _crc(text: str) -> str:
-    return f"{zlib.crc32(text.encode()):08x}"
+    return versions.crc(_code(recipe.method) + json.dumps(asked, default=str, sort_keys=True))
 
 
 if __name__ == "__main__":

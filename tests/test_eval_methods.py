@@ -13,7 +13,7 @@ import torch
 import dq
 from dq import recipes
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
-from eval import calibration_time, methods, rows, table
+from eval import calibration_time, methods, rows, table, versions
 from pipelines import tiny
 
 W4A4 = Recipe("stand-in", ("int4/group:64", "int4/group:64"), ("int4/group:64", "int8a/tensor"))
@@ -169,17 +169,26 @@ def test_calibration_prompts_are_none_of_the_evaluation(monkeypatch):
 
 
 def test_the_version_follows_code_and_options_but_not_comments(tmp_path):
-    path = tmp_path / "x.py"
-    path.write_text('"""Doc."""\n\n\ndef f():\n    """Doc."""\n    return 1  # one\n')
-    bare = methods._bare(path)
-    path.write_text("def f():\n    return 1\n")
-    assert methods._bare(path) == bare and "Doc" not in bare
-    path.write_text("def f():\n    return 2\n")
-    assert methods._bare(path) != bare
+    path, other = tmp_path / "x.py", tmp_path / "y.py"
+
+    def version():
+        return versions.crc(versions.code([path, other]))
+
+    path.write_text(
+        '"""Doc."""\nimport os\n\n\ndef f():\n    """Doc."""\n    import re\n\n    return 1  # one\n\n\nA = 1\n'
+    )
+    before = version()
+    path.write_text("A = 1\n\n\ndef f():\n    return 1\n")
+    assert version() == before and "Doc" not in versions.code([path])
+    path.write_text("import sys\n\nA = 1\n")
+    other.write_text("def f():\n    return 1\n")
+    assert version() == before, "the file was cut in two"
+    path.write_text("A = 2\n")
+    assert version() != before
     entry = methods.Entry("int8", "int8")
     assert methods.version(entry) == methods.version(replace(entry, against="x"))
     assert methods.version(entry) != methods.version(replace(entry, options={"a": 1}))
-    names = {path.name for path in methods.sources("")}
+    names = {path.name for path in versions.sources(methods.roots(""))}
     assert {"integer.py", "torchops.py", "layers.py", "plan.py"} <= names and "cli.py" not in names
 
 
