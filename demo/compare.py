@@ -21,7 +21,7 @@ from demo.drawing import Drawn, Watch, Wish
 from demo.models import Shelf
 from demo.sessions import Sessions, told
 from dq import recipes
-from dq.plan import DQError
+from dq.errors import DQError
 from eval import metrics
 from eval.metrics import psnr
 from pipelines import tiny

@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageChops
 
 from demo.sessions import Stopped
-from dq.plan import DQError
+from dq.errors import DQError
 
 LONGEST_PROMPT = 1000
 MOST_STEPS, MOST_SIDE, SIDE_UNIT, MOST_FRAMES, MOST_GUIDANCE, MOST_SEED = 100, 1024, 8, 129, 30.0, 2**31 - 1

@@ -15,7 +15,7 @@ from pathlib import Path
 import dq
 from demo import models
 from dq import api, cli, hub
-from dq.plan import DQError
+from dq.errors import DQError
 
 PLAN, REPORT = "plan.json", "report.json"
 

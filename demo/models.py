@@ -21,7 +21,8 @@ from diffusers import DiffusionPipeline
 
 import dq
 from dq import api, hub, layers, recipes, saved
-from dq.plan import DQError, Plan, nearest
+from dq.errors import DQError, nearest
+from dq.plan import Plan
 from pipelines import tiny
 
 MADE_FROM = "made_from.json"  # beside a result of the Quantize tab

@@ -29,7 +29,7 @@ from demo.job import PLAN, REPORT
 from demo.models import Shelf
 from demo.sessions import Sessions, Stopped, told
 from dq import recipes
-from dq.plan import DQError, nearest
+from dq.errors import DQError, nearest
 from pipelines import tiny
 
 MOST_SAMPLES, MOST_PROMPTS, KEPT = 1024, 200, 8

@@ -11,7 +11,7 @@ import pandas as pd
 from PIL import Image
 
 from demo.sessions import told
-from dq.plan import DQError, nearest
+from dq.errors import DQError, nearest
 from eval import figures, page, report, summary
 from eval.runs import MANIFEST, Run
 from eval.suite import FULL

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import gradio as gr
 import torch
 
-from dq.plan import DQError
+from dq.errors import DQError
 
 log = logging.getLogger("demo")
 

@@ -24,7 +24,7 @@ _HOMES = {
     "save": "hub",
     "load": "hub",
     "DQConfig": "hub",
-    "DQError": "plan",
+    "DQError": "errors",
     "Plan": "plan",
     "LayerPlan": "plan",
     "TensorPlan": "plan",

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from dq import hadamard
+from dq.errors import DQError
 from dq.layers import CONV_KINDS, PACKED
-from dq.plan import DQError
 
 try:
     from peft.tuners import lora

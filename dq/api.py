@@ -17,8 +17,9 @@ from torch import nn
 from tqdm import tqdm
 
 from dq import adapters, fusions, hub, layers, loading, recipes
+from dq.errors import DQError, nearest
 from dq.layers import PackedStack, packed_layers, parameter_bytes
-from dq.plan import DQError, LayerPlan, Plan, Recipe, nearest
+from dq.plan import LayerPlan, Plan, Recipe
 from dq.report import Report, Row
 
 BUDGET_SAMPLES = 40  # denoiser inputs recorded for a budget when the user names no calibration

@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from dq import layers, recipes, roofline
-from dq.plan import DQError, LayerPlan, Recipe, TensorPlan
+from dq.errors import DQError
+from dq.plan import LayerPlan, Recipe, TensorPlan
 from dq.timing import in_turn, wait
 
 # (rows, inputs, outputs): attention and feed-forward of small and large diffusion transformers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dq.plan import DQError, nearest
+from dq.errors import DQError, nearest
 
 SCOPES = ("denoiser", "pipeline", "peak")
 METRICS = ("trajectory", "prediction", "output", "sampled")

@@ -28,8 +28,8 @@ from torch import nn
 from tqdm import tqdm
 
 from dq import policies
+from dq.errors import DQError, nearest
 from dq.files import write_json
-from dq.plan import DQError, nearest
 from dq.records import Store
 from dq.running import Call, Runner, drawing, kept_modes, telling, watching
 

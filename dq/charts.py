@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dq.errors import DQError
 from dq.fit.choices import label
 from dq.fit.predictions import NAMES
-from dq.plan import DQError
 from dq.search import MIB, Chosen, Measured, Search
 
 LIGHT, DARK = (247, 244, 236), (150, 40, 27)  # of the heat map, from harmless to harmful

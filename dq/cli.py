@@ -18,7 +18,7 @@ from typing import Annotated, Optional
 import typer
 from typer.exceptions import TyperException
 
-from dq.plan import DQError, nearest
+from dq.errors import DQError, nearest
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 

@@ -12,7 +12,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from dq.plan import DQError
+from dq.errors import DQError
 
 HOOK = "dq_clock"
 

@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dq.errors import DQError
 from dq.layers import tensor_shapes
-from dq.plan import DQError, Plan
+from dq.plan import Plan
 
 PLAN_FILE, WEIGHTS_FILE = "dq_plan.json", "model.safetensors"
 CHECKSUMS = "dq_crc32"  # key of the safetensors metadata: JSON object, tensor name -> crc32 of its bytes, 8 hex digits

@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-from dq.plan import DQError
+from dq.errors import DQError
 
 REGULAR = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 

@@ -45,9 +45,10 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from dq import adapters, files, loading
+from dq.errors import DQError, nearest
 from dq.layers import packed_layers
 from dq.loading import DQQuantizer, DQTransformersQuantizer, check_fit, put, swap, to_dense
-from dq.plan import DQError, Plan, Recipe, nearest
+from dq.plan import Plan, Recipe
 
 try:
     from transformers import PreTrainedModel

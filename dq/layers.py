@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from dq import hadamard, kernels
+from dq.errors import DQError
 from dq.formats import FormatError, Scales, check_finite
 from dq.kernels import Conv, Tensors, reference
-from dq.plan import DQError, LayerPlan
+from dq.plan import LayerPlan
 
 CONV_KINDS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 PLAIN = {"linear": nn.Linear, **CONV_KINDS}

@@ -19,8 +19,9 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
 from dq import clock, files, fusions, layers
+from dq.errors import DQError
 from dq.layers import PACKED, PackedStack, kind_of, packed_layers
-from dq.plan import DQError, LayerPlan, Plan
+from dq.plan import LayerPlan, Plan
 
 try:
     from transformers.core_model_loading import ConversionOps

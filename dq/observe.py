@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dq.errors import DQError
 from dq.layers import geometry
-from dq.plan import DQError
 from dq.seen import LayerSeen, Needs, Unit
 
 GRAM_ROWS = 8192  # rows that go into second moments; twice the columns where that is more

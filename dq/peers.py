@@ -28,7 +28,8 @@ from torch import nn
 
 from dq import attention as ours
 from dq import bench, layers, recipes, roofline, widths
-from dq.plan import DQError, LayerPlan, Plan, Recipe, TensorPlan, nearest
+from dq.errors import DQError, nearest
+from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 
 PINS = ("torchao==0.18.0", "sdnq==0.2.8")
 INSTALL = f"pip install --no-deps --target FOLDER {' '.join(PINS)}, then --peers-folder FOLDER"

@@ -7,9 +7,8 @@ shapes, formats, the denoiser's timestep argument and the compute dtype. It hold
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -18,24 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from dq import formats
+from dq.errors import DQError, nearest
 
 PLAN_VERSION = 1
-MOST_NAMES = 16  # names an error lists in full
 ATTENTION = ("", "int8")
 SCALES = ("dynamic", "static", "table")
 KINDS = ("linear", "conv1d", "conv2d", "conv3d", "stack")
-
-
-class DQError(ValueError):
-    """Wrong use of dq, told in one line: what, what was got, what was expected, what to do."""
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The clause that ends an error about an unknown name: the known names (a few of them if many) and the nearest."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    shown = ", ".join(known) if len(known) <= MOST_NAMES else f"{', '.join(known[:4])}, ... ({len(known)} names)"
-    return f"expected one of {shown}." + (f" Did you mean {close[0]!r}?" if close else "")
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from types import ModuleType
 from torch import nn
 
 from dq import families
+from dq.errors import DQError, nearest
 from dq.families import Family, generic
 from dq.layers import kind_of
-from dq.plan import DQError, LayerPlan, Plan, Recipe, TensorPlan, nearest, read_json
+from dq.plan import LayerPlan, Plan, Recipe, TensorPlan, read_json
 
 KEPT_SHARE = 0.04  # most of the weights that may stay in full precision at the edges of the model
 FEWEST_COLUMNS = 16  # a row shorter than this gains little from 8 bits next to its own scale

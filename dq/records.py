@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import _TYPES, save_file
 
-from dq.plan import DQError
+from dq.errors import DQError
 
 try:
     import fcntl

@@ -15,7 +15,7 @@ from torch import nn
 
 from dq import units
 from dq.clock import Clock
-from dq.plan import DQError
+from dq.errors import DQError
 from dq.records import Store
 from dq.seen import Unit
 from dq.units import Hollow, Laid, Layout, map_tree

@@ -19,7 +19,7 @@ from diffusers import SchedulerMixin
 from torch import nn
 
 from dq import families
-from dq.plan import DQError, nearest
+from dq.errors import DQError, nearest
 from dq.units import tensors_in
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dq import kernels
+from dq.errors import DQError
 from dq.kernels import Conv
-from dq.plan import DQError, LayerPlan, Plan, read_json
+from dq.plan import LayerPlan, Plan, read_json
 from dq.report import Report, Row
 
 EMBEDDED = ("tiny-pixart", "tiny-sd")

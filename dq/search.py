@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from dq.budget import Budget
+from dq.errors import DQError
 from dq.fit import allocate
 from dq.fit.allocate import Item
 from dq.fit.choices import Choice, label, weight_bytes
 from dq.fit.predictions import BUCKETS
-from dq.plan import DQError, LayerPlan, Plan
+from dq.plan import LayerPlan, Plan
 
 MIB = 2**20
 NEVER = 1e18  # a cost that no limit allows

@@ -23,9 +23,10 @@ from torch import nn
 
 from dq import observe, units
 from dq.clock import Clock
+from dq.errors import DQError
 from dq.families import Family
 from dq.observe import CallInfo, Observer, Sums
-from dq.plan import DQError, Plan
+from dq.plan import Plan
 from dq.records import Store
 from dq.replay import ABSENT, Replay, entry
 from dq.seen import Needs, Seen, Unit, UnitCall

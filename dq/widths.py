@@ -15,7 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from dq.plan import DQError, nearest
+from dq.errors import DQError, nearest
 
 POOL = 1_048_583  # normal numbers; a prime, so that no two rows of a weight are the same
 SEED = 0

@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 import typer
 from typer.exceptions import TyperException
 
-from dq.plan import DQError, nearest
+from dq.errors import DQError, nearest
 
 app = typer.Typer(
     name="eval",

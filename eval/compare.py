@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from dq.plan import DQError, nearest
+from dq.errors import DQError, nearest
 from eval import intervals
 from eval.runs import Run
 from eval.table import line

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dq.plan import DQError
+from dq.errors import DQError
 from pipelines import tiny
 
 INCEPTION, RECOGNISER, TINY_CLIP = "inception", "scene-recogniser", "tiny-clip"

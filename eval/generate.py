@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import dq
 from dq import api, recipes, saved
-from dq.plan import DQError, nearest
+from dq.errors import DQError, nearest
 from dq.running import drawing
 from eval import prompts, timing
 from eval.metrics import trajectory_error

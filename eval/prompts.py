@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dq.plan import DQError, nearest
+from dq.errors import DQError, nearest
 from eval.runs import Item
 from eval.suite import Suite
 from pipelines import tiny

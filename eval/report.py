@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dq.plan import DQError
+from dq.errors import DQError
 from eval import page, rows
 from eval.runs import Run, write_json
 from eval.runs import write as write_file

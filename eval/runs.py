@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dq.plan import DQError
+from dq.errors import DQError
 from eval.rows import stamp
 from eval.suite import Suite
 

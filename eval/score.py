@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from dq.plan import DQError
+from dq.errors import DQError
 from eval import features, intervals, metrics, prompts
 from eval.runs import Item, Run
 from eval.suite import FULL, Suite

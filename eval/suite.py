@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dq.plan import DQError, nearest
+from dq.errors import DQError, nearest
 
 FULL = "full"
 DTYPES = ("float32", "bfloat16", "float16")

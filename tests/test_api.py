@@ -13,8 +13,9 @@ from torch import nn
 
 import dq
 from dq import recipes
+from dq.errors import DQError
 from dq.layers import PackedLinear, packed_layers
-from dq.plan import DQError, Plan
+from dq.plan import Plan
 from tests import zoo
 
 PIXART, UNET, WAN, EXPERTS = (

@@ -18,7 +18,7 @@ from PIL import Image
 import dq
 from demo import compare, drawing, job, models, quantizing, sessions
 from demo.drawing import Wish
-from dq.plan import DQError
+from dq.errors import DQError
 from eval import metrics
 from pipelines import tiny
 from tests import app_folders

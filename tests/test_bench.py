@@ -10,7 +10,8 @@ import torch
 
 import dq
 from dq import attention, bench, cli, layers, peers, race, roofline, widths
-from dq.plan import DQError, LayerPlan, TensorPlan
+from dq.errors import DQError
+from dq.plan import LayerPlan, TensorPlan
 from eval import bench as eval_bench
 from eval import peers as eval_peers
 from eval import rows, table

@@ -23,8 +23,8 @@ import dq
 import pipelines.tiny as tiny
 from dq import hub, methods, recipes, records
 from dq.calibration import Calibration
+from dq.errors import DQError
 from dq.layers import packed_layers
-from dq.plan import DQError
 from dq.seen import Needs
 from tests import zoo
 from tests.models import same_state

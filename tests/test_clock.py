@@ -8,7 +8,8 @@ from torch import nn
 
 from dq import clock, drafts
 from dq.clock import Clock
-from dq.plan import DQError, LayerPlan, TensorPlan
+from dq.errors import DQError
+from dq.plan import LayerPlan, TensorPlan
 
 
 class Denoiser(nn.Module):

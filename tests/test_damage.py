@@ -13,8 +13,8 @@ from torch import nn
 
 import dq
 from dq import hub, layers, recipes
+from dq.errors import DQError
 from dq.layers import packed_layers
-from dq.plan import DQError
 from tests.models import WEIGHTS, load, same_state
 
 # what must be refused

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dq.plan import DQError
+from dq.errors import DQError
 from eval import compare
 from tests import made_runs
 from tests.made_runs import score

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dq.plan import DQError
+from dq.errors import DQError
 from eval import features, intervals
 from eval.features import RECOGNISER, TINY_CLIP, Statistics
 from eval.metrics import fid

@@ -17,7 +17,7 @@ from torchmetrics.functional.multimodal import clip_score as reference_clip_scor
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from dq.plan import DQError
+from dq.errors import DQError
 from eval import features, intervals, metrics, prompts
 from eval import score as scoring
 from eval.features import RECOGNISER, TINY_CLIP, Statistics

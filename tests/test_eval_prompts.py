@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dq.plan import DQError
+from dq.errors import DQError
 from eval import prompts
 from eval.suite import Suite
 from pipelines import tiny

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dq.plan import DQError
+from dq.errors import DQError
 from eval import figures, page, quality, report, rows, summary, table
 from eval.runs import Run
 from pipelines import tiny

@@ -17,7 +17,7 @@ import yaml
 from accelerate import PartialState
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
-from dq.plan import DQError
+from dq.errors import DQError
 from eval import __main__ as command
 from eval import generate, prompts
 from eval.runs import Run

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from dq import formats
+from dq.errors import DQError
 from dq.fit import ranges
-from dq.plan import DQError, TensorPlan
+from dq.plan import TensorPlan
 
 each_format = pytest.mark.parametrize("name", ["int8", "int4", "int8a", "fp4", "fp8", "fp6_e2m3"])
 

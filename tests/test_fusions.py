@@ -11,8 +11,9 @@ from torch import nn
 
 import dq
 from dq import fusions, layers, loading
+from dq.errors import DQError
 from dq.kernels.cpu import library
-from dq.plan import DQError, LayerPlan, Plan, Recipe, TensorPlan
+from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 from tests import zoo
 
 PIXART, FLUX = "PixArtTransformer2DModel", "FluxTransformer2DModel"

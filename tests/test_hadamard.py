@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dq import hadamard
-from dq.plan import DQError
+from dq.errors import DQError
 
 ORDERS = (2, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 48, 60, 64, 76, 80, 104, 128, 144, 256, 320, 1152)
 REFUSED = (3, 5, 6, 7, 10, 18, 30, 92, 116, 1154, -4)

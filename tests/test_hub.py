@@ -16,8 +16,8 @@ from transformers.quantizers import auto as transformers_auto
 
 import dq
 from dq import hub, loading, recipes
+from dq.errors import DQError
 from dq.layers import packed_layers
-from dq.plan import DQError
 from tests import zoo
 from tests.models import FLUX, PIXART, UNET, WAN, WEIGHTS, load, output, same_state, saved, stepped
 

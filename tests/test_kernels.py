@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dq import kernels, layers
+from dq.errors import DQError
 from dq.formats import get
 from dq.kernels import Tensors, reference, torchops
-from dq.plan import DQError, LayerPlan, TensorPlan
+from dq.plan import LayerPlan, TensorPlan
 
 BACKENDS = list(kernels.backends())
 WEIGHTS = ("int8/channel", "int8/tensor", "int4/group:16", "int8a/channel", "fp8/channel", "nvfp4", "mxfp4")

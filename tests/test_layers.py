@@ -10,9 +10,10 @@ from torch import nn
 
 from dq import drafts, hadamard, layers
 from dq.clock import Clock
+from dq.errors import DQError
 from dq.kernels import reference
 from dq.layers import PACKED, PackedStack
-from dq.plan import DQError, LayerPlan, TensorPlan
+from dq.plan import LayerPlan, TensorPlan
 
 WEIGHTS = ("int8/channel", "int4/group:16", "int4a/group:16", "fp8/channel", "nvfp4", "mxfp4")
 ACTS = (None, "int8", "int8a", "int8/tensor/static", "int8/tensor/table")

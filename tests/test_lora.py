@@ -9,8 +9,8 @@ from torch import nn
 
 import dq
 from dq import adapters, drafts, hub
+from dq.errors import DQError
 from dq.layers import packed_layers
-from dq.plan import DQError
 from tests import zoo
 from tests.models import FLUX, UNET, output
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from dq import observe
+from dq.errors import DQError
 from dq.observe import CallInfo, Observer, finish, join
-from dq.plan import DQError, LayerPlan, TensorPlan
+from dq.plan import LayerPlan, TensorPlan
 from dq.seen import Needs, Unit
 
 WEIGHT = TensorPlan.parse("int8/channel")

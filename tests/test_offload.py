@@ -12,8 +12,8 @@ from diffusers.hooks import apply_group_offloading
 from torch import nn
 
 import dq
+from dq.errors import DQError
 from dq.layers import packed_layers
-from dq.plan import DQError
 from tests import zoo
 from tests.models import FLUX, PIXART, UNET, WAN, output, saved, stepped
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dq import formats, layers
-from dq.plan import PLAN_VERSION, DQError, LayerPlan, Plan, Recipe, TensorPlan, nearest, read_json
+from dq.errors import DQError, nearest
+from dq.plan import PLAN_VERSION, LayerPlan, Plan, Recipe, TensorPlan, read_json
 
 INT8 = TensorPlan.parse("int8/channel")
 GROUPABLE = [name for name in formats.names() if not formats.get(name).fixed]

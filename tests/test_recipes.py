@@ -12,8 +12,9 @@ from torch import nn
 
 import dq
 from dq import families, layers, recipes
+from dq.errors import DQError
 from dq.families import generic
-from dq.plan import DQError, Plan, Recipe
+from dq.plan import Plan, Recipe
 from tests import zoo
 
 DESCRIBED = sorted(families.described())

@@ -12,8 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 import dq
 from dq import hub
+from dq.errors import DQError
 from dq.layers import packed_layers
-from dq.plan import DQError
 from tests.models import same_state
 
 # text encoders, through transformers

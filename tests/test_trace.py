@@ -14,8 +14,9 @@ from accelerate import PartialState
 from torch import nn
 
 from dq import families, layers, recipes
+from dq.errors import DQError
 from dq.families import Family
-from dq.plan import DQError, LayerPlan, Plan, TensorPlan
+from dq.plan import LayerPlan, Plan, TensorPlan
 from dq.records import Store
 from dq.seen import Needs
 from dq.trace import Trace, edges_between

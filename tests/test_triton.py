@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from dq import kernels
+from dq.errors import DQError
 from dq.kernels import triton as backend
 from dq.kernels.triton import configs
-from dq.plan import DQError
 from tests.test_kernels import plan
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from dq.errors import DQError, nearest
 from dq.formats import Format, Granularity, check_finite
-from dq.plan import DQError, nearest
 
 POWER = 2.4
 SHRINKS = 80

@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import torch
 
-from dq.plan import DQError, LayerPlan, nearest
+from dq.errors import DQError, nearest
+from dq.plan import LayerPlan
 
 
 class Tensors(NamedTuple):

@@ -22,7 +22,7 @@ import importlib.util
 import pkgutil
 from types import ModuleType
 
-from dq.plan import DQError, nearest
+from dq.errors import DQError, nearest
 
 
 def names() -> list[str]:

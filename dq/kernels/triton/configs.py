@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from dq.plan import DQError
+from dq.errors import DQError
 
 FOLDER = Path(__file__).parent / "configs"
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
