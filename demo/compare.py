@@ -20,7 +20,7 @@ from demo import drawing, look
 from demo.drawing import Drawn, Watch, Wish
 from demo.models import Shelf
 from demo.sessions import Sessions, told
-from dq import recipes
+from dq import cookbook
 from dq.errors import DQError
 from eval import metrics
 from eval.metrics import psnr
@@ -178,7 +178,7 @@ def tab(shelf: Shelf, sessions: Sessions) -> None:
     def update(model):
         with contextlib.suppress(DQError):  # told when the button is pressed
             return gr.update(choices=shelf.choices(model))
-        return gr.update(choices=list(recipes.RECIPES))
+        return gr.update(choices=list(cookbook.RECIPES))
 
     gr.on(triggers, update, inputs["model"], inputs["recipe"], api_visibility="private", show_progress="hidden")
     gr.api(told(choices), api_name="recipes")

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import dq
 from demo import models
-from dq import api, cli, hub
+from dq import api, cli
 from dq.errors import DQError
+from dq.host import mark
 
 PLAN, REPORT = "plan.json", "report.json"
 
@@ -35,7 +36,7 @@ def quantize(settings: dict) -> None:
     report = dq.quantize(pipe, settings["recipe"], calibration=_calibration(pipe, settings), budget=budget)
     with cli.replacing(Path(settings["out"]), force=False) as place:
         pipe.save_pretrained(place)
-        plans = {name: hub.plan_of(model).to_dict() for name, model in api.find_denoisers(pipe).items()}
+        plans = {name: mark.plan_of(model).to_dict() for name, model in api.find_denoisers(pipe).items()}
         only = next(iter(plans.values())) if len(plans) == 1 else plans
         (place / PLAN).write_text(json.dumps(only, indent=1), "utf-8")
         (place / REPORT).write_text(report.to_json(), "utf-8")

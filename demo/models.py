@@ -20,8 +20,10 @@ import torch
 from diffusers import DiffusionPipeline
 
 import dq
-from dq import api, hub, layers, recipes, saved
+from dq import api, cookbook, layers
 from dq.errors import DQError, nearest
+from dq.host import saved
+from dq.model import check_fit
 from dq.plan import Plan
 from pipelines import tiny
 
@@ -81,7 +83,7 @@ class Shelf:
             for form, folder in _pipelines(root)
             if saved.plans(folder) and wanted in (None, _class(folder))
         ]
-        return [*recipes.RECIPES, *mine, *dict.fromkeys(given)]
+        return [*cookbook.RECIPES, *mine, *dict.fromkeys(given)]
 
     def place(self, name: str) -> Path | str:
         """The folder or Hub id of a name that may be opened; DQError, the same for all others, for any other name."""
@@ -116,19 +118,19 @@ class Shelf:
     def form(self, model: Model, recipe: str, plan: str | Path | None = None) -> DiffusionPipeline:
         """A quantized form of a borrowed model: by a plan file, a data-free recipe or a saved one. DQError if none."""
         if plan is not None:
-            wanted = recipes.get(Path(plan))
+            wanted = cookbook.get(Path(plan))
             if not isinstance(wanted, Plan):
                 raise DQError("the file is a recipe, expected a plan: JSON with a list of layers")
             return model.quantized(
                 f"plan {zlib.crc32(Path(plan).read_bytes()):08x}", lambda pipe: _fresh(pipe, wanted)
             )
         recipe = str(recipe or "").strip()
-        if recipe in recipes.RECIPES:
+        if recipe in cookbook.RECIPES:
             return model.quantized(recipe, lambda pipe: _fresh(pipe, recipe))
         folder = _below((self.made, *self.roots), recipe)
         if folder is not None:
             return model.quantized(str(folder), lambda pipe: _saved(pipe, folder))
-        if recipe in recipes.names():
+        if recipe in cookbook.names():
             raise DQError(f"recipe {recipe!r} needs calibration: run it in the Quantize tab, then choose its result")
         raise DQError(f"recipe {recipe[:80]!r} is unknown, {nearest(recipe[:80], self.choices(model.name))}")
 
@@ -178,7 +180,7 @@ def _saved(pipe, folder: Path):
         part = pipe.components.get(name)
         if part is None:
             raise DQError(f"{folder.name!r} has a {name}, {type(pipe).__name__} has none; choose the model it is of")
-        hub.check_fit(part, plan)
+        check_fit(part, plan)
     shared: Mapping = {name: part for name, part in pipe.components.items() if name not in parts}
     try:
         form = type(pipe).from_pretrained(folder, dtype=DTYPE, **shared)

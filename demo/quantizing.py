@@ -28,7 +28,7 @@ from demo import drawing
 from demo.job import PLAN, REPORT
 from demo.models import Shelf
 from demo.sessions import Sessions, Stopped, told
-from dq import recipes
+from dq import cookbook
 from dq.errors import DQError, nearest
 from pipelines import tiny
 
@@ -98,7 +98,7 @@ def settings(
     shelf: Shelf, model: str, recipe: str, bits: float, prompts: str, samples: int, steps: int, seed: int
 ) -> dict:
     """What `demo.job` is told. DQError for whatever is out of bounds."""
-    place, known = shelf.place(model), recipes.names()
+    place, known = shelf.place(model), cookbook.names()
     if recipe not in known:
         raise DQError(f"recipe {str(recipe)[:80]!r} is unknown, {nearest(str(recipe)[:80], known)}")
     model = str(model).strip()
@@ -108,7 +108,7 @@ def settings(
         found["bits"] = float(bits)
     name = f"{model}-{recipe}" + (f"-{bits:g}-bits" if bits else "")
     found["out"] = str(_fresh(shelf.made, re.sub(r"[^\w.-]+", "-", name)))
-    if not (bits or recipes.get(recipe).needs_calibration):
+    if not (bits or cookbook.get(recipe).needs_calibration):
         return found
     lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()]
     if len(lines) > MOST_PROMPTS or any(len(line) > drawing.LONGEST_PROMPT for line in lines):
@@ -236,7 +236,7 @@ def tab(shelf: Shelf, sessions: Sessions) -> None:
 
 
 def _inputs(shelf: Shelf) -> dict[str, gr.components.Component]:
-    names, known = shelf.names(), recipes.names()
+    names, known = shelf.names(), cookbook.names()
     found = {
         "model": gr.Dropdown(
             names, value=names[0], label="Pipeline", allow_custom_value=True, elem_id="quantize-model"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 
-from dq import hub
+from dq.host import register
 
 __version__ = "0.1.0"
 
@@ -16,14 +16,14 @@ _HOMES = {
     "quantize": "api",
     "explain": "api",
     "dequantize": "api",
-    "recipes": "recipes",
+    "recipes": "api",
     "Calibration": "calibration",
     "Budget": "budget",
     "Report": "report",
     "set_backend": "layers",
-    "save": "hub",
-    "load": "hub",
-    "DQConfig": "hub",
+    "save": "host.store",
+    "load": "host.store",
+    "DQConfig": "host.config",
     "DQError": "errors",
     "Plan": "plan",
     "LayerPlan": "plan",
@@ -36,12 +36,11 @@ __all__ = [*_HOMES, "__version__"]
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'dq' has no attribute {name!r}")
-    module = importlib.import_module(f"dq.{_HOMES[name]}")
-    return module if name == "recipes" else getattr(module, name)
+    return getattr(importlib.import_module(f"dq.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-hub.register()
+register.register()

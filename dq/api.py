@@ -16,11 +16,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dq import adapters, fusions, hub, layers, loading, recipes
+from dq import cookbook, explaining, fusions, layers, planning
 from dq.errors import DQError, nearest
-from dq.layers import PackedStack, packed_layers, parameter_bytes
+from dq.host import mark, peft
+from dq.layers import packed_layers, parameter_bytes
+from dq.model import check_fit, put, to_dense
 from dq.plan import LayerPlan, Plan, Recipe
-from dq.report import Report, Row
+from dq.report import Report
 
 BUDGET_SAMPLES = 40  # denoiser inputs recorded for a budget when the user names no calibration
 DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder", "denoiser", "model", "dit")
@@ -48,7 +50,7 @@ def quantize(
     Raises DQError for wrong use; the target is then as it was.
     """
     start = time.perf_counter()
-    wanted = recipes.get(recipe)
+    wanted = cookbook.get(recipe)
     budget = _own_budget(wanted) if budget is None else budget
     calibration = _resolve(target, wanted, calibration, budget)
     models = {name: (model, wanted) for name, model in find_denoisers(target).items()}
@@ -58,24 +60,26 @@ def quantize(
     before = parameter_bytes(*(model for model, _ in models.values()))
     packed, errors, notes = {}, {}, []
     if calibration is not None or budget is not None:
-        from dq import work
+        from dq import stages
 
         mine = {part: entry[0] for part, entry in models.items() if entry[1] is wanted}
-        packed, errors, notes = work.Work(target, mine, plans, wanted, calibration, budget, progress).done()
+        packed, errors, notes = stages.Stages(target, mine, plans, wanted, calibration, budget, progress).done()
     for part, (model, _) in models.items():
         if part not in packed:
             packed[part], errors[part] = _pack_all(part, model, plans[part], progress)
     rows = [
-        row for part, (model, _) in models.items() for row in _rows(part, model, plans[part], packed[part], errors)
+        row
+        for part, (model, _) in models.items()
+        for row in explaining.planned_rows(part, model, plans[part], packed[part], errors)
     ]
     for part, (model, _) in models.items():
         for name, layer in packed[part].items():
-            loading.put(model, name, layer)
-        hub.mark(model, plans[part])
+            put(model, name, layer)
+        mark.mark(model, plans[part])
     after = parameter_bytes(*(model for model, _ in models.values()))
     name = getattr(wanted, "name", None) or getattr(wanted, "recipe", "")
     notes += _step_notes(plans)
-    return Report(_with_kernels(rows, models), before, after, time.perf_counter() - start, name, notes=notes)
+    return Report(explaining.with_kernels(rows, models), before, after, time.perf_counter() - start, name, notes=notes)
 
 
 def explore(target, recipe: str | Recipe, calibration=None, *, wish=None, keep=(), progress: bool = True):
@@ -84,17 +88,22 @@ def explore(target, recipe: str | Recipe, calibration=None, *, wish=None, keep=(
     wish  sensing.Wish: the metric, and whether layers are timed
     -> (search.Search, plan of the recipe by part). Raises DQError as `quantize` does.
     """
-    from dq import sensing, work
+    from dq import sensing, stages
     from dq.budget import Budget
 
-    wanted, wish = recipes.get(recipe), wish or sensing.Wish()
+    wanted, wish = cookbook.get(recipe), wish or sensing.Wish()
     calibration = _resolve(target, wanted, calibration, Budget(bits=16, metric=wish.metric))
     if calibration is None:
         raise DQError("a bare model needs data to be measured; pass calibration=a function that runs it")
     models = find_denoisers(target)
     plans = _plan_all({part: (model, wanted) for part, model in models.items()}, tuple(keep))
-    found = work.Work(target, models, plans, wanted, calibration, None, progress).explored(wish)
+    found = stages.Stages(target, models, plans, wanted, calibration, None, progress).explored(wish)
     return found, plans
+
+
+def recipes() -> list[str]:
+    """Names of all recipes, the data-free ones first."""
+    return cookbook.names()
 
 
 def explain(target) -> Report:
@@ -105,15 +114,15 @@ def explain(target) -> Report:
     models = _quantized_models(target)
     rows = []
     for part, model in models.items():
-        plan = hub.plan_of(model)
+        plan = mark.plan_of(model)
         for name, layer in packed_layers(model).items():
-            rows.append(_row(part, name, layer.plan, parameter_bytes(layer), None, layer.plan.reason))
+            rows.append(explaining.row(part, name, layer.plan, parameter_bytes(layer), None, layer.plan.reason))
         kept = plan.kept if plan is not None else {}
-        rows += [_kept_row(part, model, name, reason) for name, reason in kept.items()]
-    before = sum(_dense_bytes(model) for model in models.values())
-    recipe = ", ".join(dict.fromkeys(hub.plan_of(model).recipe for model in models.values()))
-    plans = {part: hub.plan_of(model) for part, model in models.items()}
-    report = Report(_with_kernels(rows, models), before, parameter_bytes(*models.values()), 0.0, recipe)
+        rows += [explaining.kept_row(part, model, name, reason) for name, reason in kept.items()]
+    before = sum(explaining.dense_bytes(model) for model in models.values())
+    recipe = ", ".join(dict.fromkeys(mark.plan_of(model).recipe for model in models.values()))
+    plans = {part: mark.plan_of(model) for part, model in models.items()}
+    report = Report(explaining.with_kernels(rows, models), before, parameter_bytes(*models.values()), 0.0, recipe)
     report.notes += _step_notes(plans)
     report.notes += [f"{part or 'model'}: {line}" for part, model in models.items() for line in fusions.notes(model)]
     return report
@@ -125,8 +134,8 @@ def dequantize(target) -> None:
     Raises DQError when nothing in the target is quantized.
     """
     for model in _quantized_models(target).values():
-        loading.to_dense(model)
-        hub.unmark(model)
+        to_dense(model)
+        mark.unmark(model)
 
 
 def find_denoisers(target) -> dict[str, nn.Module]:
@@ -161,7 +170,7 @@ def _named_components(target, components: Mapping) -> dict[str, tuple[nn.Module,
         known = [key for key, value in target.components.items() if isinstance(value, nn.Module)]
         if not isinstance(part, nn.Module):
             raise DQError(f"component {name!r} is not a model of {type(target).__name__}, {nearest(name, known)}")
-        wanted = recipes.get(recipe)
+        wanted = cookbook.get(recipe)
         if getattr(wanted, "needs_calibration", False):
             raise DQError(f"component {name!r}: {wanted.name!r} needs calibration; components take data-free recipes")
         found[name] = (part, wanted)
@@ -245,12 +254,12 @@ def _plan_all(models: Mapping[str, tuple[nn.Module, Recipe | Plan]], keep: Seque
             raise DQError(
                 f"{part or type(model).__name__} is already quantized (layer {first!r}); call dq.dequantize first"
             )
-        if adapters.attached(model) is not None:
+        if peft.attached(model) is not None:
             raise DQError(f"{part or type(model).__name__} has adapters attached; fuse_lora() and unload them first")
         if isinstance(wanted, Plan) and keep:
             raise DQError(f"keep={list(keep)} goes with a recipe, got a plan; take the layers out of the plan instead")
-        plan = recipes.make_plan(model, wanted, keep) if isinstance(wanted, Recipe) else copy.deepcopy(wanted)
-        hub.check_fit(model, plan)
+        plan = planning.make_plan(model, wanted, keep) if isinstance(wanted, Recipe) else copy.deepcopy(wanted)
+        check_fit(model, plan)
         plan.compute_dtype = str(_compute_dtype(model)).removeprefix("torch.")
         plans[part] = plan
     return plans
@@ -274,17 +283,8 @@ def _pack_all(part: str, model: nn.Module, plan: Plan, progress: bool) -> tuple[
             packed[name] = layers.pack_stack(name, weight, layer_plan, dtype)
         else:
             packed[name] = layers.pack(name, source, layer_plan, dtype)
-        errors[name] = _sqnr_db(weight, packed[name].dense_weight())
+        errors[name] = explaining.sqnr_db(weight, packed[name].dense_weight())
     return packed, errors
-
-
-def _rows(part: str, model: nn.Module, plan: Plan, packed: Mapping, errors: Mapping) -> list[Row]:
-    """Report rows of one model, in plan order, kept layers last."""
-    rows = [
-        _row(part, name, layer, parameter_bytes(packed[name]), errors[part].get(name), layer.reason)
-        for name, layer in plan.layers.items()
-    ]
-    return rows + [_kept_row(part, model, name, reason) for name, reason in plan.kept.items()]
 
 
 def _weight_of(model: nn.Module, name: str, plan: LayerPlan) -> tuple[torch.Tensor, nn.Module | None]:
@@ -292,16 +292,6 @@ def _weight_of(model: nn.Module, name: str, plan: LayerPlan) -> tuple[torch.Tens
         return model.get_parameter(name), None
     module = model.get_submodule(name)
     return module.weight, module
-
-
-@torch.no_grad()
-def _sqnr_db(reference: torch.Tensor, value: torch.Tensor) -> float | None:
-    """10 log10(sum x^2 / sum (x - y)^2); infinite for an exact match, None for a model without data (meta device)."""
-    if reference.is_meta:
-        return None
-    x = reference.detach().float()
-    noise = (x - value).square().sum().item()
-    return float("inf") if noise == 0 else float(10 * torch.log10(x.square().sum() / noise))
 
 
 def _quantized_models(target) -> dict[str, nn.Module]:
@@ -313,51 +303,3 @@ def _quantized_models(target) -> dict[str, nn.Module]:
     if not found:
         raise DQError(f"{type(target).__name__} has no quantized layer; call dq.quantize(target, 'int8') first")
     return found
-
-
-def _row(part: str, name: str, plan: LayerPlan, size: int, decibels: float | None, reason: str) -> Row:
-    full = f"{part}.{name}" if part else name
-    act = str(plan.act) if plan.act else None
-    return Row(full, plan.kind, str(plan.weight), act, plan.rank, size, decibels, reason)
-
-
-def _kept_row(part: str, model: nn.Module, name: str, reason: str) -> Row:
-    home, _, key = name.rpartition(".")
-    owner, full = model.get_submodule(home), f"{part}.{name}" if part else name
-    if key in owner._parameters:
-        weight = owner._parameters[key]
-        return Row(full, "stack", None, None, 0, weight.numel() * weight.element_size(), None, reason)
-    layer = owner.get_submodule(key)
-    kind = layers.kind_of(layer) or type(layer).__name__
-    return Row(full, kind, None, None, 0, parameter_bytes(layer), None, reason)
-
-
-def _with_kernels(rows: list[Row], models: Mapping[str, object]) -> list[Row]:
-    """Rows with the kernel that serves each packed layer, and the refusals of those preferred to it."""
-    found = {}
-    for part, entry in models.items():
-        model = entry[0] if isinstance(entry, tuple) else entry
-        found |= {f"{part}.{name}" if part else name: layer for name, layer in packed_layers(model).items()}
-    return [_with_kernel(row, found.get(row.name)) for row in rows]
-
-
-def _with_kernel(row: Row, layer: nn.Module | None) -> Row:
-    if layer is None:
-        return row
-    if isinstance(layer, PackedStack):
-        return Row(**{**vars(row), "kernel": f"decode {layer.plan.weight.format} when used"})
-    if layer.choice is None:
-        layer.bind(layer.weight.device.type)
-    choice = layer.choice
-    return Row(**{**vars(row), "kernel": f"{choice.backend}: {choice.label}", "why_not": choice.refusals})
-
-
-def _dense_bytes(model: nn.Module) -> int:
-    """Parameter bytes of the model with every packed layer in its compute dtype."""
-    packed = packed_layers(model)
-    total = parameter_bytes(model) - sum(parameter_bytes(layer) for layer in packed.values())
-    for layer in packed.values():
-        elements = layer.plan.rows * layer.plan.columns
-        bias = getattr(layer, "bias", None)
-        total += (elements + (0 if bias is None else bias.numel())) * layer.compute_dtype.itemsize
-    return total

@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from dq import layers, recipes, roofline
+from dq import cookbook, layers, roofline
 from dq.errors import DQError
 from dq.plan import LayerPlan, Recipe, TensorPlan
 from dq.timing import in_turn, wait
@@ -55,7 +55,7 @@ class Timing:
 @torch.inference_mode()
 def linears(recipe: str, device: str, dtype: torch.dtype = torch.bfloat16, seconds: float = 1.0) -> list[Timing]:
     """A row per shape in SHAPES: nn.Linear in `dtype` against the same layer under a recipe (DQError if unknown)."""
-    wanted = recipes.get(recipe)
+    wanted = cookbook.get(recipe)
     if not isinstance(wanted, Recipe):
         raise DQError(f"recipe {recipe!r} is a plan; dq bench takes a recipe name")
     weight, act = (text and TensorPlan.parse(text) for text in wanted.linear)

@@ -18,6 +18,7 @@ from typing import Annotated, Optional
 import typer
 from typer.exceptions import TyperException
 
+from dq import cookbook
 from dq.errors import DQError, nearest
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -83,11 +84,11 @@ def quantize(
     force: Annotated[bool, typer.Option(help="Replace a model that stands in --out.")] = False,
 ) -> None:
     """Quantize a pipeline or a denoiser and save it; diffusers' from_pretrained loads the result."""
-    from dq import recipes, saved
+    from dq.host import saved
 
     if (recipe is None) == (plan is None):
         raise DQError(f"got {'no recipe' if plan is None else 'two'}, expected either --recipe NAME or --plan FILE")
-    wanted, budget = recipes.get(recipe or plan), _budget(budget_gib, budget_bits, budget_ms)
+    wanted, budget = cookbook.get(recipe or plan), _budget(budget_gib, budget_bits, budget_ms)
     asked = {"prompts": prompts, "steps": steps, "samples": samples, "seed": seed, "policy": policy, "work": work}
     asked = {name: value for name, value in asked.items() if value is not None}
     fitted = getattr(wanted, "needs_calibration", False) or budget is not None
@@ -133,7 +134,8 @@ def plan(
 ) -> None:
     """Measure what every layer's format costs and harms once, then choose under budgets and draw the trade-off."""
     import dq
-    from dq import api, charts, saved, search, sensing
+    from dq import api, charts, search, sensing
+    from dq.host import saved
 
     budget = _budget(budget_gib, budget_bits, budget_ms, metric)
     if budget is None and (out or page):
@@ -163,7 +165,7 @@ def inspect(
     device: Device = None,
 ) -> None:
     """Show what each layer of a saved model is and which kernel serves it, without reading the weights."""
-    from dq import saved
+    from dq.host import saved
 
     report = saved.report(folder, _device(device))
     print(report.to_json() if as_json else report)
@@ -185,7 +187,7 @@ def generate(
     device: Device = None,
 ) -> None:
     """Draw one picture with a saved pipeline, quantized or not."""
-    from dq import saved
+    from dq.host import saved
 
     _check_picture(out)
     pipe = saved.load(folder, _dtype(dtype)).to(_device(device))
@@ -215,7 +217,8 @@ def bench(
     import torch
 
     from dq import bench as timing
-    from dq import roofline, saved
+    from dq import roofline
+    from dq.host import saved
 
     if peers:
         _bench_peers(model, contender, without, peers_folder, threads or torch.get_num_threads(), seconds, as_json)

@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from dq import kernels, timing
-from dq.files import write_json
 from dq.fit.choices import Choice, label
 from dq.fit.predictions import Predictions
 from dq.fit.sensitivity import packed
+from dq.host.files import write_json
 from dq.plan import LayerPlan, Plan
 from dq.units import replaced, tensors_in
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dq import hadamard
-from dq.formats import Scales
+from dq.formats.base import Scales
 from dq.kernels import Conv, Tensors, dense, reference
 from dq.layers import PACKED, encode, geometry, per_channel
 from dq.plan import LayerPlan

@@ -19,7 +19,7 @@ from torch import nn
 
 from dq import hadamard, kernels
 from dq.errors import DQError
-from dq.formats import FormatError, Scales, check_finite
+from dq.formats.base import FormatError, Scales, check_finite
 from dq.kernels import Conv, Tensors, reference
 from dq.plan import LayerPlan
 

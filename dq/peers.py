@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from dq import attention as ours
-from dq import bench, layers, recipes, roofline, widths
+from dq import bench, cookbook, layers, planning, roofline, widths
 from dq.errors import DQError, nearest
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 
@@ -93,14 +93,14 @@ def get(name: str) -> Contender:
 def plan(model: nn.Module, recipe: Recipe) -> Plan:
     """What a recipe makes of a model of `widths`; a single linear is quantized, not kept as the edge of a model."""
     if not isinstance(model, widths.Alone):
-        return recipes.make_plan(model, recipe)
+        return planning.make_plan(model, recipe)
     weight, act = (TensorPlan.parse(text) for text in recipe.linear)
     return Plan({"layer": LayerPlan("linear", tuple(model.layer.weight.shape), weight, act)}, recipe=recipe.name)
 
 
 def targets(model: nn.Module, kinds: tuple[str, ...] = ("linear",)) -> list[str]:
     """The layers every contender quantizes: those to which dq's `int8` gives integer activations."""
-    found = plan(model, recipes.RECIPES["int8"]).layers
+    found = plan(model, cookbook.RECIPES["int8"]).layers
     return [name for name, layer in found.items() if layer.act is not None and layer.kind in kinds]
 
 
@@ -137,7 +137,7 @@ def _sdnq(**more) -> Callable[[nn.Module], nn.Module]:
 
 SCHEMES: dict[str, Callable[[nn.Module], nn.Module]] = {
     BASE: lambda model: model,
-    "int8": _dq(recipes.RECIPES["int8"]),
+    "int8": _dq(cookbook.RECIPES["int8"]),
     "w4a8": _dq(W4A8),
     "w4a8-row": _dq(W4A8_ROW),
     "torchao": _torchao,

@@ -20,16 +20,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.cluster.vq import kmeans2
 from scipy.optimize import linear_sum_assignment
 
-if TYPE_CHECKING:
-    from dq.calibration import Calibration
+from dq.calibration import Calibration
 
-POLICIES = ("uniform", "all", "normal", "stratified", "clustered")
 PER_RUN = 4  # pairs kept of a run, on average
 MEAN, DEVIATION = 0.4, 0.4  # of the normal policy, as fractions of the steps
 LABELINGS, PER_CLUSTER, POOL_SHARE = 3, 8, 20  # TAP: sub-samples, samples per cluster, pool / sub-sample

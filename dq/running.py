@@ -12,18 +12,16 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
 from dq import families
+from dq.calibration import Calibration
 from dq.errors import DQError, nearest
 from dq.units import tensors_in
-
-if TYPE_CHECKING:
-    from dq.calibration import Calibration
 
 
 @dataclass

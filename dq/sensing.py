@@ -20,10 +20,10 @@ from torch import nn
 from dq import cost, search
 from dq.budget import Budget
 from dq.calibration import Calibration
-from dq.files import write_json
 from dq.fit import choices, sampled, sensitivity, trajectory
 from dq.fit.predictions import BUCKETS, Predictions
 from dq.fit.sensitivity import Errors, Judge
+from dq.host.files import write_json
 from dq.layers import parameter_bytes
 from dq.plan import Plan, Recipe, read_json
 from dq.records import Store

@@ -186,7 +186,7 @@ class Watch:
                     stack.append(_place(frame))
                 frame = frame.f_back
             self.inner[stack[0] if stack else "outside of dq"] += 1
-            steps = [place for place in stack if not place.startswith(("api.", "methods.__init__."))]
+            steps = [place for place in stack if not place.startswith(("api.", "stages.", "fit.walk."))]
             self.outer[steps[-1] if steps else (stack or ["outside of dq"])[0]] += 1
 
     def seconds(self, total: float) -> dict[str, float]:

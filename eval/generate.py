@@ -22,8 +22,9 @@ from torch import nn
 from tqdm import tqdm
 
 import dq
-from dq import api, recipes, saved
+from dq import api, cookbook
 from dq.errors import DQError, nearest
+from dq.host import saved
 from dq.running import drawing
 from eval import prompts, timing
 from eval.metrics import trajectory_error
@@ -113,7 +114,7 @@ class _Making:
 
     def wanted(self, work: Path) -> tuple[Any, dq.Calibration | None, Any]:
         """Recipe or plan, calibration and budget of the entry. DQError for what this version of dq cannot do."""
-        wanted, budget = recipes.get(self.entry.recipe or Path(self.entry.plan)), None
+        wanted, budget = cookbook.get(self.entry.recipe or Path(self.entry.plan)), None
         if self.entry.budget is not None:
             known = inspect.signature(dq.Budget).parameters
             for name in self.entry.budget:

@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import dq
-from dq import hub, recipes
+from dq import cookbook
 from dq.fit.choices import weight_bytes
+from dq.host import mark
 from dq.layers import packed_layers
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 from eval import rows, versions
@@ -71,7 +72,7 @@ class Entry:
 
     def wanted(self) -> Recipe:
         """The recipe to quantize by; DQError or ImportError when this version has none."""
-        recipe = recipes.get(self.recipe)
+        recipe = cookbook.get(self.recipe)
         if self.baseline:
             recipe = importlib.import_module(f"dq.methods.{recipe.method}").BASELINE
         return replace(recipe, options={**recipe.options, **self.options}) if self.options else recipe
@@ -231,7 +232,7 @@ def calibrate(pipe, model: str, entry: Entry, options) -> dq.Report:
     recipe = entry.wanted()
     given = calibration(model, entry, options) if recipe.needs_calibration else None
     report = dq.quantize(pipe, recipe, calibration=given, progress=False)
-    _write(plan_file(model, entry), hub.plan_of(getattr(pipe, denoiser(pipe))).save)
+    _write(plan_file(model, entry), mark.plan_of(getattr(pipe, denoiser(pipe))).save)
     return report
 
 

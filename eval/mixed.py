@@ -20,8 +20,9 @@ import torch
 from tqdm import tqdm
 
 import dq
-from dq import api, charts, hub, recipes, search, sensing, timing
+from dq import api, charts, cookbook, search, sensing, timing
 from dq.fit.predictions import Predictions
+from dq.host import mark
 from dq.records import Store
 from eval import methods, rows
 from eval.metrics import feature_distance, psnr
@@ -116,7 +117,7 @@ def _fit(pipe, model: str, entry: Entry, limit: int, options) -> dq.Report:
     with methods.claimed(f"search {given.folder.name}"):
         if entry.way.startswith("mixed"):
             return dq.quantize(pipe, FITTED, calibration=given, budget=dq.Budget(bytes=limit), progress=False)
-        weight, recipe = UNIFORM[entry.budget], recipes.get(FITTED)
+        weight, recipe = UNIFORM[entry.budget], cookbook.get(FITTED)
         pairs = {"linear": (weight, recipe.linear[1]), "conv": (weight, recipe.conv[1])}
         recipe = replace(recipe, **pairs, modulation=weight, edge=weight)
         return dq.quantize(pipe, recipe, calibration=given, progress=False)
@@ -154,7 +155,7 @@ def explored(model: str, seed: int, count: int, evaluated: int, timed: bool = Fa
 
 
 def _formats(pipe) -> dict[str, int]:
-    plan = hub.plan_of(getattr(pipe, denoiser(pipe)))
+    plan = mark.plan_of(getattr(pipe, denoiser(pipe)))
     counts = Counter(str(layer.weight) for layer in plan.layers.values())
     return dict(counts) | {"kept": sum(reason.startswith("budget") for reason in plan.kept.values())}
 

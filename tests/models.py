@@ -8,7 +8,9 @@ import torch
 from diffusers import AutoModel
 from torch import nn
 
-from dq import drafts, hub, layers, recipes
+from dq import cookbook, drafts, layers, planning
+from dq.host import mark
+from dq.model import put
 from dq.plan import Plan
 from tests import zoo
 
@@ -38,7 +40,7 @@ def saved(folder, name: str, dtype: torch.dtype = torch.float32, **options) -> s
 
 def stepped(model: nn.Module, edges: tuple[float, ...], spread: float = 4.0) -> Plan:
     """Quantize a model's int8 layers with a stored activation scale per step bucket, in place."""
-    plan = recipes.make_plan(model, recipes.get("int8"))
+    plan = planning.make_plan(model, cookbook.get("int8"))
     plan.edges, plan.compute_dtype = edges, str(model.dtype).removeprefix("torch.")
     table = torch.linspace(0.5, 1.0, len(edges) + 1).reshape(-1, 1) * spread / 127
     for name, layer in plan.layers.items():
@@ -51,8 +53,8 @@ def stepped(model: nn.Module, edges: tuple[float, ...], spread: float = 4.0) -> 
             draft = drafts.draft(old, plan.layers[name])
             draft.act_scale.data.copy_(table)
             packed = draft.pack(model.dtype)
-        hub.put(model, name, packed)
-    hub.mark(model, plan)
+        put(model, name, packed)
+    mark.mark(model, plan)
     return plan
 
 

@@ -12,10 +12,10 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import nn
 
 import dq
-from dq import recipes
+from dq import cookbook, planning
 from dq.errors import DQError
 from dq.layers import PackedLinear, packed_layers
-from dq.plan import Plan
+from dq.plan import Plan, Recipe
 from tests import zoo
 
 PIXART, UNET, WAN, EXPERTS = (
@@ -132,7 +132,7 @@ def test_the_report_adds_up_and_reads_as_json():
 
 def test_a_plan_from_json_gives_the_same_model_and_stays_the_callers(tmp_path):
     first, second = zoo.build(PIXART), zoo.build(PIXART)
-    plan = recipes.make_plan(first, recipes.get("int8"))
+    plan = planning.make_plan(first, cookbook.get("int8"))
     plan.save(tmp_path / "plan.json")
     dq.quantize(first, "int8", progress=False)
     before = copy.deepcopy(plan)
@@ -171,7 +171,7 @@ def test_the_compute_dtype_is_that_of_most_weights():
 
 def test_explain_lists_every_layer_with_its_kernel_and_the_reasons_against_faster_ones():
     model = zoo.build(UNET)
-    plan = recipes.make_plan(model, recipes.get("int8"))
+    plan = planning.make_plan(model, cookbook.get("int8"))
     dq.quantize(model, "int8", progress=False)
     rows = {row.name: row for row in dq.explain(model).layers}
     assert set(rows) == set(plan.layers) | set(plan.kept)
@@ -235,21 +235,21 @@ def spoiled(model):
 
 
 def other_plan():
-    return recipes.make_plan(zoo.build(PIXART), recipes.get("int8"))
+    return planning.make_plan(zoo.build(PIXART), cookbook.get("int8"))
 
 
 def newer_plan(folder):
-    data = recipes.make_plan(Denoiser(), recipes.get("int8")).to_dict() | {"version": 99}
+    data = planning.make_plan(Denoiser(), cookbook.get("int8")).to_dict() | {"version": 99}
     (Path(folder) / "newer.json").write_text(json.dumps(data))
     return Path(folder) / "newer.json"
 
 
 def misshapen():
-    plan = recipes.make_plan(Denoiser(), recipes.get("int8"))
+    plan = planning.make_plan(Denoiser(), cookbook.get("int8"))
     return Plan.from_dict(json.loads(json.dumps(plan.to_dict()).replace("[32, 64]", "[32, 63]")))
 
 
-CALIBRATED = recipes.Recipe("mine", ("int8", "int8/token"), ("int8", None), method="gptq")
+CALIBRATED = Recipe("mine", ("int8", "int8/token"), ("int8", None), method="gptq")
 WRONG = {
     "recipe": ("int8-wight", {}, r"recipe 'int8-wight' is unknown, expected one of .*Did you mean 'int8-weight'\?"),
     "keep": ("int8", {"keep": ["to_q"]}, "keep pattern 'to_q' matches no layer"),

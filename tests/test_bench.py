@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dq
-from dq import attention, bench, cli, layers, peers, race, roofline, widths
+from dq import attention, bench, cli, cookbook, layers, peers, race, roofline, widths
 from dq.errors import DQError
 from dq.plan import LayerPlan, TensorPlan
 from eval import bench as eval_bench
@@ -191,7 +191,7 @@ def test_a_contender_that_fails_or_dies_leaves_the_others(here, monkeypatch):
 
 
 def test_emulated_arithmetic_is_not_timed(here, monkeypatch):
-    monkeypatch.setitem(peers.SCHEMES, "fp8", peers._dq(dq.recipes.RECIPES["fp8"]))
+    monkeypatch.setitem(peers.SCHEMES, "fp8", peers._dq(cookbook.RECIPES["fp8"]))
     [found] = list(race.race([(LINEAR, [peers.Contender("dq-fp8", "dq", "fp8")])], setting(), here))
     assert "emulated" in found.results[-1].skipped and not found.results[-1].ms
 

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from typer.testing import CliRunner
 
 import dq
-from dq import api, charts, cost, search, sensing
+from dq import api, charts, cookbook, cost, search, sensing
 from dq.cli import app
 from dq.fit import choices, margins, sensitivity, trajectory
 from dq.fit.predictions import Predictions
@@ -82,7 +82,7 @@ def test_first_order_errors_are_those_measured_with_one_layer_at_a_time(explored
     pipe = tiny.load("tiny-pixart")
     model = pipe.transformer
     menus = choices.menus(
-        api._plan_all({"": (model, dq.recipes.get("int8-weight"))}, ())[""], dq.recipes.get("int8-weight")
+        api._plan_all({"": (model, cookbook.get("int8-weight"))}, ())[""], cookbook.get("int8-weight")
     )
     menus = {name: menu[3:6] for name, menu in list(menus.items())[2:12]}  # 5, 4 and 3 bits
     few, store = Predictions(model, Store(folder / "transformer"), 4), Store(folder / "first-order")
@@ -121,7 +121,7 @@ def test_a_killed_measurement_goes_on_where_it_was(tmp_path, monkeypatch):
 
 def _menu(shape):
     plan = LayerPlan("linear", shape, TensorPlan.parse("int8/channel"))
-    return choices.menu(plan, dq.recipes.get("int8-weight"))
+    return choices.menu(plan, cookbook.get("int8-weight"))
 
 
 def test_the_gradient_through_the_run_is_the_derivative_of_the_picture(tmp_path):
@@ -146,12 +146,12 @@ def test_the_gradient_through_the_run_is_the_derivative_of_the_picture(tmp_path)
 
 def test_activations_branches_and_full_precision_are_among_the_choices():
     linear = LayerPlan("linear", (512, 512), TensorPlan.parse("int4/group:64"), TensorPlan.parse("int4/group:64"))
-    menu = choices.menu(linear, dq.recipes.get("svdquant-int4"))
+    menu = choices.menu(linear, cookbook.get("svdquant-int4"))
     assert menu[0] is None and linear in menu
     assert {choice.act.spec.bits for choice in menu[1:]} == {4, 8}
     assert {choice.weight.spec.bits for choice in menu[1:]} == {8, 7, 6, 5, 4, 3, 2}
     assert {0, 16, 32} >= {choice.rank for choice in menu[1:]} > {0}
-    assert not any(choice.rank for choice in choices.menu(linear, dq.recipes.get("int8"))[1:])
+    assert not any(choice.rank for choice in choices.menu(linear, cookbook.get("int8"))[1:])
 
 
 def test_a_branch_lowers_the_predicted_error(explored):
@@ -290,7 +290,7 @@ def test_methods_of_mixed_precision_keep_their_mean_bits(name, bits):
     mean = 8 * sum(choices.weight_bytes(layer.plan, torch.float32) for layer in packed) / (128 * 128 * len(packed))
     assert bits - 1 < mean <= bits
     assert {row.weight for row in report.layers} <= {
-        str(TensorPlan.parse(c)) for c in dq.recipes.get(name).options["choices"]
+        str(TensorPlan.parse(c)) for c in cookbook.get(name).options["choices"]
     }
 
 
@@ -375,7 +375,7 @@ def test_times_are_kept_and_predict_the_whole_call(explored, monkeypatch):
     found, _ = explored
     monkeypatch.setattr(cost, "_time", lambda *given: pytest.fail("measured again"))
     pipe = tiny.load("tiny-pixart")
-    plan = api._plan_all({"": (pipe.transformer, dq.recipes.get("int8-weight"))}, ())[""]
+    plan = api._plan_all({"": (pipe.transformer, cookbook.get("int8-weight"))}, ())[""]
     assert found.ms_of(charts.uniform(found)["int8/channel"]) > 0
     assert set(found.parts["transformer"].layers) == set(plan.layers)
 

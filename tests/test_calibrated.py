@@ -21,10 +21,12 @@ from torch import nn
 
 import dq
 import pipelines.tiny as tiny
-from dq import hub, methods, recipes, records
+from dq import cookbook, methods, planning, records
 from dq.calibration import Calibration
 from dq.errors import DQError
+from dq.host import mark
 from dq.layers import packed_layers
+from dq.model import check_fit
 from dq.seen import Needs
 from tests import zoo
 from tests.models import same_state
@@ -177,10 +179,12 @@ def test_another_number_of_steps_another_scheduler_and_no_guidance_work(trained,
 def test_timesteps_outside_the_calibrated_ones_take_the_nearest_bucket(trained, full):
     pipe, _, recipe = trained
     if recipe != "tfmq-w8a8":
-        assert not hub.plan_of(pipe.transformer).edges and not any("bucket" in note for note in dq.explain(pipe).notes)
+        assert not mark.plan_of(pipe.transformer).edges and not any(
+            "bucket" in note for note in dq.explain(pipe).notes
+        )
         return
     note = next(note for note in dq.explain(pipe).notes if "bucket" in note)
-    edges = hub.plan_of(pipe.transformer).edges
+    edges = mark.plan_of(pipe.transformer).edges
     assert len(edges) == 3 and f"= {edges[0]:g} ... {edges[-1]:g}" in note and note.startswith("transformer: ")
     layer = next(layer for layer in packed_layers(pipe.transformer).values() if layer.plan.steps > 1)
     assert layer.act_scale.shape == (4, 1) and len(layer.act_scale.unique()) > 1
@@ -198,7 +202,7 @@ def test_a_saved_pipeline_reloads_with_the_very_same_output(trained, tmp_path):
     again = DiffusionPipeline.from_pretrained(tmp_path / "saved")
     again.set_progress_bar_config(disable=True)
     assert same_state(pipe.transformer, again.transformer)
-    assert hub.plan_of(again.transformer).to_dict() == hub.plan_of(pipe.transformer).to_dict()
+    assert mark.plan_of(again.transformer).to_dict() == mark.plan_of(pipe.transformer).to_dict()
     assert dq.explain(again).notes == dq.explain(pipe).notes
     assert torch.equal(latents(pipe, 3), latents(again, 3))
 
@@ -216,7 +220,7 @@ def whole():
 
 
 def found(pipe):
-    return {**pipe.transformer.state_dict()}, hub.plan_of(pipe.transformer).to_dict()
+    return {**pipe.transformer.state_dict()}, mark.plan_of(pipe.transformer).to_dict()
 
 
 def alike(left, right):
@@ -352,7 +356,7 @@ OTHERS = ("UNet2DConditionModel", "FluxTransformer2DModel", "HunyuanDiT2DModel",
 
 def spared(model, recipe, every):
     """Patterns that keep all but each `every`-th layer."""
-    names = recipes.make_plan(model, recipes.get(recipe)).layers
+    names = planning.make_plan(model, cookbook.get(recipe)).layers
     return [f"{re.escape(name)}$" for i, name in enumerate(names) if i % every]
 
 
@@ -368,8 +372,8 @@ def test_a_model_run_by_a_function_ends_near_full_precision(name, recipe, every,
             zoo.call(given, entry, seed)
 
     report = dq.quantize(model, recipe, calibration=loop, keep=keep, progress=False)
-    dq.quantize(plain, replace(recipes.get(recipe), method="", options={}), keep=keep, progress=False)
-    assert hub.plan_of(model).layers.keys() == hub.plan_of(plain).layers.keys()
+    dq.quantize(plain, replace(cookbook.get(recipe), method="", options={}), keep=keep, progress=False)
+    assert mark.plan_of(model).layers.keys() == mark.plan_of(plain).layers.keys()
     assert not any("never called" in row.reason for row in report.layers)
     output, rounded = (zoo.call(each, entry, 7, dtype=torch.float32) for each in (model, plain))
     assert output.isfinite().all() and decibels(reference, output) > decibels(reference, rounded) + least
@@ -387,7 +391,7 @@ def test_tables_of_a_model_without_a_timestep_have_one_row():
     model, x = Timeless(), torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
     reference = model(x)
     dq.quantize(model, "tdq-w8a8", calibration=lambda given: [given(x), given(0.5 * x)], progress=False)
-    assert {layer.plan.steps for layer in packed_layers(model).values()} == {1} and not hub.plan_of(model).edges
+    assert {layer.plan.steps for layer in packed_layers(model).values()} == {1} and not mark.plan_of(model).edges
     assert decibels(reference, model(x)) > 25 and not any("bucket" in note for note in dq.explain(model).notes)
 
 
@@ -403,7 +407,7 @@ def raising(model):
     raise ValueError("out of\npatience")
 
 
-MINE = replace(recipes.get("svdquant-int4"), name="mine", method="svdqant")
+MINE = replace(cookbook.get("svdquant-int4"), name="mine", method="svdqant")
 WRONG = {
     "data-free recipe": ("int8", "recipe 'int8' is data-free; leave calibration=None", settings),
     "no calibration": ("svdquant-int4", r"needs calibration data; pass calibration=dq\.Calibration\(prompts", None),
@@ -505,13 +509,13 @@ def test_adapters_are_refused_before_anything_runs(monkeypatch):
     pipe = pipeline()
     pipe.transformer = zoo.build("UNet2DConditionModel")
     pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
-    monkeypatch.setattr("dq.calibration.capture", None)
+    monkeypatch.setattr("dq.capture.capture", None)
     refused(pipe, "svdquant-int4", "transformer has adapters attached; fuse_lora", calibration=settings())
 
 
 def test_quantized_models_are_refused_before_anything_runs(monkeypatch):
     pipe, _ = made("viditq-w8a8")
-    monkeypatch.setattr("dq.calibration.capture", None)
+    monkeypatch.setattr("dq.capture.capture", None)
     with pytest.raises(DQError, match="transformer is already quantized"):
         dq.quantize(pipe, "svdquant-int4", calibration=settings(), progress=False)
 
@@ -538,7 +542,7 @@ def test_components_take_data_free_recipes_only(recipe):
 
 @pytest.mark.parametrize("recipe", dq.recipes())
 def test_every_recipe_plans_every_tiny_model(recipe):
-    wanted = recipes.get(recipe)
+    wanted = cookbook.get(recipe)
     for name in (
         "PixArtTransformer2DModel",
         "UNet2DConditionModel",
@@ -546,10 +550,10 @@ def test_every_recipe_plans_every_tiny_model(recipe):
         "WanTransformer3DModel",
     ):
         model = zoo.build(name)
-        plan = recipes.make_plan(model, wanted)
+        plan = planning.make_plan(model, wanted)
         if wanted.needs_calibration:
             plan = methods.prepared(model, plan, wanted)
-        hub.check_fit(model, plan)
+        check_fit(model, plan)
         assert plan.recipe == recipe and plan.layers
         assert type(plan).from_dict(plan.to_dict()) == plan
 

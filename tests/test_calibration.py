@@ -19,8 +19,10 @@ import torch
 from torch import nn
 
 import pipelines.tiny as tiny
-from dq import DQError, api, calibration, policies, records, running
-from dq.calibration import Calibration, capture, resolve
+from dq import DQError, api, policies, records, running
+from dq import capture as capture_module
+from dq.calibration import POLICIES, Calibration, resolve
+from dq.capture import capture
 from dq.records import Store
 from tests import zoo
 
@@ -91,7 +93,7 @@ def test_guidance_branches_follow_the_batch(pixart, tmp_path, changes, branches)
     assert all(call["info"]["branches"] == branches for call in calls(tmp_path))
 
 
-@pytest.mark.parametrize("policy", policies.POLICIES)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_records_as_many_pairs_as_asked_and_no_others(pixart, tmp_path, policy):
     record(pixart, tmp_path, policy=policy, samples=8)
     found = [(call["info"]["run"], call["info"]["step"]) for call in calls(tmp_path)]
@@ -191,7 +193,7 @@ def test_kill_9_at_any_moment_and_a_restart_give_the_same_bytes(pixart, tmp_path
 )
 def test_the_folder_of_another_calibration_is_refused(pixart, tmp_path, changes, what):
     (tmp_path / "calibration.json").write_text(
-        json.dumps(calibration._identity(pixart, api.find_denoisers(pixart), settings()))
+        json.dumps(capture_module._identity(pixart, api.find_denoisers(pixart), settings()))
     )
     with pytest.raises(DQError, match=f"another calibration: {what} differs; choose another folder or delete it"):
         record(pixart, tmp_path, **changes)
@@ -314,8 +316,8 @@ def test_a_sketch_keeps_cosines():
     a = torch.randn(2, 4, 64, 64, generator=generator)
     b = 0.5 * a + torch.randn(2, 4, 64, 64, generator=generator)
     truth = torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)
-    x, y = (np.array(calibration.sketch(value)) for value in (a, b))
-    assert abs(x @ y / np.linalg.norm(x) / np.linalg.norm(y) - truth) < 3 / calibration.SKETCH**0.5
+    x, y = (np.array(capture_module.sketch(value)) for value in (a, b))
+    assert abs(x @ y / np.linalg.norm(x) / np.linalg.norm(y) - truth) < 3 / capture_module.SKETCH**0.5
 
 
 # --- forward loops ------------------------------------------------------------------------------------------------
@@ -496,7 +498,7 @@ def test_processes_deal_out_the_runs_and_together_record_the_same(pixart, tmp_pa
     record(pixart, tmp_path / "one", policy="uniform")
     for rank in (0, 1):
         world = SimpleNamespace(rank=rank, size=2, wait=lambda: None)
-        monkeypatch.setattr(calibration, "_World", lambda world=world: world)
+        monkeypatch.setattr(capture_module, "_World", lambda world=world: world)
         if rank == 0:  # whose check for silent denoisers comes after the barrier
             record(pixart, tmp_path / "two", policy="uniform")
             assert files(tmp_path / "one") != files(tmp_path / "two")

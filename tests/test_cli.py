@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import dq
-from dq import cli, saved
+from dq import cli
+from dq.host import saved
 from pipelines import tiny
 
 

@@ -8,8 +8,9 @@ from diffusers import AutoModel
 from torch import nn
 
 import dq
-from dq import hub, layers, recipes
+from dq import cookbook, layers
 from dq.layers import packed_layers
+from dq.model import put
 from tests import zoo
 from tests.models import FLUX, PIXART, UNET, WAN, output, saved, stepped
 
@@ -54,15 +55,15 @@ def convolution_and_linear(recipe: str) -> nn.Module:
     """A packed convolution and a packed linear, x (batch, 8, 16, 16)."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1, stride=2), nn.Flatten(2), nn.Linear(64, 32)).eval()
-    found = recipes.get(recipe)
+    found = cookbook.get(recipe)
     for name, kind, formats in (("0", "conv2d", found.conv), ("2", "linear", found.linear)):
         weight, act = (None if text is None else dq.TensorPlan.parse(text) for text in formats)
         plan = dq.LayerPlan(kind, tuple(model[int(name)].weight.shape), weight, act)
-        hub.put(model, name, layers.pack(name, model[int(name)], plan, torch.float32))
+        put(model, name, layers.pack(name, model[int(name)], plan, torch.float32))
     return model
 
 
-DYNAMIC = [name for name in recipes.names() if not (recipes.get(name).linear[1] or "").endswith(("static", "table"))]
+DYNAMIC = [name for name in cookbook.names() if not (cookbook.get(name).linear[1] or "").endswith(("static", "table"))]
 
 
 @pytest.mark.parametrize("recipe", DYNAMIC)  # stored scales come with data: see the step tables below

@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dq
-from dq import hub, layers, recipes
+from dq import cookbook, layers, planning
 from dq.errors import DQError
+from dq.host import mark
 from dq.layers import packed_layers
+from dq.model import swap
 from tests.models import WEIGHTS, load, same_state
 
 # what must be refused
@@ -112,10 +114,10 @@ def test_plan_for_another_model_is_refused_naming_the_first_layer(tmp_path, quan
 
 def test_a_plan_that_does_not_fit_leaves_the_model_as_it_was(base):
     model = load(base)
-    plan = recipes.make_plan(model, recipes.get("int8"))
+    plan = planning.make_plan(model, cookbook.get("int8"))
     plan.layers["no.such.layer"] = next(iter(plan.layers.values()))
     with pytest.raises(DQError, match=r"no\.such\.layer"):
-        hub.swap(model, plan, torch.float32)
+        swap(model, plan, torch.float32)
     assert not packed_layers(model)
 
 
@@ -181,7 +183,7 @@ def test_bare_module_saves_and_loads_bit_exactly(tmp_path, dtype):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["dq_plan.json", "model.safetensors"]
     assert same_state(model, again)
     assert torch.equal(model(x), again(x))
-    assert hub.plan_of(again).to_dict() == hub.plan_of(model).to_dict()
+    assert mark.plan_of(again).to_dict() == mark.plan_of(model).to_dict()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 import dq
-from dq import recipes
+from dq import cookbook, planning
 from dq.layers import packed_layers
 from tests import zoo
 
@@ -77,7 +77,7 @@ def test_int8_keeps_the_output_shrinks_the_bytes_and_reloads_to_the_bit(name, tm
 @pytest.mark.parametrize("name", sorted(set(CLASSES) - SLOW_TO_BUILD))
 def test_int8_plan_covers_the_weights_of_the_default_config(name):
     model = zoo.default_model(name)
-    plan = recipes.make_plan(model, recipes.get("int8"))
+    plan = planning.make_plan(model, cookbook.get("int8"))
     sizes = weight_sizes(model)
     assert set(plan.layers) <= set(sizes)
     covered = sum(sizes[layer] for layer in plan.layers)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dq
-from dq import recipes
+from dq import cookbook, planning
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 from eval import calibration_time, methods, rows, table, versions
 from pipelines import tiny
@@ -25,7 +25,7 @@ def place(tmp_path, monkeypatch):
     """Results and work files in a temporary folder, short draws, a data-free recipe in place of a calibrated one."""
     monkeypatch.setattr(methods, "FILE", tmp_path / "methods.json")
     monkeypatch.setattr(methods, "WORK", tmp_path / "work")
-    monkeypatch.setitem(recipes.RECIPES, W4A4.name, W4A4)
+    monkeypatch.setitem(cookbook.RECIPES, W4A4.name, W4A4)
     more = methods.Entry("more", W4A4.name, plain=True, weights=methods.INT4_MORE)
     monkeypatch.setattr(methods, "ENTRIES", (*methods._with_plain(W4A4.name), more))
     for name in tiny.NAMES:
@@ -126,7 +126,7 @@ def test_a_derived_plan_takes_other_weights_for_four_bit_layers_only():
 
 def test_baselines_with_the_bytes_of_the_branch_take_at_least_those(place):
     model, entry = "tiny-pixart", methods.ENTRIES[-1]
-    base = recipes.make_plan(tiny.load(model).transformer, W4A4)
+    base = planning.make_plan(tiny.load(model).transformer, W4A4)
     for rank in (2, 8):
         final = replace(base, layers={k: replace(v, rank=rank if v.act else 0) for k, v in base.layers.items()})
         methods._write(methods.plan_file(model, entry), final.save)
@@ -136,7 +136,7 @@ def test_baselines_with_the_bytes_of_the_branch_take_at_least_those(place):
 
 def test_bytes_of_a_plan_are_those_of_the_packed_layers():
     model = tiny.load("tiny-sd").unet
-    plan = recipes.make_plan(model, W4A4)
+    plan = planning.make_plan(model, W4A4)
     plan.layers = {name: replace(layer, rank=2 if layer.act else 0) for name, layer in plan.layers.items()}
     dq.quantize(model, plan, progress=False)
     layers = dq.layers.packed_layers(model)

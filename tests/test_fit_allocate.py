@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from dq import recipes
+from dq import cookbook
 from dq.fit import allocate, choices, sampled
 from dq.fit.allocate import Item
 from dq.layers import parameter_bytes
@@ -104,7 +104,7 @@ def test_regression_on_random_plans_finds_the_layers_that_the_first_guess_got_wr
 def test_layers_kept_for_random_plans_take_no_more_than_the_model():
     model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
     plan = LayerPlan("linear", (64, 64), TensorPlan.parse("int8/channel"))
-    menus = {str(index): choices.menu(plan, recipes.get("int8-weight")) for index in range(4)}
+    menus = {str(index): choices.menu(plan, cookbook.get("int8-weight")) for index in range(4)}
     layers = sampled._Layers(model, menus, torch.float32)
     for name, menu in menus.items():
         for choice in range(1, len(menu)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dq import families, recipes
+from dq import cookbook, families, planning
 from dq.fit import splits
 from tests import zoo
 
@@ -64,7 +64,7 @@ def test_models_without_concatenations_are_left_alone(name):
 
 def test_apply_cuts_planned_layers_only():
     model = zoo.build("UNet2DConditionModel")
-    plan = recipes.make_plan(model, recipes.get("int8"), keep=[r"up_blocks\.1"])
+    plan = planning.make_plan(model, cookbook.get("int8"), keep=[r"up_blocks\.1"])
     made = splits.apply(plan, model, families.of(model))
     cut = {name: layer.splits for name, layer in made.layers.items() if layer.splits}
     assert set(cut) == {f"up_blocks.0.resnets.{i}.conv_shortcut" for i in range(2)}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dq import formats
-from dq.formats import FormatError, Granularity
+from dq.formats.base import FormatError, Granularity
 
 NAMES = formats.names()
 FREE = [n for n in NAMES if not formats.get(n).fixed]
@@ -127,7 +127,7 @@ def test_any_finite_size_stays_finite_and_in_range(name, granularity, power, shi
     x = (torch.rand(3, 50, generator=torch.Generator().manual_seed(seed)).double() * 2 - 1 + shift) * 10.0**power
     out = form.fake(x.float(), granularity)
     over = 1 / 3 if form.affine else 1 / 16  # half a step of int2a; an e4m3 block scale rounded up
-    assert out.isfinite().all() and out.abs().max() <= x.abs().max() * (1 + over) + formats.SCALE_FLOOR
+    assert out.isfinite().all() and out.abs().max() <= x.abs().max() * (1 + over) + formats.base.SCALE_FLOOR
     assert (out.double() * x >= 0).all()
 
 
@@ -170,7 +170,7 @@ def test_gradient_of_fake_is_straight_through(name, granularity):
     half = (e.scale / 2).requires_grad_()
     x.grad = None
     form.fake(x, granularity, half).sum().backward()
-    units = formats.block_view(x.detach(), Granularity.parse(granularity)) / half[..., None]
+    units = formats.base.block_view(x.detach(), Granularity.parse(granularity)) / half[..., None]
     inside = (units.abs() <= form.limits()[1]).reshape(9, -1)[:, :77]
     assert torch.equal(x.grad, inside.float()) and not inside.all()
     assert half.grad.shape == half.shape and torch.isfinite(half.grad).all()
@@ -191,8 +191,8 @@ def test_bad_values_never_become_numbers(name, granularity):
         assert not form.decode(form.encode(x, granularity), granularity)[1, 3].isfinite()
         assert not form.fake(x, granularity)[1, 3].isfinite()
         with pytest.raises(FormatError, match=r"blocks\.0\.to_q: got 1 non-finite values of 96"):
-            formats.check_finite(x, "blocks.0.to_q")
-    assert formats.check_finite(torch.ones(2), "w").sum() == 2
+            formats.base.check_finite(x, "blocks.0.to_q")
+    assert formats.base.check_finite(torch.ones(2), "w").sum() == 2
 
 
 @each_name

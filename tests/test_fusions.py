@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import dq
-from dq import fusions, layers, loading
+from dq import fusions, layers
 from dq.errors import DQError
+from dq.host import mark
 from dq.kernels.cpu import library
+from dq.model import _page_out
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 from tests import zoo
 
@@ -130,7 +132,7 @@ def test_a_plan_may_ask_for_attention_in_bytes():
     model = zoo.build(PIXART, dtype=torch.float32)
     dq.quantize(model, "sageattention-int8", progress=False)
     assert any("in int8" in line for line in dq.explain(model).notes)
-    plan = dq.hub.plan_of(model)
+    plan = mark.plan_of(model)
     assert plan.attention == "int8" and Plan.from_dict(plan.to_dict()).attention == "int8"
     dq.dequantize(model)
     assert fusions.notes(model) == [] or "in int8" not in str(fusions.notes(model))
@@ -149,5 +151,5 @@ def test_pages_of_a_mapped_file_can_be_given_back(tmp_path):
 
     save_file({"odd": torch.ones(3, dtype=torch.int8), "weight": torch.arange(100_000)}, tmp_path / "a.safetensors")
     weight = load_file(tmp_path / "a.safetensors")["weight"]
-    loading._page_out(weight)
+    _page_out(weight)
     assert torch.equal(weight, torch.arange(100_000))  # read again from the file

@@ -15,9 +15,11 @@ from torch import nn
 from transformers.quantizers import auto as transformers_auto
 
 import dq
-from dq import hub, loading, recipes
+from dq import cookbook, planning
 from dq.errors import DQError
+from dq.host import mark, peft, register
 from dq.layers import packed_layers
+from dq.model import pack_one
 from tests import zoo
 from tests.models import FLUX, PIXART, UNET, WAN, WEIGHTS, load, output, same_state, saved, stepped
 
@@ -25,7 +27,7 @@ from tests.models import FLUX, PIXART, UNET, WAN, WEIGHTS, load, output, same_st
 
 
 def test_registering_again_changes_nothing():
-    hub.register()
+    register.register()
     for home in (diffusers_auto, transformers_auto):
         assert home.AUTO_QUANTIZATION_CONFIG_MAPPING["dq"] is dq.DQConfig
 
@@ -33,7 +35,7 @@ def test_registering_again_changes_nothing():
 def test_registration_refuses_to_overwrite_a_foreign_entry(monkeypatch):
     monkeypatch.setitem(diffusers_auto.AUTO_QUANTIZER_MAPPING, "dq", object)
     with pytest.raises(DQError, match="another package registered 'dq'"):
-        hub.register()
+        register.register()
 
 
 # the config
@@ -88,7 +90,7 @@ def test_one_config_object_serves_several_models(tmp_path, base):
     first = load(base, quantization_config=config)
     second = load(saved(tmp_path, PIXART), quantization_config=config)
     assert config.plan is None
-    assert hub.plan_of(first).layers.keys() != hub.plan_of(second).layers.keys()
+    assert mark.plan_of(first).layers.keys() != mark.plan_of(second).layers.keys()
 
 
 # quantizing while loading
@@ -102,22 +104,24 @@ def test_quantizing_while_loading_equals_quantizing_after(tmp_path, name):
     dq.quantize(after, "int8", progress=False)
     assert same_state(during, after)
     assert torch.equal(output(during), output(after))
-    assert hub.plan_of(during).to_dict() == hub.plan_of(after).to_dict()
+    assert mark.plan_of(during).to_dict() == mark.plan_of(after).to_dict()
 
 
 def test_at_most_one_full_precision_layer_exists_while_loading(base, monkeypatch):
     alive = []
-    original = loading.pack_one
+    original = pack_one
 
     def watched(model, name, *args):
-        plan = recipes.make_plan(FluxTransformer2DModel.from_config(base), recipes.get("int8")) if not alive else None
+        plan = (
+            planning.make_plan(FluxTransformer2DModel.from_config(base), cookbook.get("int8")) if not alive else None
+        )
         names = plan.layers if plan else alive[0]
         alive.append(names)
         dense = [other for other in names if type(model.get_submodule(other)) is nn.Linear]
         assert all(model.get_submodule(other).weight.is_meta for other in dense)
         return original(model, name, *args)
 
-    monkeypatch.setattr(loading, "pack_one", watched)
+    monkeypatch.setattr("dq.host.diffusers.pack_one", watched)
     load(base, quantization_config=dq.DQConfig("int8"))
     assert len(alive) > 10
 
@@ -190,7 +194,7 @@ def test_single_file_quantizes_while_loading(base):
         str(Path(base, WEIGHTS)), config=base, quantization_config=dq.DQConfig("int8"), local_files_only=True
     )
     assert same_state(model, load(base, quantization_config=dq.DQConfig("int8")))
-    assert hub.plan_of(model) is not None
+    assert mark.plan_of(model) is not None
 
 
 # saving and reloading
@@ -309,7 +313,7 @@ def test_saving_again_after_a_change_of_the_plan_writes_the_new_plan(tmp_path, b
     model = load(base, quantization_config=dq.DQConfig("int8"))
     model.save_pretrained(tmp_path)
     layer = model.transformer_blocks[0].attn.to_q
-    dq.adapters.widen(layer, torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2))
+    peft.widen(layer, torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2))
     model.save_pretrained(tmp_path)
     assert load(tmp_path).transformer_blocks[0].attn.to_q.plan.rank == 2
 

@@ -8,8 +8,10 @@ from diffusers import AutoModel, FluxPipeline
 from torch import nn
 
 import dq
-from dq import adapters, drafts, hub
+from dq import drafts
 from dq.errors import DQError
+from dq.host import mark
+from dq.host import peft as branches
 from dq.layers import packed_layers
 from tests import zoo
 from tests.models import FLUX, UNET, output
@@ -78,7 +80,7 @@ def test_adapter_can_be_scaled_disabled_and_deleted():
     model.delete_adapters("a")
     model.unload_lora()
     assert torch.equal(output(model), plain)
-    assert adapters.attached(model) is None
+    assert branches.attached(model) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -145,10 +147,10 @@ def test_fusing_beside_a_branch_smoothing_and_rotation_of_the_layer_is_exact(rot
     layer, x = calibrated(nn.Linear(96, 48), rotate), torch.randn(5, 96)
     down, up = torch.randn(2, 96), torch.randn(48, 2)
     before = layer(x)
-    adapters.widen(layer, down, up)
+    branches.widen(layer, down, up)
     assert torch.allclose(layer(x), before + x @ down.T @ up.T, atol=1e-4)
     assert layer.plan.rank == 5
-    adapters.narrow(layer, 3)
+    branches.narrow(layer, 3)
     assert torch.equal(layer(x), before)
 
 
@@ -182,12 +184,12 @@ def test_fused_adapter_stays_after_unloading_and_survives_saving(tmp_path):
     adapted = output(model)
     model.fuse_lora()
     model.unload_lora()
-    assert adapters.attached(model) is None
+    assert branches.attached(model) is None
     assert distance(output(model), adapted) < 1e-5
     model.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(str(tmp_path))
     assert torch.equal(output(again), output(model))
-    assert hub.plan_of(again).layers[LAYERS[0]].rank == 4
+    assert mark.plan_of(again).layers[LAYERS[0]].rank == 4
 
 
 def test_saving_with_adapters_attached_is_refused_and_writes_nothing(tmp_path):
@@ -295,7 +297,7 @@ def test_adapter_that_needs_full_precision_weights_is_refused():
     model = quantized()
     with pytest.raises(DQError, match="DoRA adapters need full-precision weights"):
         model.add_adapter(LoraConfig(r=4, target_modules=["to_q"], use_dora=True))
-    assert adapters.attached(model) is None
+    assert branches.attached(model) is None
 
 
 def test_adapter_with_nan_is_refused_by_a_safe_fuse_and_nothing_is_fused():

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dq import calibration, families, layers, methods, recipes
+from dq import calibration, capture, cookbook, families, layers, methods, planning
 from dq.drafts import draft
 from dq.fit import reconstruct, smooth
 from dq.methods import gptq, svdquant, viditq
@@ -50,8 +50,8 @@ def observe(name, pipe, model, turn, folder):
     call = {key: value for key, value in tiny.CALL[name].items() if key != "num_inference_steps"}
     prompt = tiny.prompts(2)[turn][0]
     wanted = calibration.Calibration(prompts=[prompt], steps=4, samples=4, policy="all", seed=turn, call_kwargs=call)
-    calibration.capture(pipe, {"model": model}, wanted, folder, progress=False)
-    plan = recipes.make_plan(model, recipes.get("svdquant-int4"))
+    capture.capture(pipe, {"model": model}, wanted, folder, progress=False)
+    plan = planning.make_plan(model, cookbook.get("svdquant-int4"))
     plan.layers = planned(name, model, "svdquant-int4")
     trace = Trace(model, plan, families.of(model), folder / "model")
     for unit in trace.units:
@@ -64,7 +64,7 @@ def observe(name, pipe, model, turn, folder):
 
 def planned(name, model, recipe):
     """The recipe's plans of the unit's layers."""
-    rows = recipes.make_plan(model, recipes.get(recipe)).layers
+    rows = planning.make_plan(model, cookbook.get(recipe)).layers
     return {
         layer: row for layer, row in rows.items() if layer.startswith(f"{UNITS[name]}.") and not LEFT.search(layer)
     }
@@ -79,7 +79,7 @@ def fitted(models, observed):
         key = (name, recipe, str(options))
         if key not in cache:
             unit, seen, _ = observed[name]
-            unit, wanted = replace(unit, layers=planned(name, models[name][1], recipe)), recipes.get(recipe)
+            unit, wanted = replace(unit, layers=planned(name, models[name][1], recipe)), cookbook.get(recipe)
             made = methods.files()[wanted.method].fit(unit, seen, {**wanted.options, **options})
             cache[key] = (unit, seen, made)
         return cache[key]

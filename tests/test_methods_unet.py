@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dq import calibration, families, layers, methods, recipes
+from dq import calibration, capture, cookbook, families, layers, methods, planning
 from dq.clock import Clock
 from dq.drafts import draft
-from dq.fit import reconstruct, tables
+from dq.fit import reconstruct, tables, walk
 from dq.methods import ptq4dm, qdiffusion, tdq, tfmq
 from dq.plan import LayerPlan, TensorPlan
 from dq.trace import Trace
@@ -35,7 +35,7 @@ def records(pipes, tmp_path_factory):
         call = {key: value for key, value in tiny.CALL[name].items() if key != "num_inference_steps"}
         prompts = [caption for caption, _ in tiny.prompts(2)]
         wanted = calibration.Calibration(prompts=prompts, steps=4, samples=8, policy="all", call_kwargs=call)
-        calibration.capture(pipe, {"model": denoiser(pipe)}, wanted, folders[name], progress=False)
+        capture.capture(pipe, {"model": denoiser(pipe)}, wanted, folders[name], progress=False)
     return folders
 
 
@@ -52,9 +52,9 @@ def fitted(pipes, records):
 
     def _fit(name, recipe, options):
         model = denoiser(pipes[name])
-        wanted = recipes.get(recipe)
+        wanted = cookbook.get(recipe)
         wanted = replace(wanted, options={**wanted.options, **options})
-        plan = recipes.make_plan(model, wanted)
+        plan = planning.make_plan(model, wanted)
         chosen = tuple(f"{unit}." for unit in UNITS[name])
         plan.layers = {layer: row for layer, row in plan.layers.items() if layer.startswith(chosen)}
         method = methods.files()[wanted.method]
@@ -86,7 +86,7 @@ def unit_error(unit, seen, drafts) -> float:
 
 def nearest(unit) -> dict:
     """Plain rounding with dynamic activations."""
-    return {name: methods._nearest(unit, name) for name in unit.layers}
+    return {name: walk._nearest(unit, name) for name in unit.layers}
 
 
 ALL = (*ptq4dm.RECIPES, *tdq.RECIPES, *tfmq.RECIPES, *qdiffusion.RECIPES)

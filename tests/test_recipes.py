@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import dq
-from dq import families, layers, recipes
+from dq import cookbook, families, layers, planning
 from dq.errors import DQError
 from dq.families import generic
 from dq.plan import Plan, Recipe
@@ -79,7 +79,7 @@ def test_a_subclass_belongs_to_its_parents_family():
 )
 def test_every_layer_is_planned_or_kept_with_a_reason(name, recipe):
     model = zoo.build(name)
-    plan = recipes.make_plan(model, recipes.get(recipe))
+    plan = planning.make_plan(model, cookbook.get(recipe))
     assert not set(plan.layers) & set(plan.kept)
     assert set(layer_names(model)) <= set(plan.layers) | set(plan.kept)
     assert all(plan.kept.values())
@@ -92,8 +92,8 @@ def test_the_meta_model_and_the_real_one_get_the_same_plan():
     real = zoo.build("SD3Transformer2DModel")
     with torch.device("meta"):
         meta = type(real)(**{key: value for key, value in real.config.items() if not key.startswith("_")})
-    int8 = recipes.get("int8")
-    assert recipes.make_plan(meta, int8) == recipes.make_plan(real, int8)
+    int8 = cookbook.get("int8")
+    assert planning.make_plan(meta, int8) == planning.make_plan(real, int8)
 
 
 class Block(nn.Module):
@@ -120,7 +120,7 @@ class Own(nn.Module):
 
 def test_a_class_of_no_library_is_planned_by_its_structure():
     model = Own()
-    plan = recipes.make_plan(model, recipes.get("int8"))
+    plan = planning.make_plan(model, cookbook.get("int8"))
     block = {name: (str(row.weight), row.act and str(row.act)) for name, row in plan.layers.items()}
     assert plan.family == "generic" and plan.timestep == "sigma" and families.of(model).blocks == ("layers",)
     assert block["layers.0.to_q"] == ("int8/channel", "int8/token")
@@ -131,7 +131,7 @@ def test_a_class_of_no_library_is_planned_by_its_structure():
 
 
 def test_an_embedder_too_large_to_keep_is_weight_only():
-    plan = recipes.make_plan(Own(width=4096), recipes.get("int8"))
+    plan = planning.make_plan(Own(width=4096), cookbook.get("int8"))
     assert plan.layers["context"].act is None and "large embedder" in plan.layers["context"].reason
     assert "x_embedder" in plan.kept
 
@@ -154,14 +154,14 @@ def test_an_embedder_too_large_to_keep_is_weight_only():
 )
 def test_roles_by_name_do_not_reach_too_far(name, role):
     family = generic.discover(Own())
-    assert recipes._role(family, name) == role
+    assert planning._role(family, name) == role
 
 
 # --- what users ask for ----------------------------------------------------------------------------------------------
 
 
 def test_a_keep_pattern_starts_at_the_beginning_of_the_name():
-    plan = recipes.make_plan(Own(), recipes.get("int8"), keep=(r"layers\.0\.",))
+    plan = planning.make_plan(Own(), cookbook.get("int8"), keep=(r"layers\.0\.",))
     kept = {name for name in plan.kept if name.startswith("layers.0.")}
     assert kept == {name for name in layer_names(Own()) if name.startswith("layers.0.")}
     assert "kept by pattern" in plan.kept["layers.0.to_q"] and "layers.1.to_q" in plan.layers
@@ -173,25 +173,25 @@ def test_a_keep_pattern_starts_at_the_beginning_of_the_name():
 )
 def test_a_keep_pattern_that_matches_nothing_is_refused(keep, message):
     with pytest.raises(DQError, match=message):
-        recipes.make_plan(Own(), recipes.get("int8"), keep=(keep,))
+        planning.make_plan(Own(), cookbook.get("int8"), keep=(keep,))
 
 
 def test_a_model_without_layers_is_refused():
     with pytest.raises(DQError, match="Sequential has no linear, convolution or expert weights; pass a denoiser"):
-        recipes.make_plan(nn.Sequential(nn.LayerNorm(4)), recipes.get("int8"))
+        planning.make_plan(nn.Sequential(nn.LayerNorm(4)), cookbook.get("int8"))
 
 
 def test_recipes_come_by_name_object_and_file(tmp_path):
     assert {"int8", "fp8", "int8-weight", "int4-weight", "nvfp4-weight", "mxfp4-weight"} <= set(dq.recipes())
-    recipe = recipes.get("int8")
-    assert recipes.get(recipe) is recipe
+    recipe = cookbook.get("int8")
+    assert cookbook.get(recipe) is recipe
     (tmp_path / "mine.json").write_text(json.dumps({**recipe.to_dict(), "name": "mine"}))
-    mine = recipes.get(tmp_path / "mine.json")
+    mine = cookbook.get(tmp_path / "mine.json")
     assert isinstance(mine, Recipe) and (mine.name, mine.linear) == ("mine", recipe.linear)
-    recipes.make_plan(Own(), recipe).save(tmp_path / "plan.json")
-    assert isinstance(recipes.get(str(tmp_path / "plan.json")), Plan)
+    planning.make_plan(Own(), recipe).save(tmp_path / "plan.json")
+    assert isinstance(cookbook.get(str(tmp_path / "plan.json")), Plan)
     with pytest.raises(DQError, match=r"recipe 'int8-wieght' is unknown, .*Did you mean 'int8-weight'"):
-        recipes.get("int8-wieght")
+        cookbook.get("int8-wieght")
 
 
 @pytest.mark.parametrize("options", [{"stride": 2}, {"padding": 1}, {}], ids=["strided", "padded", "plain"])
@@ -200,7 +200,7 @@ def test_pointwise_convolutions_of_any_geometry_are_quantized(options):
     x = torch.randn(2, 32, 6, 6, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = model(x)
-        plan = recipes.make_plan(model, recipes.get("int8"))
+        plan = planning.make_plan(model, cookbook.get("int8"))
         assert str(plan.layers["0"].act) == ("int8a/tensor" if options else "int8a/token")
         dq.quantize(model, plan, progress=False)
         noise = (model(x) - before).square().mean()

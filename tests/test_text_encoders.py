@@ -11,8 +11,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 import dq
-from dq import hub
 from dq.errors import DQError
+from dq.host import mark
 from dq.layers import packed_layers
 from tests.models import same_state
 
@@ -42,7 +42,7 @@ def test_text_encoder_quantizes_while_loading_and_reloads_bit_exactly(tmp_path, 
     dense.save_pretrained(tmp_path / "base")
     config = dq.DQConfig("int8-weight")
     model = type(dense).from_pretrained(tmp_path / "base", quantization_config=config, dtype=dtype)
-    assert len(packed_layers(model)) == len(hub.plan_of(model).layers) >= 12
+    assert len(packed_layers(model)) == len(mark.plan_of(model).layers) >= 12
     assert (encode(model).float() - encode(dense)).norm() / encode(dense).norm() < 0.03
     model.save_pretrained(tmp_path / "q")
     again = type(dense).from_pretrained(tmp_path / "q")

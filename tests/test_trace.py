@@ -13,9 +13,10 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from dq import families, layers, recipes
+from dq import cookbook, families, layers, planning
 from dq.errors import DQError
 from dq.families import Family
+from dq.model import put
 from dq.plan import LayerPlan, Plan, TensorPlan
 from dq.records import Store
 from dq.seen import Needs
@@ -56,7 +57,7 @@ def record(name, folder, count=3):
 
 def traced(name, folder, model=None, **options):
     model = model or zoo.build(name)
-    plan = recipes.make_plan(model, recipes.get("int8"))
+    plan = planning.make_plan(model, cookbook.get("int8"))
     return Trace(model, plan, families.of(model), folder, **options)
 
 
@@ -128,7 +129,6 @@ def test_replayed_units_equal_the_live_ones(name, tmp_path):
 
 def test_units_run_on_what_the_quantized_units_before_give(tmp_path):
     """The walk ends with the output of the model in which every fitted layer is swapped."""
-    from dq import hub
 
     record(UNET, tmp_path, 1)
     trace = traced(UNET, tmp_path)
@@ -137,7 +137,7 @@ def test_units_run_on_what_the_quantized_units_before_give(tmp_path):
     for index, unit in enumerate(trace.units):
         if index % 3:
             for name, layer in packed(unit).items():
-                hub.put(model, name, layer)
+                put(model, name, layer)
     with torch.no_grad():
         for key, end in zip(trace._calls, trace.outputs("hat"), strict=True):
             assert same(model(**trace._read(key)["kwargs"]), end)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from dq.formats import Scales
+from dq.formats.base import Scales
 from dq.plan import LayerPlan
 
 ZETA, GAMMA = 1.1, -0.1  # h reaches 0 and 1 at a finite V

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from dq.formats import Scales
+from dq.formats.base import Scales
 
 SMALL = 256  # rows up to which the eigenvectors are computed exactly
 SPARE = 16  # directions iterated beyond the rank

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from dq.errors import DQError, nearest
-from dq.formats import Format, Granularity, check_finite
+from dq.formats.base import Format, Granularity, check_finite
 
 POWER = 2.4
 SHRINKS = 80

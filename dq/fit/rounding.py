@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from dq.formats import Format, Granularity, Scales, block_view, check_finite
+from dq.formats.base import Format, Granularity, Scales, block_view, check_finite
 from dq.plan import LayerPlan
 
 BLOCK = 128  # columns rounded between two updates by the earlier ones

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dq.formats import SCALE_FLOOR, Granularity
+from dq.formats.base import SCALE_FLOOR, Granularity
 from dq.plan import LayerPlan, TensorPlan
 
 WHOLE = Granularity("tensor")

@@ -16,7 +16,7 @@ from torch import nn
 
 from dq.drafts import DraftLinear
 from dq.fit import lowrank, moments, rounding, smooth
-from dq.formats import Scales
+from dq.formats.base import Scales
 from dq.seen import LayerSeen
 
 

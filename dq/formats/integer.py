@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from dq.formats import SCALE_FLOOR, Format, Granularity, Scales, block_absmax, block_range
+from dq.formats.base import SCALE_FLOOR, Format, Granularity, Scales, block_absmax, block_range
 
 
 @dataclass(frozen=True)

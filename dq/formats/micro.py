@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from dq.formats import SCALE_FLOOR, Format, FormatError, Granularity, Scales, block_absmax
+from dq.formats.base import SCALE_FLOOR, Format, FormatError, Granularity, Scales, block_absmax
 from dq.formats.floating import MiniFloat
 from dq.formats.floating import parse as minifloat
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from dq.formats import Encoded, Granularity
+from dq.formats.base import Encoded, Granularity
 from dq.kernels import Conv, Tensors
 from dq.plan import LayerPlan, TensorPlan
 

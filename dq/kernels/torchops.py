@@ -17,7 +17,7 @@ from math import prod
 import torch
 import torch.nn.functional as F
 
-from dq.formats import SCALE_FLOOR, Format
+from dq.formats.base import SCALE_FLOOR, Format
 from dq.formats.integer import Integer
 from dq.kernels import Conv, Tensors, dense
 from dq.kernels.reference import PER_ROW, out_sizes, scale_columns

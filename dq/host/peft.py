@@ -4,7 +4,6 @@
 
 A (r, in), B (out, r), s = alpha / r. Fusing appends r rows to `proj_down` and r columns to `proj_up`; unfusing drops
 exactly those. Convolutions are the same: A is a kernel (r, in, *kernel), flattened, and B is a 1x1 convolution.
-Two functions of the host libraries are wrapped, once, when dq is imported and peft is installed.
 """
 
 from __future__ import annotations
@@ -150,10 +149,10 @@ def _adapters() -> dict[str, type]:
     return made
 
 
-def register() -> None:
-    """Let peft make fusable adapters for packed layers; nothing happens without peft or the second time."""
+def register() -> bool:
+    """Let peft make fusable adapters for packed layers; False where that is done already, or peft is not there."""
     if lora is None or hasattr(dispatch_home.dispatch_default, "before_dq"):
-        return
+        return False
     original, classes = dispatch_home.dispatch_default, _adapters()
 
     @functools.wraps(original)
@@ -165,25 +164,7 @@ def register() -> None:
 
     dispatch.before_dq = original
     dispatch_home.dispatch_default = dispatch
-    _teach_flux_shapes()
-
-
-def _teach_flux_shapes() -> None:
-    """FLUX's LoRA loader compares weight shapes; give it the shape a packed layer stands for."""
-    from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
-
-    original = FluxLoraLoaderMixin._calculate_module_shape
-
-    @functools.wraps(original)
-    def shape(model, base_module=None, base_weight_param_name=None):
-        module = base_module
-        if module is None and base_weight_param_name is not None:
-            module = model.get_submodule(base_weight_param_name.removesuffix(".weight"))
-        if isinstance(module, PACKED_TYPES):
-            return torch.Size(module.plan.shape)
-        return original(model, base_module, base_weight_param_name)
-
-    FluxLoraLoaderMixin._calculate_module_shape = staticmethod(shape)
+    return True
 
 
 def attached(model: nn.Module) -> str | None:

@@ -13,17 +13,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dq import calibration as capturing
+from dq import capture as capturing
 from dq import families, methods, search, sensing
 from dq.budget import Budget
 from dq.calibration import Calibration
+from dq.fit import walk
 from dq.plan import Plan, Recipe
 from dq.search import Search
 from dq.trace import Trace
 
 
 @dataclass
-class Work:
+class Stages:
     """What runs on data: capture what the denoisers see, choose each layer's format under a budget, fit.
 
     Plans are replaced in `plans`.
@@ -92,12 +93,13 @@ class Work:
         packed, errors, notes = {}, {}, []
         recipe = self.recipe if self.budget is None else methods.for_budget(self.recipe)
         identity = json.dumps([version("dq-diffusion"), recipe.to_dict()], sort_keys=True)
+        method = methods.files()[recipe.method]
         for part, model in self.models.items():
             place, family = folder / (part or "model"), families.of(model)
-            most = methods.calls_worth(place, recipe)
+            most = walk.calls_worth(place, method)
             trace = Trace(model, self.plans[part], family, place, self.calibration.seed, identity=identity, most=most)
-            fitted = methods.walk(trace, recipe, getattr(torch, self.plans[part].compute_dtype), self.progress)
-            self.plans[part] = methods.finish(model, self.plans[part], trace, fitted)
+            fitted = walk.walk(trace, method, recipe, getattr(torch, self.plans[part].compute_dtype), self.progress)
+            self.plans[part] = walk.finish(model, self.plans[part], trace, fitted)
             packed[part], errors[part] = fitted.packed, fitted.error_db
             notes += fitted.notes(trace)
         return packed, errors, notes

@@ -1,4 +1,4 @@
-"""The data-free recipes, as data, and planning: family + recipe + model -> Plan. Calibrated recipes: see `methods`.
+"""Planning: a wish (Recipe), a model and its family become a Plan.
 
 Layers inside blocks get the recipe's formats. Linears that see one token per sample are weight-only: quantizing their
 activations saves nothing and costs the most. Embedders and final layers are kept, smallest first, as long as all kept
@@ -8,12 +8,9 @@ ones together stay under KEPT_SHARE of the weights; larger ones are weight-only.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
-from types import ModuleType
 
 from torch import nn
 
@@ -21,52 +18,12 @@ from dq import families
 from dq.errors import DQError, nearest
 from dq.families import Family, generic
 from dq.layers import kind_of
-from dq.plan import LayerPlan, Plan, Recipe, TensorPlan, read_json
+from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 
 KEPT_SHARE = 0.04  # most of the weights that may stay in full precision at the edges of the model
+
+
 FEWEST_COLUMNS = 16  # a row shorter than this gains little from 8 bits next to its own scale
-
-DATA_FREE = (
-    Recipe("int8", linear=("int8/channel", "int8/token"), conv=("int8/channel", "int8a/tensor")),
-    # SageAttention (Zhang et al., 2410.02367): attention in bytes, on top of int8
-    Recipe("sageattention-int8", ("int8/channel", "int8/token"), ("int8/channel", "int8a/tensor"), attention="int8"),
-    Recipe("fp8", linear=("fp8/channel", "fp8/token"), conv=("fp8/channel", "fp8/tensor")),
-    Recipe("int8-weight", linear=("int8/channel", None), conv=("int8/channel", None)),
-    Recipe("int4-weight", linear=("int4/group:64", None), conv=("int4/group:64", None)),
-    Recipe("nvfp4-weight", linear=("nvfp4", None), conv=("nvfp4", None)),
-    Recipe("mxfp4-weight", linear=("mxfp4", None), conv=("mxfp4", None)),
-)
-RECIPES = {recipe.name: recipe for recipe in DATA_FREE}
-
-
-def names() -> list[str]:
-    """Names of all recipes, the data-free ones first."""
-    return list(_all())
-
-
-def _all() -> dict[str, Recipe]:
-    from dq import methods  # the fit half: only for those who ask for more than a data-free recipe
-
-    return RECIPES | methods.recipes()
-
-
-def get(recipe: str | Path | Recipe | Plan) -> Recipe | Plan:
-    """A recipe by name, or a recipe or plan read from a JSON path; objects pass through.
-
-    Raises DQError with the nearest name for an unknown one, and for a broken file.
-    """
-    if isinstance(recipe, Recipe | Plan):
-        return recipe
-    text = str(recipe)
-    if text in RECIPES:
-        return RECIPES[text]
-    if text.endswith(".json") or Path(text).is_file():
-        data = read_json(text)
-        return Plan.from_dict(data) if "layers" in data else Recipe.from_dict(data)
-    known = _all()
-    if text not in known:
-        raise DQError(f"recipe {text!r} is unknown, {nearest(text, known)}")
-    return known[text]
 
 
 @dataclass(frozen=True)
@@ -197,13 +154,3 @@ def _is_pixelwise(module: nn.Module) -> bool:
 def _per_pixel(plan: LayerPlan) -> LayerPlan:
     """A pointwise convolution is a linear over channels: one activation scale per pixel instead of one per sample."""
     return replace(plan, act=replace(plan.act, granularity="token"))
-
-
-class _Callable(ModuleType):
-    """`dq.recipes` is this module and also the public function `dq.recipes() -> list[str]`."""
-
-    def __call__(self) -> list[str]:
-        return names()
-
-
-sys.modules[__name__].__class__ = _Callable

@@ -1,7 +1,7 @@
 """Files of a quantized model: written whole or not at all, read only when every byte is what the plan says.
 
-The format is documented byte by byte in `dq.hub`. Every writer here fills a temporary folder on the disk of the target
-and renames its files into place, so that a full disk or a crash leaves the target as it was.
+docs/file_format.md documents the format byte by byte. Every writer here fills a temporary folder on the disk of the
+target and renames its files into place, so that a full disk or a crash leaves the target as it was.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from dq.plan import LayerPlan, Plan, read_json
 from dq.report import Report, Row
 
 EMBEDDED = ("tiny-pixart", "tiny-sd")
-CLONE = Path(__file__).resolve().parents[1] / "pipelines" / "tiny"
+CLONE = Path(__file__).resolve().parents[2] / "pipelines" / "tiny"
 PIPELINE, MODEL, BARE = "model_index.json", "config.json", "dq_plan.json"
 MAKE_ONE = "make one with `dq quantize MODEL --recipe int8 --out DIR`"
 KINDS = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}

@@ -1,0 +1,50 @@
+"""The named recipes: the data-free ones as data, those of `dq.methods` found by listing that folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dq.errors import DQError, nearest
+from dq.plan import Plan, Recipe, read_json
+
+DATA_FREE = (
+    Recipe("int8", linear=("int8/channel", "int8/token"), conv=("int8/channel", "int8a/tensor")),
+    # SageAttention (Zhang et al., 2410.02367): attention in bytes, on top of int8
+    Recipe("sageattention-int8", ("int8/channel", "int8/token"), ("int8/channel", "int8a/tensor"), attention="int8"),
+    Recipe("fp8", linear=("fp8/channel", "fp8/token"), conv=("fp8/channel", "fp8/tensor")),
+    Recipe("int8-weight", linear=("int8/channel", None), conv=("int8/channel", None)),
+    Recipe("int4-weight", linear=("int4/group:64", None), conv=("int4/group:64", None)),
+    Recipe("nvfp4-weight", linear=("nvfp4", None), conv=("nvfp4", None)),
+    Recipe("mxfp4-weight", linear=("mxfp4", None), conv=("mxfp4", None)),
+)
+RECIPES = {recipe.name: recipe for recipe in DATA_FREE}
+
+
+def names() -> list[str]:
+    """Names of all recipes, the data-free ones first."""
+    return list(_all())
+
+
+def _all() -> dict[str, Recipe]:
+    from dq import methods  # the fit half: only for those who ask for more than a data-free recipe
+
+    return RECIPES | methods.recipes()
+
+
+def get(recipe: str | Path | Recipe | Plan) -> Recipe | Plan:
+    """A recipe by name, or a recipe or plan read from a JSON path; objects pass through.
+
+    Raises DQError with the nearest name for an unknown one, and for a broken file.
+    """
+    if isinstance(recipe, Recipe | Plan):
+        return recipe
+    text = str(recipe)
+    if text in RECIPES:
+        return RECIPES[text]
+    if text.endswith(".json") or Path(text).is_file():
+        data = read_json(text)
+        return Plan.from_dict(data) if "layers" in data else Recipe.from_dict(data)
+    known = _all()
+    if text not in known:
+        raise DQError(f"recipe {text!r} is unknown, {nearest(text, known)}")
+    return known[text]

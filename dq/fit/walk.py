@@ -1,0 +1,178 @@
+"""The walk that applies a method to a traced model, unit after unit; resumable, shared between processes.
+
+Layers that a method leaves out, and layers the trace cannot follow, are rounded to nearest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from tqdm import tqdm
+
+from dq import drafts, layers
+from dq.drafts import DraftLinear
+from dq.fit.smooth import sample
+from dq.layers import PACKED
+from dq.plan import LayerPlan, Plan, Recipe
+from dq.records import Store
+from dq.seen import Seen, Unit
+from dq.trace import Trace
+from dq.units import tensors_in
+
+FEWEST_CALLS = 16
+ENOUGH = 2**18
+
+
+def calls_worth(folder: Path, method: ModuleType) -> int:
+    """How many of the recorded calls to walk through; 0 for all, as methods of stored scales or reconstruction need.
+
+    A call with many tokens tells as much as many small ones: enough is ENOUGH latent elements in FEWEST_CALLS or more.
+    """
+    if not getattr(method, "FEW_CALLS", False):
+        return 0
+    store = Store(folder)
+    first = store.read(store.keys("calls/")[0])
+    sizes = [value.numel() for value in tensors_in((first["args"], first["kwargs"])) if value.dim() > 2]
+    return max(FEWEST_CALLS, -(-ENOUGH // max(sizes[0], 1))) if sizes else 0
+
+
+@dataclass
+class Fitted:
+    """What the walk gives: packed layers and their output error in dB by layer name, and where the time went."""
+
+    packed: dict[str, nn.Module] = field(default_factory=dict)
+    error_db: dict[str, float] = field(default_factory=dict)
+    seconds: Counter = field(default_factory=Counter)
+    tried: int = 0
+
+    def notes(self, trace: Trace) -> list[str]:
+        """Lines for the report: how much was seen and tried, at which memory, and where the time went."""
+        spent = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in self.seconds.most_common())
+        mean = self.tried / max(len(self.error_db), 1)
+        seen = f"{len(trace.units)} units, {mean:.1f} candidates tried a layer"
+        return [f"{seen}; peak memory {trace.peak_gib:.1f} GiB; {spent or 'all units were fitted before'}"]
+
+
+def walk(trace: Trace, method: ModuleType, recipe: Recipe, dtype: torch.dtype, progress: bool = True) -> Fitted:
+    """Fit one unit after the other, each on what the units before it leave; a restart goes on after the last one.
+
+    method  the recipe's file of dq/methods
+    dtype   compute dtype of the packed layers
+    """
+    fitted, state = Fitted(), PartialState()
+    bar = tqdm(trace.units, desc=f"fit {recipe.name}", disable=not (progress and state.is_main_process), delay=2)
+    for index, unit in enumerate(bar):
+        if not unit.layers:
+            if index >= trace.finished:
+                trace.skip(unit)
+            continue
+        if index >= trace.finished and trace.load_unit(index) is None:
+            _fit_unit(trace, index, method, recipe.options, dtype, fitted.seconds)
+        tensors, note = trace.load_unit(index)
+        packed = _unpacked(unit, tensors, note, dtype)
+        fitted.packed |= packed
+        fitted.error_db |= note["error_db"]
+        fitted.tried += note["tried"]
+        if index >= trace.finished:
+            with _Timed(fitted.seconds, "quantized replay"):
+                trace.advance(unit, packed if method.NEEDS.hat else {})  # without that stream nothing propagates
+    return fitted
+
+
+def _fit_unit(
+    trace: Trace, index: int, method: ModuleType, options: Mapping, dtype: torch.dtype, spent: Counter
+) -> None:
+    """Observe and fit one unit and store what it becomes. All processes observe; the first one fits."""
+    unit, state = trace.units[index], PartialState()
+    with _Timed(spent, "observe"):
+        seen = trace.observe(unit, method.NEEDS)
+    if state.is_main_process:
+        with _Timed(spent, "fit"):
+            made = method.fit(unit, seen, options)
+            made |= {name: _nearest(unit, name) for name in unit.layers if name not in made}
+            _store(trace, index, made, seen, dtype)
+    state.wait_for_everyone()
+
+
+def _nearest(unit: Unit, name: str) -> DraftLinear:
+    """A layer that saw no data, rounded to nearest with dynamic activation scales."""
+    plan = unit.layers[name]
+    act = plan.act
+    if act is not None and act.scale != "dynamic":
+        grain = "token" if plan.kind == "linear" or act.granularity == "token" else "tensor"
+        act = replace(act, granularity=grain, scale="dynamic", shift=0.0)
+    return drafts.draft(unit.layer(name), replace(plan, act=act, steps=1, smooth=False, rotate=0, rank=0))
+
+
+@torch.no_grad()
+def _store(trace: Trace, index: int, made: Mapping[str, DraftLinear], seen: Seen, dtype: torch.dtype) -> None:
+    unit = trace.units[index]
+    tensors, rows = {}, {}
+    for name in unit.layers:
+        packed = made[name].pack(dtype)
+        tensors |= {f"{name}.{key}": value.detach() for key, value in packed.named_parameters()}
+        rows[name] = made[name].plan.to_dict()
+    errors = {name: _error_db(unit, name, made[name], seen) for name in unit.layers if name in seen.layers}
+    tried = sum(getattr(draft, "tried", 0) for draft in made.values())
+    trace.save_unit(index, tensors, {"layers": rows, "error_db": errors, "tried": tried})
+
+
+def _error_db(unit: Unit, name: str, made: DraftLinear, seen: Seen) -> float:
+    """Output SQNR of one layer alone on full-precision inputs, over a few rows of the running step bucket's middle."""
+    x, _ = sample(seen.layers[name], unit.layers[name])
+    module = unit.layer(name)
+    truth = module(x.to(module.weight.dtype)).float()
+    noise = (made(x) - truth).square().sum()
+    return float("inf") if noise == 0 else float(10 * torch.log10(truth.square().sum() / noise))
+
+
+def _unpacked(unit: Unit, tensors: Mapping, note: Mapping, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The packed layers of a unit from what was stored of it."""
+    packed = {}
+    for name, row in note["layers"].items():
+        plan, module = LayerPlan.from_dict(name, row), unit.layer(name)
+        layer = PACKED[plan.kind].like(module, plan, dtype, str(module.weight.device))
+        for key in [key for key in tensors if key.rpartition(".")[0] == name]:
+            layer.put(key.rpartition(".")[2], tensors[key])
+        layer.bind(module.weight.device.type)
+        packed[name] = layer.train(module.training)
+    return packed
+
+
+class _Timed:
+    """Adds the seconds of a block to a counter."""
+
+    def __init__(self, counter: Counter, key: str):
+        self.counter, self.key = counter, key
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *error) -> None:
+        self.counter[self.key] += time.perf_counter() - self.start
+
+
+def finish(model: nn.Module, plan: Plan, trace: Trace, fitted: Fitted) -> Plan:
+    """The plan of what was fitted: layers as fitted, step edges if a layer has a table. Pack what was left over."""
+    for name, layer in list(plan.layers.items()):
+        if name not in fitted.packed and layer.kind != "stack":
+            reason = trace.unfit.get(name, "never called during calibration")
+            free = replace(_nearest(Unit(name, model.get_submodule(name), {name: layer}), name).plan, reason=reason)
+            fitted.packed[name] = layers.pack(
+                name, model.get_submodule(name), free, getattr(torch, plan.compute_dtype)
+            )
+        elif layer.kind == "stack":
+            fitted.packed[name] = layers.pack_stack(
+                name, model.get_parameter(name), layer, getattr(torch, plan.compute_dtype)
+            )
+        plan.layers[name] = fitted.packed[name].plan
+    plan.edges = trace.edges if any(layer.steps > 1 for layer in plan.layers.values()) else ()
+    return plan

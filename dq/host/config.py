@@ -1,0 +1,89 @@
+"""`DQConfig`: the `quantization_config` of a model, for diffusers and transformers alike."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+
+import torch
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
+
+from dq.errors import DQError, nearest
+from dq.plan import Plan, Recipe
+
+OVERRIDES = {field.name for field in dataclasses.fields(Recipe)} - {"name", "keep", "method", "options"}
+
+
+class DQMethod(str, enum.Enum):  # noqa: UP042 - a StrEnum prints differently in the host's messages
+    """What the host libraries call `quant_method`."""
+
+    DQ = "dq"
+
+
+class DQConfig(QuantizationConfigMixin, TransformersConfigMixin):
+    """The `quantization_config` of a model, for diffusers and transformers alike.
+
+    recipe         a data-free recipe: its name, a Recipe, or the path of a plan or recipe JSON
+    keep           patterns, matched from the start of layer names, left in full precision
+    plan           a Plan (or its JSON form); set by saving, then the recipe is not looked at
+    compute_dtype  dtype of everything that is not packed when loading names none, e.g. "bfloat16"
+    kwargs         fields of Recipe to override: linear, conv, modulation, edge
+    Raises DQError for an unknown recipe or keyword, with the nearest known name.
+    """
+
+    def __init__(self, recipe="int8", keep=None, plan=None, compute_dtype=None, **kwargs):
+        self.quant_method = DQMethod.DQ
+        kwargs.pop("quant_method", None)
+        for key in kwargs:
+            if key not in OVERRIDES:
+                known = OVERRIDES | {"recipe", "keep", "plan", "compute_dtype"}
+                raise DQError(f"DQConfig: unknown keyword {key!r}, {nearest(key, known)}")
+        self.recipe = Recipe.from_dict(recipe) if isinstance(recipe, dict) else recipe
+        self.keep = [keep] if isinstance(keep, str) else list(keep or ())
+        self.overrides = kwargs
+        self.plan = Plan.from_dict(plan) if isinstance(plan, dict) else plan
+        self.compute_dtype = None if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
+        if self.compute_dtype is not None and not isinstance(getattr(torch, self.compute_dtype, None), torch.dtype):
+            raise DQError(f"DQConfig: compute_dtype is {self.compute_dtype!r}, expected a dtype such as 'bfloat16'")
+        if self.plan is None:
+            self.resolve()
+
+    def resolve(self) -> Recipe | Plan:
+        """The recipe with its overrides, or the plan when the recipe names one. DQError when it needs calibration."""
+
+        from dq import cookbook  # of the fit half: a saved model has its plan and needs no recipe
+
+        found = cookbook.get(self.recipe)
+        if isinstance(found, Plan):
+            return found
+        if found.needs_calibration:
+            raise DQError(f"recipe {found.name!r} needs calibration; load the pipeline, then call dq.quantize on it")
+        return Recipe.from_dict({**found.to_dict(), **self.overrides}) if self.overrides else found
+
+    def plan_for(self, model: nn.Module) -> Plan:
+        """The plan of a model that is not quantized yet; the model may be on the meta device."""
+
+        from dq import planning  # likewise
+
+        wanted = self.plan or self.resolve()
+        plan = wanted if isinstance(wanted, Plan) else planning.make_plan(model, wanted, tuple(self.keep))
+        for name, layer in plan.layers.items():
+            if (layer.act is not None and layer.act.scale != "dynamic") or layer.smooth or layer.rank:
+                raise DQError(f"layer {name!r}: the plan has calibrated tensors; load the model saved with them")
+        return copy.copy(plan)
+
+    def to_dict(self) -> dict:
+        recipe = self.recipe.to_dict() if isinstance(self.recipe, Recipe) else str(self.recipe)
+        plan = None if self.plan is None else self.plan.to_dict()
+        own = {"quant_method": "dq", "recipe": recipe, "keep": self.keep, "compute_dtype": self.compute_dtype}
+        return {**own, "plan": plan, **self.overrides}
+
+    def to_diff_dict(self) -> dict:
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        count = "no plan yet" if self.plan is None else f"{len(self.plan.layers)} layers"
+        return f"DQConfig(recipe={str(getattr(self.recipe, 'name', self.recipe))!r}, {count})"

@@ -1,0 +1,79 @@
+"""The one place that knows how a model remembers that it is quantized by dq."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from diffusers import ModelMixin
+from torch import nn
+from transformers import PreTrainedModel
+
+from dq import clock
+from dq.host import base
+from dq.host.config import DQConfig, DQMethod
+from dq.host.diffusers import DQQuantizer
+from dq.host.transformers import DQTransformersQuantizer
+from dq.layers import packed_layers
+from dq.model import start
+from dq.plan import Plan
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """The plan a model is quantized with, up to date with its layers (fused adapters add rank), else None."""
+    plan = getattr(model, "_dq_plan", None)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, base.QuantizerBase):
+        plan = quantizer.plan
+    if plan is None:
+        return None
+    found = packed_layers(model)
+    layers = {name: found[name].plan if name in found else layer for name, layer in plan.layers.items()}
+    return replace(plan, layers=layers)
+
+
+def mark(model: nn.Module, plan: Plan) -> None:
+    """Tell a model whose layers were just swapped that it is quantized, so that saving and running follow suit.
+
+    Diffusers and transformers models get the attributes their `from_pretrained` would have set; any other module
+    remembers the plan. Raises DQError when the plan has steps and the model no such timestep argument.
+    """
+    start(model, plan)
+    kind = quantizer_class(model)
+    if kind is None:
+        model._dq_plan = plan
+        return
+    config = DQConfig(plan.recipe or "int8", plan=plan, compute_dtype=plan.compute_dtype)
+    model.hf_quantizer = kind(config, pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, DQMethod.DQ
+    write_config(model)
+
+
+def unmark(model: nn.Module) -> None:
+    """Undo `mark` on a model whose layers are full precision again."""
+    clock.detach(model)
+    kind = quantizer_class(model)
+    if kind is None:
+        model.__dict__.pop("_dq_plan", None)
+    elif kind is DQTransformersQuantizer:
+        model.hf_quantizer.remove_quantization_config(model)
+    else:
+        del model.hf_quantizer, model.quantization_method
+        model.is_quantized = False
+        base.forget(model)
+
+
+def quantizer_class(model: nn.Module) -> type | None:
+    """The quantizer class of the model's library, None for other modules."""
+    if isinstance(model, ModelMixin):
+        return DQQuantizer
+    return DQTransformersQuantizer if isinstance(model, PreTrainedModel) else None
+
+
+def write_config(model: nn.Module) -> None:
+    """Put the plan as it is now into the config that will be saved."""
+    config = model.hf_quantizer.quantization_config
+    config.plan = plan_of(model)
+    if isinstance(model, ModelMixin):
+        model.register_to_config(quantization_config=config)
+    else:
+        model.config.quantization_config = config

@@ -1,0 +1,152 @@
+"""Surgery: packed layers put into a model, made ready to run, and taken out again.
+
+A plan is checked against the model before anything is changed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from mmap import PAGESIZE
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+
+from dq import clock, fusions, layers
+from dq.errors import DQError
+from dq.layers import PACKED, PackedStack, kind_of, packed_layers
+from dq.plan import LayerPlan, Plan
+
+MADV_PAGEOUT = 21  # of Linux 5.4 and later; older ones answer that they do not know it
+
+
+ALIGNMENT = 64  # bytes, what torch's own allocator gives
+
+
+IN_FP32 = (".scale", ".smooth", ".act_scale")  # ends of the names of packed tensors that are fp32 in any model
+
+
+def check_fit(model: nn.Module, plan: Plan) -> None:
+    """DQError naming the first layer of the plan that the model has not, or has in another kind or shape."""
+    model_name = type(model).__name__
+    for name, layer in plan.layers.items():
+        layer.check(name)
+        kind, shape = _found(model, name)
+        if kind is None:
+            raise DQError(f"layer {name!r} of the plan is not in {model_name}; is this plan for another model?")
+        if (kind, shape) != (layer.kind, layer.shape):
+            wanted = f"{layer.kind} {tuple(layer.shape)}"
+            raise DQError(f"layer {name!r}: the plan is for {wanted}, {model_name} has {kind} {shape}; plan it anew")
+    if plan.edges:
+        clock.argument_position(model, plan.timestep)
+
+
+def _found(model: nn.Module, name: str) -> tuple[str | None, tuple[int, ...]]:
+    """(kind, weight shape) of what stands under a name; kind None when nothing dq can quantize does."""
+    home, _, key = name.rpartition(".")
+    try:
+        owner = model.get_submodule(home)
+    except AttributeError:
+        return None, ()
+    if owner._parameters.get(key) is not None:
+        return "stack", tuple(owner._parameters[key].shape)
+    module = owner._modules.get(key)
+    if module is None or (kind := kind_of(module)) is None:
+        return type(module).__name__ if module is not None else None, ()
+    return kind, tuple(module.weight.shape)
+
+
+def put(model: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
+    """Put a module or parameter in place of what stands under a dotted name."""
+    home, _, key = name.rpartition(".")
+    owner = model.get_submodule(home)
+    owner._parameters.pop(key, None)
+    if isinstance(value, nn.Parameter):
+        owner._modules.pop(key, None)
+    setattr(owner, key, value)
+
+
+def swap(model: nn.Module, plan: Plan, compute_dtype: torch.dtype, device: str = "meta") -> None:
+    """Replace the layers a plan names by empty packed ones. DQError, before any change, when the plan does not fit."""
+    check_fit(model, plan)
+    for name, layer in plan.layers.items():
+        if layer.kind == "stack":
+            packed = PackedStack(layer, compute_dtype, device)
+        else:
+            old = model.get_submodule(name)
+            packed = PACKED[layer.kind].like(old, layer, compute_dtype, device).train(old.training)
+        put(model, name, packed)
+
+
+@torch.no_grad()
+def pack_one(model: nn.Module, name: str, plan: LayerPlan, weight: torch.Tensor, dtype: torch.dtype) -> nn.Module:
+    """Replace one full-precision layer by its packed form of compute dtype `dtype`; its bias may come later."""
+    if plan.kind == "stack":
+        packed = layers.pack_stack(name, weight, plan, dtype)
+    else:
+        old = model.get_submodule(name)
+        packed = PACKED[plan.kind].like(old, plan, dtype, "meta").train(old.training)
+        layers.fill(name, packed, weight)
+        if old.bias is not None and not old.bias.is_meta:
+            packed.put("bias", old.bias.data.to(weight.device, dtype))
+    put(model, name, packed)
+    return packed
+
+
+def start(model: nn.Module, plan: Plan) -> None:
+    """Make packed layers ready to run: frozen, bound to kernels, following the timestep if the plan has steps."""
+    clock.detach(model)
+    ticking = clock.Clock(plan.edges) if plan.edges else None
+    if ticking is not None:
+        clock.attach(model, ticking, plan.timestep)
+    for layer in packed_layers(model).values():
+        for parameter in layer.parameters(recurse=False):
+            parameter.requires_grad_(False)
+        if not isinstance(layer, PackedStack):
+            layer.clock = ticking
+            layer.bind(layer.weight.device.type)
+    fusions.attach(model, plan)
+    if isinstance(model, ModelMixin):  # tells diffusers that these do not say what dtype the model has
+        kept = type(model)._keep_in_fp32_modules or ()
+        model._keep_in_fp32_modules = [*([kept] if isinstance(kept, str) else kept), *IN_FP32]
+    _align(model)
+
+
+def _align(model: nn.Module) -> None:
+    """Copy CPU tensors that were mapped from a file at an odd address to aligned memory.
+
+    Matrix libraries round differently by the alignment of their operands, so a model would not draw the same picture,
+    to the bit, from two files.
+    """
+    for value in (*model.parameters(), *model.buffers()):
+        if value.device.type == "cpu" and value.data_ptr() % ALIGNMENT:
+            mapped = value.data
+            value.data = mapped.clone()
+            _page_out(mapped)
+
+
+def _page_out(tensor: torch.Tensor) -> None:
+    """Let the system take back the whole pages of a tensor that was copied from a mapped file.
+
+    They would stay in the process's memory beside the copy. Nothing is lost: the advice drops clean file pages only.
+    """
+    if sys.platform != "linux":
+        return
+    first = tensor.data_ptr()
+    start, stop = -(-first // PAGESIZE) * PAGESIZE, (first + tensor.nbytes) // PAGESIZE * PAGESIZE
+    if stop > start:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_PAGEOUT)
+
+
+@torch.no_grad()
+def to_dense(model: nn.Module) -> None:
+    """Put the full-precision layers that packed ones stand for in their place, in the compute dtype."""
+    fusions.detach(model)
+    for name, layer in packed_layers(model).items():
+        if isinstance(layer, PackedStack):
+            put(model, name, nn.Parameter(layer.dense_weight().to(layer.compute_dtype), requires_grad=False))
+        else:
+            put(model, name, layer.dense())
+    model.__dict__.pop("_keep_in_fp32_modules", None)
+    clock.detach(model)
