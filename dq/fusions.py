@@ -1,8 +1,7 @@
-"""Run-time rewriting of a quantized model's blocks onto fused kernels: found by structure, checked once, never saved.
+"""Run-time rewriting of a quantized model's modules onto fused kernels: found by structure, checked once, never saved.
 
     activation   gelu_tanh(x W^T + b)   the activation in the product's epilogue
     attention    see `dq.attention`
-    blocks       see `dq.blocks`
 
 A module is fused when it is one packed linear and a tanh GELU of its output, which a probe shows. At every call the
 fused path is taken only while nothing has come between: an adapter or a hook on the linear, gradients, another kernel.
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dq import attention, blocks, takeover
+from dq import attention, takeover
 from dq.layers import PackedLinear
 from dq.plan import Plan
 
@@ -33,20 +32,18 @@ def attach(model: nn.Module, plan: Plan) -> None:
     for module in model.modules():
         if _is_activation(module):
             takeover.take(module, ROLE, _activate)
-    blocks.attach(model)
 
 
 def detach(model: nn.Module) -> None:
     """Give every module its own forward back."""
     attention.detach(model)
-    blocks.detach(model)
     for module in model.modules():
         takeover.give_back(module, ROLE)
 
 
 def notes(model: nn.Module) -> list[str]:
     """Lines for `dq.explain`: what is fused, and what is not."""
-    lines = blocks.notes(model)
+    lines = []
     gelu = sum(takeover.has(module, ROLE) for module in model.modules())
     if gelu:
         lines.append(f"GELU runs in the product before it in {gelu} modules")

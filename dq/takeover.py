@@ -39,13 +39,6 @@ def has(module: nn.Module, name: str) -> bool:
     return name in vars(module).get("_dq_roles", ())
 
 
-def is_replaced(module: nn.Module) -> bool:
-    """Whether someone else gave the module another forward, the moving of weights by accelerate aside."""
-    own = vars(module)
-    now = next((own[slot] for slot in SLOTS if slot in own), None)
-    return now is not None and getattr(now, "__func__", None) not in (forward, type(module).forward)
-
-
 def give_back(module: nn.Module, name: str) -> None:
     """Take a role away; without any left the module has the forward it had before."""
     own = vars(module)

@@ -128,54 +128,30 @@ def _matching(value: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | Non
     return value if value is None or value.dtype is x.dtype else value.to(x.dtype)
 
 
-def _linear(plan: LayerPlan, gelu: bool = False) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
-    from dq.kernels.cpu import deferred
+def _act(plan: LayerPlan) -> dict[str, int | bool]:
+    """The codes that activations are rounded to, as the ops take them."""
+    return {"act_bits": plan.act.spec.bits, "act_affine": plan.act.spec.affine}
 
-    call, linear = _launch(plan), deferred.Linear(outputs=plan.shape[0], act=plan.act)
-    alone = deferred.Ending(gelu)
+
+def _linear(plan: LayerPlan, gelu: bool = False) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
+    codes, bits = _codes(plan)
+    groups = {"weight_group": _group(plan.weight.grain), "act_group": _group(plan.act.grain)}
+    fixed = {"weight_bits": bits, "shift": plan.act.shift, "gelu": gelu} | groups | _act(plan)
+    columns, outputs = plan.columns, plan.shape[0]
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
-        block = None if torch.compiler.is_compiling() else deferred.running()
-        if block is None:
-            return call(t, x, deferred.Beginning(), alone, 0)
-        if t.down is not None:
-            x = deferred.plain(x)  # the branch reads all of it
-        ends = not gelu and (t.down is None or _fuses_branch(x, t))
-        if ends and linear.works is not False:
-            t = Tensors(*(None if value is None else value.detach() for value in t))  # offloading may take them back
-        launch = lambda x, begin, end, key: call(t, x, begin, alone if gelu else end, key)  # noqa: E731
-        return block.linear(linear, launch, x, ends, shares=t.act_scale is None)
-
-    return run
-
-
-def _fuses_branch(x: torch.Tensor, t: Tensors) -> bool:
-    return t.down is not None and x.dtype is torch.bfloat16 and t.up.shape[1] % 2 == 0
-
-
-def _launch(plan: LayerPlan) -> Callable[..., torch.Tensor]:
-    """-> launch(tensors, x, Beginning, Ending, key): one call of the linear kernel, for x (..., columns)."""
-    codes, bits = _codes(plan)
-    groups = _group(plan.weight.grain), _group(plan.act.grain)
-    act = [plan.act.spec.min_code, plan.act.spec.max_code, int(plan.act.spec.affine)]
-    columns, outputs, shift = plan.columns, plan.shape[0], plan.act.shift
-
-    def launch(t: Tensors, x: torch.Tensor, begin: tuple, end: tuple, key: int) -> torch.Tensor:
-        (norm, eps, scale, move), (gelu, gate, residual) = begin, end
-        rows = x.reshape(-1, columns)
-        low, up = None, None
-        fused = _fuses_branch(x, t)
+        rows, low, up = x.reshape(-1, columns), None, None
+        fused = t.down is not None and x.dtype is torch.bfloat16 and t.up.shape[1] % 2 == 0
         if fused:
             low, up = F.linear(rows, _matching(t.down, x)), _matching(t.up, x)
-        residual = None if residual is None else residual.reshape(-1, outputs)
+        bias = _matching(t.bias, x)
         y = torch.ops.dq.cpu_linear(
-            rows, codes(t), t.scale, _matching(t.bias, x), t.act_scale, low, up, bits, *groups, act, shift, gelu,
-            residual, gate, norm, eps, scale, move, key,
-        )  # fmt: skip
+            rows, codes(t), t.scale, act_scale=t.act_scale, bias=bias, low=low, up=up, **fixed
+        )
         y = y.reshape(*x.shape[:-1], outputs)
         return y if t.down is None or fused else y + dense.low_rank(x, t, plan, None)
 
-    return launch
+    return run
 
 
 def _pixelwise(plan: LayerPlan) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
@@ -191,23 +167,26 @@ def _pixelwise(plan: LayerPlan) -> Callable[[torch.Tensor, Tensors], torch.Tenso
 
 def _convolution(plan: LayerPlan, conv: Conv) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
     codes, bits = _codes(plan)
-    act = [plan.act.spec.min_code, plan.act.spec.max_code, int(plan.act.spec.affine)]
-    geometry = [list(values) for values in (plan.shape[2:], conv.stride, conv.padding, conv.dilation)]
+    fixed = {"weight_bits": bits, "kernel": list(plan.shape[2:])} | _act(plan)
+    fixed |= {"stride": list(conv.stride), "padding": list(conv.padding), "dilation": list(conv.dilation)}
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
-        y = torch.ops.dq.cpu_conv(x, codes(t), t.scale, _matching(t.bias, x), t.act_scale, bits, act, *geometry)
+        bias = _matching(t.bias, x)
+        y = torch.ops.dq.cpu_conv(x, codes(t), t.scale, act_scale=t.act_scale, bias=bias, **fixed)
         return y if t.down is None else y + dense.low_rank(x, t, plan, conv)
 
     return run
 
 
 def _thin(plan: LayerPlan, plain: Callable) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
-    bits, group, columns, outputs = plan.weight.spec.bits, _group(plan.weight.grain), plan.columns, plan.shape[0]
+    fixed = {"weight_bits": plan.weight.spec.bits, "weight_group": _group(plan.weight.grain)}
+    columns, outputs = plan.columns, plan.shape[0]
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         if x.numel() > THIN * columns:
             return plain(x, t)
-        y = torch.ops.dq.cpu_thin(x.reshape(-1, columns), t.weight, t.scale, _matching(t.bias, x), bits, group)
+        rows, bias = x.reshape(-1, columns), _matching(t.bias, x)
+        y = torch.ops.dq.cpu_thin(rows, t.weight, t.scale, bias=bias, **fixed)
         return y.reshape(*x.shape[:-1], outputs)
 
     return run

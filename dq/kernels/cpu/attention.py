@@ -15,11 +15,11 @@ import ctypes
 import torch
 import torch.nn.functional as F
 
-from dq.kernels.cpu.library import library, missing
-from dq.kernels.cpu.ops import DTYPES
+from dq.kernels.cpu.library import missing
+from dq.kernels.cpu.ops import DTYPES, call, structure
 
 WIDEST = 256  # columns of a head
-PROBLEMS = {1: "this processor", 2: "the dtype", 3: "the shape", 4: "the mask's strides", 5: "the size: no memory"}
+PROBLEMS = {1: "the dtype", 2: "the shape", 3: "the mask's strides", 4: "the size: no memory"}
 
 
 @torch.compiler.assume_constant_result
@@ -86,6 +86,16 @@ def sdpa(
 
 # --- the op ----------------------------------------------------------------------------------------------------------
 
+Attention = structure(
+    "Attention",
+    pointer="q k v out mask",
+    int64="batch heads rows keys width",
+    int64x3="q_stride k_stride v_stride out_stride",
+    int64x4="mask_stride",
+    int32="dtype int8",
+    float="scale",
+)
+
 
 def _empty(query: torch.Tensor) -> torch.Tensor:
     """Laid out like torch's result: tokens outside of heads, so that merging the heads is a view."""
@@ -110,26 +120,18 @@ def _additive(mask: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 def _attention(query, key, value, mask, scale: float, int8: bool) -> torch.Tensor:
     query, key, value = (_dense_last(tensor) for tensor in (query, key, value))
-    (batch, heads, rows, width), keys, out = query.shape, key.shape[2], _empty(query)
-    strides = [stride for tensor in (query, key, value, out) for stride in tensor.stride()[:3]]
-    pointer = mask_strides = None
-    if mask is not None:
-        mask = _additive(mask, (batch, heads, rows, keys))
-        pointer, mask_strides = mask.data_ptr(), (ctypes.c_int64 * 4)(*mask.stride())
-    sizes = (ctypes.c_int64(size) for size in (batch, heads, rows, keys, width))
-    problem = library().dq_attention(
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (query, key, value, out)),
-        DTYPES[query.dtype],
-        *sizes,
-        (ctypes.c_int64 * 12)(*strides),
-        ctypes.c_void_p(pointer),
-        mask_strides,
-        ctypes.c_float(scale),
-        int(int8),
-    )
-    if problem:
+    (batch, heads, rows, width), keys = query.shape, key.shape[2]
+    mask = None if mask is None else _additive(mask, (batch, heads, rows, keys))
+    tensors = {"q": query, "k": key, "v": value, "out": _empty(query)}
+    arguments = Attention(
+        batch=batch, heads=heads, rows=rows, keys=keys, width=width, dtype=DTYPES[query.dtype], int8=int8, scale=scale,
+        mask_stride=(ctypes.c_int64 * 4)(*(() if mask is None else mask.stride())),
+    )  # fmt: skip
+    for name, tensor in tensors.items():
+        setattr(arguments, f"{name}_stride", (ctypes.c_int64 * 3)(*tensor.stride()[:3]))
+    if problem := call("dq_attention", arguments, tensors | {"mask": mask}):
         raise RuntimeError(f"dq_attention cannot take {PROBLEMS[problem]}: {tuple(query.shape)}, {keys} keys")
-    return out
+    return tensors["out"]
 
 
 _ops = torch.library.Library("dq", "FRAGMENT")

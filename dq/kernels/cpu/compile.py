@@ -1,4 +1,4 @@
-"""Build the native kernels: `python -m dq.kernels.cpu.compile [OUT]`. Called at install; needs a C++17 compiler.
+"""Build the native kernels: `python -m dq.kernels.cpu.compile [OUT]`. Called at install; needs a C++20 compiler.
 
 Stands alone (no imports of dq or torch), because a build runs before either is there.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 LIBRARY = HERE / "libdq_cpu.so"
-FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fvisibility=default")
+FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fvisibility=default")
 SANITIZED = ("-g", "-O1", "-fsanitize=address", "-fno-omit-frame-pointer")
 
 

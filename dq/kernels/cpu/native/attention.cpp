@@ -3,11 +3,12 @@
 #include <atomic>
 
 #include "attention_rows.h"
+#include "fields.h"
 
 namespace dq {
 namespace {
 
-enum Result { DONE = 0, NO_CPU = 1, NO_DTYPE = 2, NO_SHAPE = 3, NO_MASK = 4, NO_MEMORY = 5 };
+enum Result { DONE = 0, NO_DTYPE = 1, NO_SHAPE = 2, NO_MASK = 3, NO_MEMORY = 4 };  // PROBLEMS of attention.py
 
 constexpr size_t kMostPacked = 16 << 20;  // bytes of packed heads, unless a single head needs more
 
@@ -32,7 +33,7 @@ Cut cut(const Attention& a, const Layout& l) {
   return c;
 }
 
-template <class T, int DTYPE>
+template <class T, Dtype DTYPE>
 int run(const Attention& a) {
   const Layout l(a, T::kWord);
   const Cut c = cut(a, l);
@@ -65,37 +66,20 @@ int run(const Attention& a) {
   return result;
 }
 
-bool supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-}
-
 }  // namespace
 }  // namespace dq
 
-// q, out (batch, heads, rows, width), k, v (batch, heads, keys, width), dtype 0 fp32, 1 bf16, 2 fp16, last dimension
-// contiguous; strides: (batch, head, token) of q, k, v and out, in elements. mask: fp32, added to the scaled scores, or
-// null; mask_strides: batch, head, row, key (0 or 1), in elements. int8 0: bf16 products, dtype 1 only. Rows whose keys
-// are all masked by -inf are zero. Returns 0, or 1 for the CPU, 2 the dtype, 3 the shape, 4 the mask, 5 no memory.
-extern "C" int dq_attention(const void* q, const void* k, const void* v, void* out, int dtype, int64_t batch,
-                            int64_t heads, int64_t rows, int64_t keys, int64_t width, const int64_t* strides,
-                            const float* mask, const int64_t* mask_strides, float scale, int int8) {
+extern "C" int dq_attention(const dq::Attention* args) {
   using namespace dq;
-  if (!supported()) return NO_CPU;
-  if (dtype < FP32 || dtype > FP16 || (!int8 && dtype != BF16)) return NO_DTYPE;
-  if (batch < 0 || heads < 0 || rows < 0 || keys < 1 || width < 1 || width > kMaxWidth) return NO_SHAPE;
-  if (mask && mask_strides[3] != 0 && mask_strides[3] != 1) return NO_MASK;
-  if (batch * heads * rows == 0) return DONE;
-  Attention a{};
-  a.q = (const char*)q, a.k = (const char*)k, a.v = (const char*)v, a.out = (char*)out;
-  a.batch = batch, a.heads = heads, a.rows = rows, a.keys = keys, a.width = width;
-  for (int axis = 0; axis < 3; axis++) {
-    a.q_stride[axis] = strides[axis], a.k_stride[axis] = strides[3 + axis];
-    a.v_stride[axis] = strides[6 + axis], a.out_stride[axis] = strides[9 + axis];
-  }
-  a.mask = mask, a.scale = scale, a.dtype = dtype;
-  for (int axis = 0; axis < 4; axis++) a.mask_stride[axis] = mask ? mask_strides[axis] : 0;
-  if (!int8) return run<Bf16, BF16>(a);
-  return dtype == FP32 ? run<Int8, FP32>(a) : dtype == BF16 ? run<Int8, BF16>(a) : run<Int8, FP16>(a);
+  const Attention& a = *args;
+  if (a.dtype < FP32 || a.dtype > FP16 || (!a.int8 && a.dtype != BF16)) return NO_DTYPE;
+  if (a.batch < 0 || a.heads < 0 || a.rows < 0 || a.keys < 1 || a.width < 1 || a.width > kMaxWidth) return NO_SHAPE;
+  if (a.mask && a.mask_stride[3] != 0 && a.mask_stride[3] != 1) return NO_MASK;
+  if (a.batch * a.heads * a.rows == 0) return DONE;
+  if (!a.int8) return run<Bf16, BF16>(a);
+  return a.dtype == FP32 ? run<Int8, FP32>(a) : a.dtype == BF16 ? run<Int8, BF16>(a) : run<Int8, FP16>(a);
 }
+
+DQ_FIELDS(dq::Attention, dq_attention_fields, FIELD(q), FIELD(k), FIELD(v), FIELD(out), FIELD(mask), FIELD(batch),
+          FIELD(heads), FIELD(rows), FIELD(keys), FIELD(width), FIELD(q_stride), FIELD(k_stride), FIELD(v_stride),
+          FIELD(out_stride), FIELD(mask_stride), FIELD(dtype), FIELD(int8), FIELD(scale))

@@ -9,22 +9,26 @@
 #include "attention_vector.h"
 
 namespace dq {
+
+// Arguments of dq_attention: q, out (batch, heads, rows, width), k, v (batch, heads, keys, width), last dimension
+// contiguous. Strides in elements. Rows whose keys are all masked by -inf are zero.
+struct Attention {
+  const char *q, *k, *v;
+  char* out;
+  const float* mask;  // added to the scaled scores, or null
+  int64_t batch, heads, rows, keys, width;
+  int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];  // by Axis
+  int64_t mask_stride[4];                                        // batch, head, row, key (0 or 1)
+  Dtype dtype;
+  int32_t int8;  // products of bytes, else of bf16, which needs BF16
+  float scale;
+};
+
 namespace {
 
 constexpr long kTile = 64, kKeyBlock = 512, kMaxWidth = 256, kMaxChunks = 4, kWidestChunk = 5, kAhead = 8;
 
 enum Axis { BATCH, HEAD, TOKEN };
-
-struct Attention {
-  const char *q, *k, *v;
-  char* out;
-  long batch, heads, rows, keys, width;
-  long q_stride[3], k_stride[3], v_stride[3], out_stride[3];  // elements, by Axis
-  const float* mask;
-  long mask_stride[4];  // batch, head, row, key
-  float scale;
-  int dtype;
-};
 
 // The two precisions. kWord: elements in 4 bytes. kMeasured: a pass over keys and values comes before packing.
 struct Bf16 {
@@ -55,7 +59,7 @@ struct Layout {
     words = (a.width + word - 1) / word, blocks = (a.width + 15) / 16, value_words = padded / word;
     chunks = (blocks + kWidestChunk - 1) / kWidestChunk;
     for (long c = 0, first = 0; c < chunks; c++) {
-      chunk[c] = {first, (blocks - first + chunks - c - 1) / (chunks - c)};
+      chunk[c] = {.first = first, .blocks = (blocks - first + chunks - c - 1) / (chunks - c)};
       first += chunk[c].blocks;
     }
     values = tiles * words * 256;
@@ -74,11 +78,11 @@ struct Rows {
   const char* first;
   long step, bytes;
 
-  template <int DTYPE>
-  static Rows of(const char* base, const long* stride, const Attention& a, long index) {
+  template <Dtype DTYPE>
+  static Rows of(const char* base, const int64_t* stride, const Attention& a, long index) {
     long offset = index / a.heads * stride[BATCH] + index % a.heads * stride[HEAD];
-    return {base + offset * element_bytes(DTYPE), stride[TOKEN] * element_bytes(DTYPE),
-            a.width * element_bytes(DTYPE)};
+    constexpr long each = element_bytes(DTYPE);
+    return {.first = base + offset * each, .step = stride[TOKEN] * each, .bytes = a.width * each};
   }
   const char* at(long token) const { return first + token * step; }
   // Tokens of a head are far apart, often a page: what comes soon is fetched now, whether it exists or not.
@@ -90,7 +94,7 @@ struct Rows {
 // --- eight bits: what the scales need -------------------------------------------------------------------------------
 
 // Sum of the keys and largest magnitude of the values, per column, over one span of keys.
-template <int DTYPE>
+template <Dtype DTYPE>
 void measure(const Attention& a, const Layout& l, long index, long span, char* head) {
   Rows k = Rows::of<DTYPE>(a.k, a.k_stride, a, index), v = Rows::of<DTYPE>(a.v, a.v_stride, a, index);
   long first = span * kKeyBlock, last = std::min(first + kKeyBlock, a.keys);
@@ -128,7 +132,7 @@ void conclude(const Attention& a, const Layout& l, const char* head, float* mean
 
 // `width` numbers at x, minus `mean` if there is one, to bytes at `codes` (zero up to a multiple of 16).
 // Returns the scale; `sum` gets the sum of the codes.
-template <int DTYPE>
+template <Dtype DTYPE>
 DQ_INLINE float quantize(const char* x, long width, const float* mean, char* codes, int* sum) {
   alignas(64) float centred[kMaxWidth];
   __m512i peak = _mm512_setzero_si512(), total = _mm512_setzero_si512();
@@ -165,7 +169,7 @@ DQ_INLINE void pack_words(const char* from, long step, long keys, long bytes, lo
   }
 }
 
-template <int DTYPE>
+template <Dtype DTYPE>
 void pack_keys(Bf16, const Attention& a, const Layout& l, long index, long tile, char* head, const float*) {
   Rows k = Rows::of<DTYPE>(a.k, a.k_stride, a, index);
   char* to = head + tile * l.words * 256;
@@ -176,7 +180,7 @@ void pack_keys(Bf16, const Attention& a, const Layout& l, long index, long tile,
   }
 }
 
-template <int DTYPE>
+template <Dtype DTYPE>
 void pack_keys(Int8, const Attention& a, const Layout& l, long index, long tile, char* head, const float* mean) {
   Rows k = Rows::of<DTYPE>(a.k, a.k_stride, a, index);
   alignas(64) char codes[kTile][kMaxWidth];
@@ -201,7 +205,7 @@ void pack_keys(Int8, const Attention& a, const Layout& l, long index, long tile,
 // --- values ---------------------------------------------------------------------------------------------------------
 
 // 16 columns of the neighbouring keys `key`, ... as one vector of words.
-template <int DTYPE>
+template <Dtype DTYPE>
 DQ_INLINE __m512i value_word(Bf16, const Rows& v, long key, long keys, long column, __mmask16 lanes, const float*) {
   __m256i pair[2];
   DQ_UNROLL for (int i = 0; i < 2; i++) {
@@ -211,7 +215,7 @@ DQ_INLINE __m512i value_word(Bf16, const Rows& v, long key, long keys, long colu
   return _mm512_or_si512(_mm512_cvtepu16_epi32(pair[0]), high);
 }
 
-template <int DTYPE>
+template <Dtype DTYPE>
 DQ_INLINE __m512i value_word(Int8, const Rows& v, long key, long keys, long column, __mmask16 lanes,
                              const float* inverse) {
   __m512i word = _mm512_setzero_si512();
@@ -224,7 +228,7 @@ DQ_INLINE __m512i value_word(Int8, const Rows& v, long key, long keys, long colu
 }
 
 // Values of keys `first` to `last` - 1, both multiples of a word.
-template <class T, int DTYPE>
+template <class T, Dtype DTYPE>
 void pack_values(const Attention& a, const Layout& l, long index, long first, long last, char* head,
                  const float* inverse) {
   Rows v = Rows::of<DTYPE>(a.v, a.v_stride, a, index);
@@ -242,7 +246,7 @@ void pack_values(const Attention& a, const Layout& l, long index, long first, lo
 }
 
 // One task: a span of the keys and values of a head.
-template <class T, int DTYPE>
+template <class T, Dtype DTYPE>
 void pack(const Attention& a, const Layout& l, long index, long span, char* head) {
   alignas(64) float mean[kMaxWidth], scale[kMaxWidth], inverse[kMaxWidth];
   if (T::kMeasured) {

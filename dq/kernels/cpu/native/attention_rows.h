@@ -307,8 +307,17 @@ void weigh(const Attention& a, const Layout& l, long rows, long first_key, long 
     const bool half = 16 * (chunk.first + chunk.blocks) - a.width >= 8;
     for (long i = 0, count; i < rows; i += count) {
       count = std::min(rows - i, long(kMostRows[chunk.blocks]));
-      SumTile t{b.weight + i * weight_step, values, keys / T::kWord, weight_step, 16 * l.blocks,
-                b.sum + i * 16 * l.blocks + 16 * chunk.first, b.keep + i, b.worth + i, first_key == 0};
+      SumTile t{
+          .weight = b.weight + i * weight_step,
+          .values = values,
+          .words = keys / T::kWord,
+          .weight_step = weight_step,
+          .sum_step = 16 * l.blocks,
+          .sum = b.sum + i * 16 * l.blocks + 16 * chunk.first,
+          .keep = b.keep + i,
+          .worth = b.worth + i,
+          .first = first_key == 0,
+      };
       tile_of<T>(count, chunk.blocks, half)(t);
     }
   }
@@ -318,7 +327,7 @@ void weigh(const Attention& a, const Layout& l, long rows, long first_key, long 
 
 DQ_INLINE long query_step_of(const Layout& l) { return round_up(4 * l.words, 64); }
 
-template <int DTYPE>
+template <Dtype DTYPE>
 void fetch_queries(Bf16, const Attention& a, const Layout& l, long index, long first, long rows, Block& b) {
   Rows q = Rows::of<DTYPE>(a.q, a.q_stride, a, index);
   for (long i = 0; i < rows; i++) {
@@ -331,7 +340,7 @@ void fetch_queries(Bf16, const Attention& a, const Layout& l, long index, long f
   }
 }
 
-template <int DTYPE>
+template <Dtype DTYPE>
 void fetch_queries(Int8, const Attention& a, const Layout& l, long index, long first, long rows, Block& b) {
   Rows q = Rows::of<DTYPE>(a.q, a.q_stride, a, index);
   for (long i = 0; i < rows; i++) {
@@ -368,7 +377,7 @@ void score(const Attention& a, const Layout& l, long index, long first, long row
   }
 }
 
-template <class T, int DTYPE>
+template <class T, Dtype DTYPE>
 void finish(const Attention& a, const Layout& l, long index, long first, long rows, const char* head, const Block& b) {
   Rows out = Rows::of<DTYPE>(a.out, a.out_stride, a, index);
   const float* scale = (const float*)(head + l.value_scale);
@@ -385,7 +394,7 @@ void finish(const Attention& a, const Layout& l, long index, long first, long ro
 }
 
 // One task: `rows` rows from `first` of head `index`, whose packed keys and values are at `head`.
-template <class T, int DTYPE>
+template <class T, Dtype DTYPE>
 void attend(const Attention& a, const Layout& l, long index, long first, long rows, const char* head, Block& b) {
   fetch_queries<DTYPE>(T(), a, l, index, first, rows, b);
   for (long i = 0; i < kRowLanes; i++) {

@@ -16,22 +16,22 @@
 
 namespace dq {
 
-enum Dtype { FP32 = 0, BF16 = 1, FP16 = 2 };
+enum Dtype : int32_t { FP32 = 0, BF16 = 1, FP16 = 2 };
 
 DQ_INLINE long round_up(long value, long step) { return (value + step - 1) / step * step; }
-DQ_INLINE long element_bytes(int dtype) { return dtype == FP32 ? 4 : 2; }
+constexpr long element_bytes(Dtype dtype) { return dtype == FP32 ? 4 : 2; }
 DQ_INLINE __mmask16 first_lanes(long count) { return count >= 16 ? 0xffff : __mmask16((1u << std::max(count, 0l)) - 1); }
 DQ_INLINE __mmask64 first_bytes(long count) { return count >= 64 ? ~0ull : (1ull << std::max(count, 0l)) - 1; }
 
 // 16 elements at `index` as floats; lanes outside of `lanes` are 0 and not read.
-DQ_INLINE __m512 load(const void* base, long index, int dtype, __mmask16 lanes) {
+DQ_INLINE __m512 load(const void* base, long index, Dtype dtype, __mmask16 lanes) {
   if (dtype == FP32) return _mm512_maskz_loadu_ps(lanes, (const float*)base + index);
   __m256i half = _mm256_maskz_loadu_epi16(lanes, (const uint16_t*)base + index);
   if (dtype == FP16) return _mm512_cvtph_ps(half);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-DQ_INLINE void store(void* base, long index, int dtype, __mmask16 lanes, __m512 value) {
+DQ_INLINE void store(void* base, long index, Dtype dtype, __mmask16 lanes, __m512 value) {
   if (dtype == FP32) return _mm512_mask_storeu_ps((float*)base + index, lanes, value);
   __m256i half = dtype == FP16 ? _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
                                : (__m256i)_mm512_cvtneps_pbh(value);

@@ -4,6 +4,7 @@
 //
 // The input is rounded once into a channels-last image of bytes, padded with the code of zero; the row of a pixel and tap
 // is then an address, and the product of linears serves. One activation scale and zero point a sample.
+#include "fields.h"
 #include "tile.h"
 
 using namespace dq;
@@ -19,7 +20,8 @@ struct DqConv {
   void* y;
   int64_t batch, channels, outputs, row_bytes, weight_scale_stride;
   int64_t size[3], kernel[3], step[3], pad[3], gap[3], out[3];
-  int32_t dtype, weight_bits, act_low, act_high, act_affine, channels_last;
+  Dtype dtype;
+  int32_t weight_bits, act_bits, act_affine, channels_last;
 };
 }
 
@@ -32,13 +34,14 @@ struct Geometry {
 };
 
 Geometry geometry_of(const DqConv& c) {
-  Geometry g;
-  g.pixels = c.out[0] * c.out[1] * c.out[2];
-  g.taps = c.kernel[0] * c.kernel[1] * c.kernel[2];
-  g.channels = round_up(c.channels, 4);
+  Geometry g{
+      .pixels = c.out[0] * c.out[1] * c.out[2],
+      .taps = c.kernel[0] * c.kernel[1] * c.kernel[2],
+      .channels = round_up(c.channels, 4),
+      .inside = c.channels * c.size[0] * c.size[1] * c.size[2],
+  };
   for (int d = 0; d < 3; d++) g.padded[d] = c.size[d] + 2 * c.pad[d];
   g.image = g.padded[0] * g.padded[1] * g.padded[2] * g.channels;
-  g.inside = c.channels * c.size[0] * c.size[1] * c.size[2];
   return g;
 }
 
@@ -225,7 +228,7 @@ void pixels_of(const DqConv& c, const Geometry& g, const Shared& s, const Panel&
                long b, long pixel, long n, long at) {
   const uint8_t* row[MR];
   for (int i = 0; i < MR; i++) row[i] = s.images + b * g.image + s.offset[pixel + i];
-  Taps taps{s.offset + g.pixels, g.taps, g.channels};
+  Taps taps{.offset = s.offset + g.pixels, .count = g.taps, .width = g.channels};
   (q.affine ? tile<MR, true> : tile<MR, false>)(p, q, taps, o, row, b * g.pixels + pixel, n, c.outputs, at);
 }
 
@@ -235,10 +238,11 @@ constexpr long kPixels = 96;  // output pixels of a task
 void block(const DqConv& c, const Geometry& g, const Shared& s, const Panel& p, const Quantized& q, long b, long first,
            long n, char* turned) {
   long last = std::min(first + kPixels, g.pixels), wide = std::min(kWide, c.outputs - n), bytes = element_bytes(c.dtype);
-  Output o{};
-  o.dtype = c.dtype;
-  o.y = c.channels_last ? c.y : turned - n * bytes;
-  o.stride = c.channels_last ? c.outputs : kWide;
+  const Output o{
+      .y = c.channels_last ? c.y : turned - n * bytes,
+      .stride = c.channels_last ? c.outputs : kWide,
+      .dtype = c.dtype,
+  };
   long base = c.channels_last ? b * g.pixels : -first, m = first;
   for (; m + 6 <= last; m += 6) pixels_of<6>(c, g, s, p, q, o, b, m, n, base + m);
   for (; m < last; m++) pixels_of<1>(c, g, s, p, q, o, b, m, n, base + m);
@@ -253,14 +257,30 @@ void block(const DqConv& c, const Geometry& g, const Shared& s, const Panel& p, 
   }
 }
 
+Weight weight_of(const DqConv& c, long spread) {
+  return {
+      .codes = c.weight,
+      .scale = c.weight_scale,
+      .bias = c.bias,
+      .outputs = c.outputs,
+      .columns = spread,
+      .row_bytes = c.row_bytes,
+      .scale_stride = c.weight_scale_stride,
+      .scale_groups = 1,
+      .group = spread,
+      .groups = 1,
+      .bits = c.weight_bits,
+      .dtype = c.dtype,
+  };
+}
+
 void product(const DqConv& c, const Geometry& g, const Shared& s, const Quantized& q, bool& failed) {
   long spread = g.taps * g.channels, panels = (c.outputs + kWide - 1) / kWide;
-  Weight w{c.weight, c.weight_scale, c.bias, nullptr, c.outputs, spread, c.row_bytes, c.weight_scale_stride, 1,
-           spread, 1, 0, c.weight_bits, c.dtype, 0};
+  const Weight w = weight_of(c, spread);
   size_t panel = round_up(panel_bytes(round_up(spread, 64), 1, 0), 64), rows = round_up(17 * spread + 128, 64);
   size_t turned = kPixels * kWide * 4, table = g.taps <= kMostTaps ? g.taps * g.taps * sizeof(Pick) : 0;
   char* place = (char*)own.get(panel + rows + turned + table);
-  Panel p = panel_in(place, round_up(spread, 64), 1, 0);
+  Panel p = panel_in(place, round_up(spread, 64), 1);
   Pick* picks = (Pick*)(place + panel + rows + turned);
   if (place && table) lay_picks(g.taps, picks);
   long blocks = (g.pixels + kPixels - 1) / kPixels, held = -1;
@@ -288,13 +308,14 @@ extern "C" int dq_conv(const DqConv* args) {
   Shared s = shared_in(c, g);
   if (!s.images) return 1;
   lay_offsets(c, g, s.offset);
-  Quantized q{};
-  q.scale = s.scale;
-  q.zero = s.zero;
-  q.groups = 1;
-  q.low = c.act_low;
-  q.high = c.act_high;
-  q.affine = c.act_affine;
+  const Quantized q{
+      .scale = s.scale,
+      .zero = s.zero,
+      .groups = 1,
+      .low = lowest_code(c.act_bits, c.act_affine),
+      .high = highest_code(c.act_bits),
+      .affine = bool(c.act_affine),
+  };
   bool failed = false;
   double work = double(c.batch) * g.pixels * c.outputs * g.taps * c.channels;
   int threads = work < 1e6 ? 1 : omp_get_max_threads();
@@ -312,4 +333,7 @@ extern "C" int dq_conv(const DqConv* args) {
   return failed;
 }
 
-extern "C" long dq_conv_size() { return sizeof(DqConv); }
+DQ_FIELDS(DqConv, dq_conv_fields, FIELD(x), FIELD(weight), FIELD(weight_scale), FIELD(bias), FIELD(act_scale), FIELD(y),
+          FIELD(batch), FIELD(channels), FIELD(outputs), FIELD(row_bytes), FIELD(weight_scale_stride), FIELD(size),
+          FIELD(kernel), FIELD(step), FIELD(pad), FIELD(gap), FIELD(out), FIELD(dtype), FIELD(weight_bits),
+          FIELD(act_bits), FIELD(act_affine), FIELD(channels_last))

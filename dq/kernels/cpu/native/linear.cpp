@@ -1,13 +1,32 @@
-// Quantized linears: y = epilogue(Q(prologue(x)) W^T + low up^T + bias), integer dot products throughout.
-#include "linear.h"
+// Quantized linears: y = epilogue(Q(x + shift) W^T + low up^T + bias), integer dot products throughout.
+#include "fields.h"
 #include "tile.h"
 
 using namespace dq;
 
+extern "C" {
+
+struct DqLinear {
+  const void* x;
+  const float* act_scale;  // one stored scale of the activations, or null: measured
+  const int8_t* weight;
+  const float* weight_scale;
+  const void* bias;
+  const void* low;  // the low-rank branch: (rows, rank) bf16, or null
+  const void* up;   // (outputs, rank) bf16
+  void* y;
+  int64_t rows, columns, outputs, row_bytes, rank;
+  int64_t weight_group, act_group;  // 0: the whole row
+  int64_t weight_scale_stride;
+  Dtype dtype;
+  int32_t weight_bits, act_bits, act_affine, gelu;
+  float shift;
+};
+}
+
 namespace {
 
 thread_local Scratch activations, panels;
-thread_local int64_t held = 0;  // key of the codes in `activations`
 
 struct Shape {
   long padded, group, groups, panels, splits;
@@ -27,25 +46,24 @@ Shape shape_of(const DqLinear& l, int threads) {
 }
 
 Quantized quantized_in(const DqLinear& l, const Shape& s) {
-  Quantized q;
-  q.stride = s.padded;
-  q.group = l.act_group ? l.act_group : l.columns;
-  q.groups = (l.columns + q.group - 1) / q.group;
-  size_t codes = l.rows * q.stride, scales = l.rows * q.groups * 4;
-  q.codes = (uint8_t*)activations.get(codes + 2 * scales + 64);
-  if (!q.codes) return q;
-  q.scale = (float*)(q.codes + codes);
-  q.zero = (int*)(q.codes + codes + scales);
-  q.low = l.act_low;
-  q.high = l.act_high;
-  q.affine = l.act_affine;
-  q.stored = l.act_scale;
-  return q;
+  const long group = l.act_group ? l.act_group : l.columns, groups = (l.columns + group - 1) / group;
+  size_t codes = l.rows * s.padded, scales = l.rows * groups * 4;
+  uint8_t* place = (uint8_t*)activations.get(codes + 2 * scales + 64);
+  return {
+      .codes = place,
+      .scale = (float*)(place + codes),
+      .zero = (int*)(place + codes + scales),
+      .stride = s.padded,
+      .group = group,
+      .groups = groups,
+      .low = lowest_code(l.act_bits, l.act_affine),
+      .high = highest_code(l.act_bits),
+      .affine = bool(l.act_affine),
+      .stored = l.act_scale,
+  };
 }
 
 void quantize(const DqLinear& l, const Quantized& q, bool& failed) {
-  RowSource source{l.x,     l.mod_scale, l.mod_shift, l.smooth, l.columns, l.columns, l.rows_per_batch,
-                   l.mod_stride, l.dtype, l.norm,      l.eps,    l.shift};
   float* row = (float*)panels.get(round_up(l.columns, 64) * 4);
 #pragma omp for schedule(static)
   for (long m = 0; m < l.rows; m++) {
@@ -53,7 +71,7 @@ void quantize(const DqLinear& l, const Quantized& q, bool& failed) {
       failed = true;
       continue;
     }
-    fetch(source, m, row);
+    fetch(l.x, m * l.columns, l.columns, l.dtype, l.shift, row);
     quantize_row(row, l.columns, m, q);
   }
 }
@@ -63,7 +81,7 @@ void rows_of(const DqLinear& l, const Shape& s, const Panel& p, const Quantized&
   const uint8_t* row[MR];
   for (int i = 0; i < MR; i++) row[i] = q.codes + (m + i) * q.stride;
   const long zero = 0;
-  Taps taps{&zero, 1, round_up(l.columns, 4)};
+  Taps taps{.offset = &zero, .count = 1, .width = round_up(l.columns, 4)};
   if (s.groups == 1) return (q.affine ? tile<MR, true> : tile<MR, false>)(p, q, taps, o, row, m, n, l.outputs, m);
   auto grouped = q.groups == 1 ? (q.affine ? tile_grouped<MR, true, false> : tile_grouped<MR, false, false>)
                                : (q.affine ? tile_grouped<MR, true, true> : tile_grouped<MR, false, true>);
@@ -78,13 +96,32 @@ void panel_rows(const DqLinear& l, const Shape& s, const Panel& p, const Quantiz
   for (; m < last; m++) rows_of<1>(l, s, p, q, o, m, n);
 }
 
+Weight weight_of(const DqLinear& l, const Shape& s) {
+  return {
+      .codes = l.weight,
+      .scale = l.weight_scale,
+      .bias = l.bias,
+      .up = l.up,
+      .outputs = l.outputs,
+      .columns = l.columns,
+      .row_bytes = l.row_bytes,
+      .scale_stride = l.weight_scale_stride,
+      .scale_groups = l.weight_group ? (l.columns + l.weight_group - 1) / l.weight_group : 1,
+      .group = s.group,
+      .groups = s.groups,
+      .rank = l.low ? l.rank : 0,
+      .bits = l.weight_bits,
+      .dtype = l.dtype,
+      .shift = l.shift,
+  };
+}
+
 void product(const DqLinear& l, const Shape& s, const Quantized& q, bool& failed) {
-  Weight w{l.weight, l.weight_scale, l.bias, l.up, l.outputs, l.columns, l.row_bytes, l.weight_scale_stride,
-           l.weight_group ? (l.columns + l.weight_group - 1) / l.weight_group : 1, s.group, s.groups,
-           l.low ? l.rank : 0, l.weight_bits, l.dtype, l.shift};
-  Output o{l.y, l.low, l.gate, l.residual, l.outputs, l.rank, l.rows_per_batch, l.dtype, l.gelu};
+  const Weight w = weight_of(l, s);
+  const Output o{
+      .y = l.y, .low = l.low, .stride = l.outputs, .rank = l.rank, .dtype = l.dtype, .gelu = bool(l.gelu)};
   void* place = panels.get(panel_bytes(s.padded, s.groups, w.rank));
-  Panel p = panel_in(place, s.padded, s.groups, w.rank);
+  Panel p = panel_in(place, s.padded, s.groups);
   long held = -1, each = round_up((l.rows + s.splits - 1) / s.splits, 6);
 #pragma omp for schedule(dynamic, 1)
   for (long task = 0; task < s.panels * s.splits; task++) {
@@ -111,16 +148,15 @@ extern "C" int dq_linear(const DqLinear* args) {
   Shape s = shape_of(l, threads);
   Quantized q = quantized_in(l, s);
   if (!q.codes) return 1;
-  const bool ready = l.key && l.key == held;
-  held = 0;
   bool failed = false;  // set by any thread that got no memory, only ever to true
 #pragma omp parallel num_threads(threads)
   {
-    if (!ready) quantize(l, q, failed);
+    quantize(l, q, failed);
     product(l, s, q, failed);
   }
-  held = failed ? 0 : l.key;
   return failed;
 }
 
-extern "C" long dq_linear_size() { return sizeof(DqLinear); }
+DQ_FIELDS(DqLinear, dq_linear_fields, FIELD(x), FIELD(act_scale), FIELD(weight), FIELD(weight_scale), FIELD(bias), FIELD(low), FIELD(up), FIELD(y),
+          FIELD(rows), FIELD(columns), FIELD(outputs), FIELD(row_bytes), FIELD(rank), FIELD(weight_group), FIELD(act_group),
+          FIELD(weight_scale_stride), FIELD(dtype), FIELD(weight_bits), FIELD(act_bits), FIELD(act_affine), FIELD(gelu), FIELD(shift))

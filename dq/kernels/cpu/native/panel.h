@@ -17,7 +17,8 @@ struct Weight {
   const void* bias;         // (outputs,) in `dtype`, or null
   const void* up;           // (outputs, rank) bf16 second factor of the low-rank branch, or null
   long outputs, columns, row_bytes, scale_stride, scale_groups, group, groups, rank;
-  int bits, dtype;
+  int bits;
+  Dtype dtype;
   float shift;              // of the activations: y -= shift * sum of the decoded weights
 };
 
@@ -33,14 +34,11 @@ DQ_INLINE size_t panel_bytes(long padded, long groups, long rank) {
   return kWide * (padded + groups * 8 + 4 + 2 * round_up(rank, 2)) + 64;
 }
 
-DQ_INLINE Panel panel_in(void* place, long padded, long groups, long rank) {
-  Panel p;
-  p.codes = (int8_t*)place;
-  p.sums = (int*)(p.codes + kWide * padded);
-  p.scale = (float*)(p.sums + kWide * groups);
-  p.bias = p.scale + kWide * groups;
-  p.up = (uint16_t*)(p.bias + kWide);
-  return p;
+DQ_INLINE Panel panel_in(void* place, long padded, long groups) {
+  int8_t* codes = (int8_t*)place;
+  int* sums = (int*)(codes + kWide * padded);
+  float *scale = (float*)(sums + kWide * groups), *bias = scale + kWide * groups;
+  return {.codes = codes, .sums = sums, .scale = scale, .bias = bias, .up = (uint16_t*)(bias + kWide)};
 }
 
 // 64 codes of one row from column k on, as signed bytes; 0 beyond the end.

@@ -1,68 +1,33 @@
-// Activations: rows of floats, optionally normalized, modulated and smoothed, to unsigned bytes q + 128.
+// Activations: rows of floats to unsigned bytes q + 128.
 //
-//   v = (norm(x) * mod_scale + mod_shift) * smooth + shift        q = clip(rne(v / s) + z)
+//   q = clip(rne((x + shift) / s) + z)
 //
-// q / s is an exact division, as in dq/formats/integer.py, so that codes equal the reference's to the bit.
+// The quotient is exact, as in dq/formats/integer.py, so that codes equal the reference's to the bit.
 #pragma once
 #include "common.h"
 
 namespace dq {
-
-struct RowSource {
-  const void* x;         // (rows, width), rows `stride` elements apart
-  const void* mod_scale; // (batch, width) in the dtype of x, or null: weights of the norm, modulation or both
-  const void* mod_shift; // (batch, width), null without mod_scale
-  const float* smooth;   // (width,) or null
-  long width, stride, rows_per_batch, mod_stride;
-  int dtype, norm;       // norm: 0 none, 1 LayerNorm, 2 RMSNorm, neither with weights of its own
-  float eps, shift;
-};
 
 struct Quantized {
   uint8_t* codes;        // (rows, stride): code + 128, zero-padded columns hold anything (their weights are 0)
   float* scale;          // (rows, groups)
   int* zero;             // (rows, groups); only written for affine formats
   long stride, group, groups;
-  int low, high, affine; // code range
+  int low, high;         // code range
+  bool affine;
   const float* stored;   // one stored scale, or null: measured
 };
 
-DQ_INLINE void normalize(float* row, long width, int norm, float eps) {
-  __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-  if (norm == 1) {
-    for (long k = 0; k < width; k += 16) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(first_lanes(width - k), row + k));
-  }
-  __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
-  for (long k = 0; k < width; k += 16) {
-    __mmask16 lanes = first_lanes(width - k);
-    __m512 v = _mm512_maskz_sub_ps(lanes, _mm512_maskz_loadu_ps(lanes, row + k), mean);
-    _mm512_mask_storeu_ps(row + k, lanes, v);
-    squares = _mm512_fmadd_ps(v, v, squares);
-  }
-  __m512 scale = _mm512_set1_ps(1.f / std::sqrt(_mm512_reduce_add_ps(squares) / width + eps));
-  for (long k = 0; k < width; k += 16) {
-    __mmask16 lanes = first_lanes(width - k);
-    _mm512_mask_storeu_ps(row + k, lanes, _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, row + k), scale));
-  }
-}
+// The code range of `bits` bits: without a zero point it has as many negative codes as positive ones.
+DQ_INLINE int highest_code(int bits) { return (1 << (bits - 1)) - 1; }
+DQ_INLINE int lowest_code(int bits, bool affine) { return -highest_code(bits) - affine; }
 
-// Row m of the source as floats; `row` has room for the width rounded up to 16, the rest is 0.
-static inline void fetch(const RowSource& s, long m, float* row) {
-  for (long k = 0; k < s.width; k += 16) {
-    _mm512_storeu_ps(row + k, load(s.x, m * s.stride + k, s.dtype, first_lanes(s.width - k)));
-  }
-  if (s.norm) normalize(row, s.width, s.norm, s.eps);
-  if (!s.mod_scale && !s.smooth && s.shift == 0) return;
-  long mod = s.mod_scale ? m / s.rows_per_batch * s.mod_stride : 0;
-  for (long k = 0; k < s.width; k += 16) {
-    __mmask16 lanes = first_lanes(s.width - k);
-    __m512 v = _mm512_loadu_ps(row + k);
-    if (s.mod_scale) {
-      __m512 gain = load(s.mod_scale, mod + k, s.dtype, lanes);
-      v = _mm512_fmadd_ps(v, gain, load(s.mod_shift, mod + k, s.dtype, lanes));
-    }
-    if (s.smooth) v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(lanes, s.smooth + k));
-    _mm512_storeu_ps(row + k, _mm512_maskz_add_ps(lanes, v, _mm512_set1_ps(s.shift)));
+// `width` elements at `index`, plus the shift, as floats; `row` has room for the width rounded up to 16, the rest is 0.
+static inline void fetch(const void* x, long index, long width, Dtype dtype, float shift, float* row) {
+  for (long k = 0; k < width; k += 16) {
+    __mmask16 lanes = first_lanes(width - k);
+    __m512 v = load(x, index + k, dtype, lanes);
+    _mm512_storeu_ps(row + k, shift == 0 ? v : _mm512_maskz_add_ps(lanes, v, _mm512_set1_ps(shift)));
   }
 }
 
@@ -71,7 +36,7 @@ struct Range {
 };
 
 // Range of `width` elements from `at` on; NaN on both ends if there is one.
-DQ_INLINE Range range_of(const void* row, long at, long width, int dtype) {
+DQ_INLINE Range range_of(const void* row, long at, long width, Dtype dtype) {
   __m512 low = _mm512_set1_ps(INFINITY), high = _mm512_set1_ps(-INFINITY);
   __mmask16 strange = 0;  // min and max drop NaN
   for (long k = 0; k < width; k += 16) {

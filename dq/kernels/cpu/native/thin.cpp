@@ -1,6 +1,7 @@
 // Weight-only linears on a few rows (modulation, time and text projections): bound by reading the weight once.
 //
 //   y[m, n] = sum_g sw[n, g] sum_{k in g} x[m, k] w[n, k] + bias[n]          x stays floating point
+#include "fields.h"
 #include "panel.h"
 
 using namespace dq;
@@ -14,7 +15,8 @@ struct DqThin {
   const void* bias;
   void* y;
   int64_t rows, columns, outputs, row_bytes, weight_group, weight_scale_stride;
-  int32_t dtype, weight_bits;
+  Dtype dtype;
+  int32_t weight_bits;
 };
 }
 
@@ -77,4 +79,6 @@ extern "C" int dq_thin(const DqThin* args) {
   return 0;
 }
 
-extern "C" long dq_thin_size() { return sizeof(DqThin); }
+DQ_FIELDS(DqThin, dq_thin_fields, FIELD(x), FIELD(weight), FIELD(weight_scale), FIELD(bias), FIELD(y), FIELD(rows),
+          FIELD(columns), FIELD(outputs), FIELD(row_bytes), FIELD(weight_group), FIELD(weight_scale_stride),
+          FIELD(dtype), FIELD(weight_bits))

@@ -15,11 +15,10 @@ struct Taps {
 
 struct Output {
   void* y;
-  const void* low;       // (rows, rank) bf16 first factor's product, or null
-  const void* gate;      // (batch, outputs) or null: y = residual + gate * y
-  const void* residual;  // (rows, outputs) or null
-  long stride, rank, rows_per_batch;
-  int dtype, gelu;
+  const void* low;  // (rows, rank) bf16 first factor's product, or null
+  long stride, rank;
+  Dtype dtype;
+  bool gelu;
 };
 
 template <int MR, bool AFFINE>
@@ -65,37 +64,13 @@ DQ_INLINE void add_branch(__m512 f[MR][4], const Panel& p, const Output& o, long
   }
 }
 
-// Ask for the residual before the sums, which take long enough for it to come: rows lie too far apart to be foreseen.
 template <int MR>
-DQ_INLINE void foresee(const Output& o, long m, long n, long outputs) {
-  if (!o.residual) return;
-  const long bytes = o.dtype == FP32 ? 4 : 2;
+DQ_INLINE void finish(__m512 f[MR][4], const Panel& p, const Output& o, long n, long outputs, long at) {
   DQ_UNROLL for (int i = 0; i < MR; i++) {
-    const char* first = (const char*)o.residual + ((m + i) * outputs + n) * bytes;
-    for (long line = 0; line < bytes; line++) _mm_prefetch(first + 64 * line, _MM_HINT_T0);
-  }
-}
-
-// A product the compiler does not contract with the sum after it: in fp32, gate and residual keep the bits of torch.
-DQ_INLINE __m512 times(__m512 a, __m512 b) {
-  __m512 product;
-  asm("vmulps %2, %1, %0" : "=v"(product) : "v"(a), "v"(b));
-  return product;
-}
-
-template <int MR>
-DQ_INLINE void finish(__m512 f[MR][4], const Panel& p, const Output& o, long m, long n, long outputs, long at) {
-  DQ_UNROLL for (int i = 0; i < MR; i++) {
-    const long sample = o.gate ? (m + i) / o.rows_per_batch : 0;  // a division is as long as a row of this
     DQ_UNROLL for (int j = 0; j < 4; j++) {
       __mmask16 lanes = first_lanes(outputs - n - 16 * j);
       __m512 y = _mm512_add_ps(f[i][j], _mm512_loadu_ps(p.bias + 16 * j));
       if (o.gelu) y = gelu_tanh(y);
-      if (o.residual) {
-        long here = (m + i) * outputs + n + 16 * j;
-        if (o.gate) y = times(y, load(o.gate, sample * outputs + n + 16 * j, o.dtype, lanes));
-        y = _mm512_add_ps(y, load(o.residual, here, o.dtype, lanes));
-      }
       store(o.y, (at + i) * o.stride + n + 16 * j, o.dtype, lanes, y);
     }
   }
@@ -107,7 +82,6 @@ static __attribute__((noinline)) void tile(const Panel& p, const Quantized& q, c
                                            const uint8_t* const* row, long m, long n, long outputs, long at) {
   __m512i acc[MR][4];
   __m512 f[MR][4];
-  foresee<MR>(o, m, n, outputs);
   start<MR, AFFINE>(acc, p, q, m, 0);
   for (long t = 0; t < taps.count; t++) {
     multiply<MR>(acc, row, taps.offset[t], p.codes + t * taps.width * kWide, taps.width / 4);
@@ -120,7 +94,7 @@ static __attribute__((noinline)) void tile(const Panel& p, const Quantized& q, c
     }
   }
   if (o.low) add_branch<MR>(f, p, o, m);
-  finish<MR>(f, p, o, m, n, outputs, at);
+  finish<MR>(f, p, o, n, outputs, at);
 }
 
 // f += the product over one group of columns, scaled. The sums of all groups live in memory (L1), and one group is one
@@ -144,7 +118,6 @@ static __attribute__((noinline)) void add_group(const Panel& p, const Quantized&
 template <int MR, bool AFFINE, bool ACT>
 static void tile_grouped(const Panel& p, const Quantized& q, const Taps& taps, const Output& o, long group, long groups,
                          const uint8_t* const* row, long m, long n, long outputs, long at) {
-  foresee<MR>(o, m, n, outputs);
   __m512 f[MR][4];
   for (int i = 0; i < MR; i++) {
     for (int j = 0; j < 4; j++) f[i][j] = _mm512_setzero_ps();
@@ -157,7 +130,7 @@ static void tile_grouped(const Panel& p, const Quantized& q, const Taps& taps, c
     for (int j = 0; j < 4; j++) f[i][j] = _mm512_mul_ps(f[i][j], _mm512_set1_ps(q.scale[m + i]));
   }
   if (o.low) add_branch<MR>(f, p, o, m);
-  finish<MR>(f, p, o, m, n, outputs, at);
+  finish<MR>(f, p, o, n, outputs, at);
 }
 
 }  // namespace dq
