@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 .PHONY: demo test lint table eval app
 
 demo: $(READY)
-	$(PY) -m pipelines.demo
+	$(PY) -m pipelines.first_pictures
 
 # one thread a worker: the models in the tests are too small to share between cores
 test: $(READY)

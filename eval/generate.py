@@ -32,7 +32,7 @@ from eval.runs import Item, Run, write
 from eval.suite import FULL, Entry, Pipeline, Suite
 
 REPORT = "dq_report.json"  # what dq.quantize said, beside the model
-PROMPT_SEEDS = 1_000_000  # seed of an item: seed * this + number of the prompt, as in pipelines.tiny.evaluate
+PROMPT_SEEDS = 1_000_000  # seed of an item: seed * this + number of the prompt, as in pipelines.tiny
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

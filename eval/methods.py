@@ -35,7 +35,6 @@ from eval import rows, versions
 from eval.metrics import caption_accuracy, feature_distance, noise_sqnr, psnr
 from eval.quality import denoiser, fingerprint, kernels
 from pipelines import tiny
-from pipelines.tiny import evaluate
 
 FILE = rows.FOLDER / "methods.json"
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,7 +205,7 @@ def compare(pipe, model: str, options) -> dict:
 def draw(pipe, model: str, options) -> torch.Tensor:
     """Pictures (N, 3, 64, 64) of the evaluation prompts, each from a seed of its own."""
     captions = [caption for caption, _ in tiny.prompts(options.prompts, seed=options.seed)]
-    return evaluate.pictures(pipe, model, captions, options.seed, batch=BATCH)
+    return tiny.pictures(pipe, model, captions, options.seed, batch=BATCH)
 
 
 def pictures(model: str, options) -> torch.Tensor:
@@ -223,7 +222,7 @@ def recorded(model: str, count: int, seed: int) -> list[noise_sqnr.Call]:
     """Denoiser calls of the fp32 model for the first `count` evaluation prompts, as one batch."""
     pipe, captions = tiny.load(model), [caption for caption, _ in tiny.prompts(count, seed=seed)]
     with noise_sqnr.record(getattr(pipe, denoiser(pipe))) as calls:
-        evaluate.pictures(pipe, model, captions, seed, batch=count)
+        tiny.pictures(pipe, model, captions, seed, batch=count)
     return calls
 
 

@@ -17,7 +17,6 @@ import dq
 from eval import rows
 from eval.metrics import caption_accuracy, psnr, trajectory_error
 from pipelines import tiny
-from pipelines.tiny import evaluate
 
 FILE = rows.FOLDER / "quality.json"
 KEYS = ("model", "recipe", "dtype", "prompts", "seed", "weights")
@@ -69,7 +68,7 @@ def draw(pipe, name: str, options) -> tuple[torch.Tensor, list[torch.Tensor]]:
     captions = [caption for caption, _ in tiny.prompts(options.prompts, seed=options.seed)]
     pipe.set_progress_bar_config(desc=f"{name}", leave=False)
     with trajectory_error.record(pipe) as latents:
-        images = evaluate.pictures(pipe, name, captions, options.seed, batch=options.prompts)
+        images = tiny.pictures(pipe, name, captions, options.seed, batch=options.prompts)
     return images, latents
 
 

@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 
 import dq
-from eval.metrics import psnr
-from pipelines import demo, tiny
-from pipelines.tiny import evaluate
+from pipelines import first_pictures as demo
+from pipelines import tiny
 
 
 @pytest.fixture
@@ -50,8 +49,8 @@ def test_int8_keeps_the_pictures(name, tmp_path):
     quantized.save_pretrained(tmp_path)
     loaded = type(quantized).from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    pictures = [evaluate.pictures(pipe, name, captions) for pipe in (original, loaded)]
-    assert psnr.score(pictures[1], pictures[0])["psnr_db"] > 35
+    pictures = [tiny.pictures(pipe, name, captions) for pipe in (original, loaded)]
+    assert demo.psnr_db(pictures[1], pictures[0]).mean() > 35
     folder = tmp_path / ("unet" if name == "tiny-sd" else "transformer")
     files = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert files <= 0.30 * report.bytes_before

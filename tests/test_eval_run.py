@@ -24,7 +24,6 @@ from eval.runs import Run
 from eval.score import score
 from eval.suite import Suite
 from pipelines import tiny
-from pipelines.tiny import evaluate
 
 PICTURES = {
     "name": "pictures",
@@ -137,7 +136,7 @@ def test_two_processes_give_what_one_gives(work, given, whole, tmp_path):
 def test_a_picture_comes_from_its_own_prompt_and_seed_whatever_the_batch(whole):
     run = whole["pictures"]
     captions = [item.prompt for item in run.items]
-    alone = evaluate.pictures(tiny.load("tiny-pixart"), "tiny-pixart", captions, 0, batch=1, num_inference_steps=2)
+    alone = tiny.pictures(tiny.load("tiny-pixart"), "tiny-pixart", captions, 0, batch=1, num_inference_steps=2)
     for item, expected in zip(run.items, alone, strict=True):
         drawn = np.asarray(run.picture("tiny-pixart", "full", item.index), np.float32) / 255
         assert np.abs(drawn - expected.permute(1, 2, 0).numpy()).max() < 2 / 255

@@ -7,7 +7,7 @@ from PIL import Image
 
 from eval.metrics import caption_accuracy
 from pipelines import tiny
-from pipelines.tiny import evaluate, scenes
+from pipelines.tiny import scenes
 from pipelines.tiny.recogniser import Recogniser, as_tensor, is_right, loss, targets
 
 CLASSES = {"tiny-pixart": "PixArtSigmaPipeline", "tiny-sd": "StableDiffusionPipeline"}
@@ -97,7 +97,7 @@ def test_a_plain_pipeline_gives_a_picture_in_two_steps(pipeline):
 def test_pictures_show_what_their_captions_say(pipeline):
     name, pipe = pipeline
     captions, drawn = zip(*tiny.prompts(16, objects=1, seed=3), strict=True)
-    images = evaluate.pictures(pipe, name, list(captions), batch=16)
+    images = tiny.pictures(pipe, name, list(captions), batch=16)
     accuracy = caption_accuracy.score(images, drawn)["caption_accuracy"]
     assert accuracy >= 0.75
     shuffled = caption_accuracy.score(images, drawn[1:] + drawn[:1])["caption_accuracy"]

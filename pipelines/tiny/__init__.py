@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from .recogniser import Recogniser
     from .scenes import Scene
 
@@ -48,6 +50,19 @@ def load_recogniser() -> "Recogniser":
     from .recogniser import Recogniser
 
     return Recogniser.from_pretrained(folder("scene-recogniser"))
+
+
+def pictures(pipe, name: str, captions: list[str], seed: int = 0, batch: int = 50, **call) -> "torch.Tensor":
+    """Pictures (N, 3, 64, 64) in [0, 1]; picture n starts from noise of its own seed, whatever the batch size."""
+    import torch
+
+    parts, call = [], CALL[name] | {"output_type": "pt"} | call
+    with torch.inference_mode():
+        for start in range(0, len(captions), batch):
+            rows = captions[start : start + batch]
+            generators = [torch.Generator().manual_seed(seed * 1_000_000 + start + i) for i in range(len(rows))]
+            parts.append(pipe(rows, generator=generators, **call).images.float().clamp(0, 1))
+        return torch.cat(parts)
 
 
 def prompts(n: int, objects: int | None = None, seed: int = 0) -> list[tuple[str, "Scene"]]:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from . import evaluate
 from .recogniser import Recogniser
 from .training import RUNS, draw_curve
 
 FOLDER = Path(__file__).parent
+RESULTS = FOLDER.parents[1] / "eval" / "results" / "tiny_models.json"  # written by python -m eval.tiny_models
 LINES = {"pixart": ("loss", "cells"), "sd": ("loss", "cells"), "clip": ("loss",), "recogniser": ("loss",)}
 SHIPPED = {"pixart": "tiny-pixart", "sd": "tiny-sd", "clip": "tiny-clip", "recogniser": "scene-recogniser"}
 DATA = """Procedural scenes (`pipelines/tiny/scenes.py`): 64x64 pictures of one to three shapes (6 shapes, 8 colours,
@@ -74,7 +74,7 @@ def write_card(name: str) -> None:
     text += [f"```python\n{USE[name].format(call=call)}\n```", "## Data", DATA, "## Training"]
     last, minutes = curve[-1], curve[-1]["seconds"] / 60
     text.append(
-        f"{last['step']} steps in {minutes:.0f} minutes on one of {evaluate.MACHINE}, shared with other work "
+        f"{last['step']} steps in {minutes:.0f} minutes on one of {_results()['machine']}, shared with other work "
         "(`python -m pipelines.tiny.train`); text encoder, autoencoder and latents came before."
     )
     text += ["![loss over steps](loss.png)", "## Held-out figures", _figures(name)]
@@ -87,9 +87,14 @@ def _million(folder: Path) -> float:
     return sum(file.stat().st_size for file in files) / 2e6
 
 
+def _results() -> dict:
+    """Machine, versions and rows of the held-out figures."""
+    return json.loads(RESULTS.read_text())
+
+
 def _figures(name: str) -> str:
     """The rows of eval/results/tiny_models.json that speak of this model, as a list."""
     wanted = {SHIPPED[name]} | ({"vae"} if name in ("pixart", "sd") else set())
-    rows = [row for row in json.loads(evaluate.RESULTS.read_text())["rows"] if row["model"] in wanted]
+    rows = [row for row in _results()["rows"] if row["model"] in wanted]
     lines = [f"- {', '.join(f'{key} {value}' for key, value in row.items() if key != 'seconds')}" for row in rows]
-    return "From `python -m pipelines.tiny.evaluate` (`eval/results/tiny_models.json`):\n\n" + "\n".join(lines)
+    return "From `python -m eval.tiny_models` (`eval/results/tiny_models.json`):\n\n" + "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Measure the shipped models on held-out scenes: `python -m pipelines.tiny.evaluate [--count 500] [--names ...]`.
+"""Measure the shipped models on held-out scenes: `python -m eval.tiny_models [--count 500] [--names ...]`.
 
 Writes one row per figure set to eval/results/tiny_models.json.
 """
@@ -7,36 +7,23 @@ import argparse
 import json
 import time
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
+from eval import rows
 from eval.metrics import caption_accuracy
 from pipelines import tiny
+from pipelines.tiny.training import write_json
 
-from .training import write_json
-
-RESULTS = Path(__file__).resolve().parents[2] / "eval" / "results" / "tiny_models.json"
+RESULTS = rows.FOLDER / "tiny_models.json"
 MACHINE = "2 cores AMD Zen 5"
-
-
-@torch.inference_mode()
-def pictures(pipe, name: str, captions: list[str], seed: int = 0, batch: int = 50, **call) -> torch.Tensor:
-    """Pictures (N, 3, 64, 64) in [0, 1]; picture n starts from noise of its own seed, whatever the batch size."""
-    parts = []
-    call = tiny.CALL[name] | {"output_type": "pt"} | call
-    for start in range(0, len(captions), batch):
-        rows = captions[start : start + batch]
-        generators = [torch.Generator().manual_seed(seed * 1_000_000 + start + i) for i in range(len(rows))]
-        parts.append(pipe(rows, generator=generators, **call).images.float().clamp(0, 1))
-    return torch.cat(parts)
 
 
 def measure(name: str, objects: int, count: int, seed: int = 0, dtype=torch.float32, **call) -> dict:
     """Caption accuracy of a pipeline on `count` held-out prompts of so many objects."""
     began = time.time()
     captions, scenes = zip(*tiny.prompts(count, objects, seed), strict=True)
-    images = pictures(tiny.load(name, dtype), name, list(captions), seed, **call)
+    images = tiny.pictures(tiny.load(name, dtype), name, list(captions), seed, **call)
     figures = caption_accuracy.score(images, scenes)
     row = {"model": name, "objects": objects, "prompts": count, "seed": seed, "dtype": str(dtype).split(".")[-1]}
     row |= {key: (tiny.CALL[name] | call)[key] for key in ("num_inference_steps", "guidance_scale")}
@@ -47,7 +34,7 @@ def measure_judges(count: int) -> list[dict]:
     """Held-out figures of the recogniser, the autoencoder under it, and the CLIP model."""
     from diffusers import AutoencoderKL
 
-    from . import train_clip, train_vision
+    from pipelines.tiny import train_clip, train_vision
 
     net = tiny.load_recogniser()
     vae = AutoencoderKL.from_pretrained(tiny.folder("tiny-sd"), subfolder="vae")
