@@ -27,7 +27,7 @@ app: $(READY)
 	$(PY) app.py
 
 table: $(READY)
-	$(PY) -m eval.table --write
+	$(PY) -m eval.experiments.tables --write
 
 # torch alone comes first, pinned, so that pip settles on the build its configuration offers before anything needs it
 .venv/.installed: pyproject.toml constraints.txt hatch_build.py

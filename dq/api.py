@@ -88,8 +88,9 @@ def explore(target, recipe: str | Recipe, calibration=None, *, wish=None, keep=(
     wish  sensing.Wish: the metric, and whether layers are timed
     -> (search.Search, plan of the recipe by part). Raises DQError as `quantize` does.
     """
-    from dq import sensing, stages
-    from dq.budget import Budget
+    from dq import stages
+    from dq.budget import sensing
+    from dq.budget.limits import Budget
 
     wanted, wish = cookbook.get(recipe), wish or sensing.Wish()
     calibration = _resolve(target, wanted, calibration, Budget(bits=16, metric=wish.metric))
@@ -184,8 +185,8 @@ def _resolve(target, wanted: Recipe | Plan, calibration, budget):
         _check_budget(budget, wanted)
     if not getattr(wanted, "needs_calibration", False):
         return _for_budget(target, name, calibration, budget)
-    from dq import calibration as capturing
     from dq import methods
+    from dq.trace import calibration as capturing
 
     if wanted.method not in methods.files():
         raise DQError(
@@ -201,13 +202,13 @@ def _own_budget(wanted: Recipe | Plan):
     """The budget that a recipe brings along: methods of mixed precision name their mean bits."""
     if not isinstance(wanted, Recipe) or "bits" not in wanted.options:
         return None
-    from dq.budget import Budget
+    from dq.budget.limits import Budget
 
     return Budget(bits=wanted.options["bits"])
 
 
 def _check_budget(budget, wanted: Recipe | Plan) -> None:
-    from dq.budget import Budget
+    from dq.budget.limits import Budget
 
     if not isinstance(budget, Budget):
         raise DQError(f"budget is {budget!r}, expected dq.Budget(bytes=...), (ms_per_step=...) or (bits=...)")
@@ -223,7 +224,7 @@ def _for_budget(target, name: str, calibration, budget):
         if calibration is not None:
             raise DQError(f"recipe {name!r} is data-free; leave calibration=None")
         return None
-    from dq import calibration as capturing
+    from dq.trace import calibration as capturing
 
     if calibration is not None:
         return capturing.resolve(calibration)

@@ -134,7 +134,8 @@ def plan(
 ) -> None:
     """Measure what every layer's format costs and harms once, then choose under budgets and draw the trade-off."""
     import dq
-    from dq import api, charts, search, sensing
+    from dq import api
+    from dq.budget import charts, search, sensing
     from dq.host import saved
 
     budget = _budget(budget_gib, budget_bits, budget_ms, metric)
@@ -216,8 +217,8 @@ def bench(
     """Time quantized layers, or a saved pipeline's denoisers, next to full precision: in turn, medians."""
     import torch
 
-    from dq import bench as timing
-    from dq import roofline
+    from dq.bench import layers as timing
+    from dq.bench import roofline
     from dq.host import saved
 
     if peers:
@@ -242,7 +243,7 @@ def bench(
 
 
 def _bench_peers(models, entered, without, folder: str, threads: int, seconds: float, as_json: bool) -> None:
-    from dq import race
+    from dq.bench import race
 
     chosen, names = race.contenders(entered, without), race.models(models or race.MODELS)
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
@@ -284,7 +285,7 @@ def _print_race(found) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dq import widths
+    from dq.bench import widths
 
     table = Table("", "ms", "times bf16", "dB to bf16", "kernel", title=widths.shown(found.model))
     for row in found.results:

@@ -13,9 +13,9 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from dq import clock, fusions, layers
+from dq import fusions, layers
 from dq.errors import DQError
-from dq.layers import PACKED, PackedStack, kind_of, packed_layers
+from dq.layers import PACKED, PackedStack, clock, kind_of, packed_layers
 from dq.plan import LayerPlan, Plan
 
 MADV_PAGEOUT = 21  # of Linux 5.4 and later; older ones answer that they do not know it

@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dq import capture as capturing
-from dq import families, methods, search, sensing
-from dq.budget import Budget
-from dq.calibration import Calibration
+from dq import families, methods
+from dq.budget import search, sensing
+from dq.budget.limits import Budget
+from dq.budget.search import Search
 from dq.fit import walk
 from dq.plan import Plan, Recipe
-from dq.search import Search
-from dq.trace import Trace
+from dq.trace import capture as capturing
+from dq.trace.calibration import Calibration
+from dq.trace.walk import Trace
 
 
 @dataclass

@@ -22,7 +22,8 @@ from importlib.metadata import version
 import torch
 import torch.nn.functional as F
 
-from eval import gpu_block, rows
+from eval import gpu_block
+from eval.experiments import rows
 from eval.gpu_checks import check_all, layer, quantized_heads, randn
 
 FILE = rows.FOLDER / "gpu_kernels.json"

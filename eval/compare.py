@@ -22,8 +22,8 @@ from scipy import stats
 
 from dq.errors import DQError, nearest
 from eval import intervals
+from eval.experiments.tables import line
 from eval.runs import Run
-from eval.table import line
 
 Place = Run | str | Path
 LEVEL = 0.05  # of the family of tests

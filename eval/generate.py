@@ -25,7 +25,7 @@ import dq
 from dq import api, cookbook
 from dq.errors import DQError, nearest
 from dq.host import saved
-from dq.running import drawing
+from dq.trace.running import drawing
 from eval import prompts, timing
 from eval.metrics import trajectory_error
 from eval.runs import Item, Run, write

@@ -101,8 +101,8 @@ def check_adaln() -> str | None:
 
 
 def check_hadamard() -> str | None:
-    from dq import hadamard
     from dq.kernels.triton import ops
+    from dq.layers import hadamard
 
     x, matrix = randn(300, 1024), hadamard.hadamard(128).cuda()
     q, s = ops.had_quant(x, (matrix * 128**0.5).round(), None, False)

@@ -1,7 +1,7 @@
 """The report of a run: one HTML page that needs nothing else, the same as markdown, and its figures as report.json.
 
 write(run)            DIR/report.html, DIR/report.md, DIR/report.json
-commit(run)           eval/results/eval.json, from which `eval.table` makes README's table of evaluation runs
+commit(run)           eval/results/eval.json, from which `eval.experiments.tables` makes a results page
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dq.errors import DQError
-from eval import page, rows
+from eval import page
+from eval.experiments import rows
+from eval.experiments.tables import line
 from eval.runs import Run, write_json
 from eval.runs import write as write_file
 from eval.summary import Cell, columns, decimals, metrics_of, remarks, said, said_of, spoken, summary
-from eval.table import line
 
 FILE = rows.FOLDER / "eval.json"
 IN_README = ("psnr", "lpips", "feature_distance", "fid", "clip", "caption_accuracy")  # all others are in the file
@@ -72,7 +73,7 @@ def commit(run: Run, file: Path = FILE) -> None:
 def results(run: Run) -> list[dict[str, Any]]:
     """A row an entry: what was run, its costs and scores, what is missing, commit, versions, machine."""
     # imported here: only rows to commit need torch and the embedded models
-    from eval.quality import fingerprint
+    from eval.experiments.quality import fingerprint
     from pipelines import tiny
 
     found, suite = summary(run), run.suite

@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dq.errors import DQError
-from eval.rows import stamp
+from eval.experiments.rows import stamp
 from eval.suite import Suite
 
 MANIFEST, ITEMS = "manifest.json", "items.jsonl"

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dq
-from dq import bench
+from dq.bench import layers as bench
 from pipelines import tiny
 from pipelines.tiny.recogniser import shows_all
 

@@ -8,7 +8,8 @@ import torch
 from diffusers import AutoModel
 from torch import nn
 
-from dq import cookbook, drafts, layers, planning
+from dq import cookbook, layers, planning
+from dq.fit import drafts
 from dq.host import mark
 from dq.model import put
 from dq.plan import Plan

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 import dq
-from dq import attention, bench, cli, cookbook, layers, peers, race, roofline, widths
+from dq import cli, cookbook, layers
+from dq.bench import layers as bench
+from dq.bench import peers, race, roofline, widths
 from dq.errors import DQError
+from dq.fusions import attention
 from dq.plan import LayerPlan, TensorPlan
-from eval import bench as eval_bench
-from eval import peers as eval_peers
-from eval import rows, table
+from eval.experiments import peers as eval_peers
+from eval.experiments import rows, tables
+from eval.experiments import speed as eval_bench
 
 PARSE = TensorPlan.parse
 W8A8 = LayerPlan("linear", (64, 128), PARSE("int8/channel"), PARSE("int8/token"))
@@ -285,9 +288,9 @@ def test_the_table_of_kernels_shows_no_emulated_execution(tmp_path, monkeypatch)
     saved = {"peak_bytes": 2**30, "weight_bytes": 2**31, "saved_share": 0.7}
     more = [speed(kind="memory", contender="dq-w4a8", **saved), speed(kind="roofline", contender="dq-int8")]
     monkeypatch.setattr(rows, "FOLDER", tmp_path)
-    assert table.render("kernels") == ""
+    assert tables.render("kernels") == ""
     (tmp_path / "kernels.json").write_text(json.dumps({"rows": [speed(), base, slow, *more]}))
-    text = table.render("kernels").splitlines()
+    text = tables.render("kernels").splitlines()
     assert text[2] == "| FLUX width | `bf16` | 100.00 | 1.00 | aten::addmm |"
     assert text[3] == "| FLUX width | `dq-int8` | 50.00 | 2.00 | dq int8 x int8 |"
     assert not any("emulated" in line for line in text)
@@ -306,7 +309,7 @@ def test_dq_bench_prints_contenders_and_rooflines(here, monkeypatch, capsys):
 
 
 def test_dq_bench_prints_a_roofline_line_per_kernel(here, monkeypatch, capsys):
-    monkeypatch.setattr("dq.bench.SHAPES", ((8, 64, 64),))
+    monkeypatch.setattr("dq.bench.layers.SHAPES", ((8, 64, 64),))
     monkeypatch.setattr(sys, "argv", ["dq", "bench", "--seconds", "0", "--device", "cpu"])
     with pytest.raises(SystemExit) as left:
         cli.main()

@@ -9,14 +9,14 @@ from diffusers import UNet2DConditionModel
 from typer.testing import CliRunner
 
 import dq
-from dq import api, charts, cookbook, cost, search, sensing
+from dq import api, cookbook
+from dq.budget import charts, choices, cost, margins, search, sensing, sensitivity, trajectory
+from dq.budget.predictions import Predictions
 from dq.cli import app
-from dq.fit import choices, margins, sensitivity, trajectory
-from dq.fit.predictions import Predictions
 from dq.layers import packed_layers
 from dq.plan import LayerPlan, TensorPlan
-from dq.records import Store
-from dq.running import Runner
+from dq.trace.records import Store
+from dq.trace.running import Runner
 from pipelines import tiny
 
 CALL = {key: value for key, value in tiny.CALL["tiny-pixart"].items() if key != "num_inference_steps"}

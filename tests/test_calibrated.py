@@ -21,13 +21,14 @@ from torch import nn
 
 import dq
 import pipelines.tiny as tiny
-from dq import cookbook, methods, planning, records
-from dq.calibration import Calibration
+from dq import cookbook, methods, planning
 from dq.errors import DQError
 from dq.host import mark
 from dq.layers import packed_layers
 from dq.model import check_fit
-from dq.seen import Needs
+from dq.trace import records
+from dq.trace.calibration import Calibration
+from dq.trace.seen import Needs
 from tests import zoo
 from tests.models import same_state
 
@@ -509,13 +510,13 @@ def test_adapters_are_refused_before_anything_runs(monkeypatch):
     pipe = pipeline()
     pipe.transformer = zoo.build("UNet2DConditionModel")
     pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
-    monkeypatch.setattr("dq.capture.capture", None)
+    monkeypatch.setattr("dq.trace.capture.capture", None)
     refused(pipe, "svdquant-int4", "transformer has adapters attached; fuse_lora", calibration=settings())
 
 
 def test_quantized_models_are_refused_before_anything_runs(monkeypatch):
     pipe, _ = made("viditq-w8a8")
-    monkeypatch.setattr("dq.capture.capture", None)
+    monkeypatch.setattr("dq.trace.capture.capture", None)
     with pytest.raises(DQError, match="transformer is already quantized"):
         dq.quantize(pipe, "svdquant-int4", calibration=settings(), progress=False)
 

@@ -19,11 +19,12 @@ import torch
 from torch import nn
 
 import pipelines.tiny as tiny
-from dq import DQError, api, policies, records, running
-from dq import capture as capture_module
-from dq.calibration import POLICIES, Calibration, resolve
-from dq.capture import capture
-from dq.records import Store
+from dq import DQError, api
+from dq.trace import capture as capture_module
+from dq.trace import policies, records, running
+from dq.trace.calibration import POLICIES, Calibration, resolve
+from dq.trace.capture import capture
+from dq.trace.records import Store
 from tests import zoo
 
 STEPS = 4

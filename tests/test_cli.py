@@ -136,7 +136,7 @@ def test_generate_draws_the_same_picture_for_the_same_seed(monkeypatch, folder, 
 
 
 def test_bench_times_the_layers_and_a_saved_pipeline(monkeypatch, folder, capsys):
-    monkeypatch.setattr("dq.bench.SHAPES", ((8, 64, 64),))
+    monkeypatch.setattr("dq.bench.layers.SHAPES", ((8, 64, 64),))
     for words, what in (([], "linear 8 x 64 -> 64"), ([folder], "PixArtTransformer2DModel step")):
         capsys.readouterr()
         assert run(monkeypatch, "bench", *words, "--json", "--seconds", "0", "--device", "cpu") == 0

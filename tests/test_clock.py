@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from dq import clock, drafts
-from dq.clock import Clock
 from dq.errors import DQError
+from dq.fit import drafts
+from dq.layers import clock
+from dq.layers.clock import Clock
 from dq.plan import LayerPlan, TensorPlan
 
 

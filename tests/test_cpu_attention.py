@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dq import attention
+from dq.fusions import attention
 from dq.kernels.cpu import attention as cpu
 from dq.kernels.cpu import library
 from tests import models, zoo

@@ -13,7 +13,7 @@ import torch
 import dq
 from dq import cookbook, planning
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
-from eval import calibration_time, methods, rows, table, versions
+from eval.experiments import calibration_time, methods, rows, tables, versions
 from pipelines import tiny
 
 W4A4 = Recipe("stand-in", ("int4/group:64", "int4/group:64"), ("int4/group:64", "int8a/tensor"))
@@ -60,7 +60,7 @@ def test_rows_are_measured_once_and_say_everything(place, monkeypatch):
     assert wanted <= set(row)
     monkeypatch.setattr(methods, "measure", None)
     assert methods.run(options()) == {}, "nothing is left to measure"
-    lines = table.methods(list(found.values()))
+    lines = tables.methods(list(found.values()))
     assert "does not beat plain of stand-in: no reason known" in lines[-1]
 
 
@@ -194,16 +194,16 @@ def test_the_version_follows_code_and_options_but_not_comments(tmp_path):
 
 def test_readme_tables_without_markers_or_rows_stay_as_they_are(monkeypatch, tmp_path):
     made = {"results": "R", "methods": ""}
-    monkeypatch.setattr(table, "render", made.get)
+    monkeypatch.setattr(tables, "render", made.get)
     text = "a\n<!-- results -->\nold\n<!-- /results -->\nb\n"
-    assert table.written(text) == text.replace("old", "R")
+    assert tables.written(text) == text.replace("old", "R")
     more = f"{text}<!-- methods -->\nold\n<!-- /methods -->\n"
-    assert table.written(more).count("old") == 1, "no rows: left alone"
+    assert tables.written(more).count("old") == 1, "no rows: left alone"
     made["methods"] = "M"
-    assert "<!-- methods -->\nM\n<!-- /methods -->" in table.written(more)
-    assert table.current(text, "methods") is None and table.current(more, "methods") == "old"
+    assert "<!-- methods -->\nM\n<!-- /methods -->" in tables.written(more)
+    assert tables.current(text, "methods") is None and tables.current(more, "methods") == "old"
     with pytest.raises(ValueError, match="lacks the lines"):
-        table.current("<!-- methods -->", "methods")
+        tables.current("<!-- methods -->", "methods")
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +274,6 @@ def test_the_table_of_budgets_has_means_ranges_and_gains():
 
     found = [row("one format", 0, 30.0), row("mixed", 0, 32.0), row("mixed", 1, 33.0), row("random", 0, 25.0)]
     found += [row("one format, GPTQ", 0, 35.0), row("mixed, GPTQ", 0, 36.0)]
-    text = table.mixed(found)[-1]
+    text = tables.mixed(found)[-1]
     nearest = "30.0 dB | 32.5 dB, 32.0 to 33.0 (+2.5) |  | 25.0 dB (-5.0)"
     assert text == f"| m | int4 | {nearest} | 35.0 dB | 36.0 dB (+1.0) | 99.0 % |"

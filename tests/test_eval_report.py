@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from dq.errors import DQError
-from eval import figures, page, quality, report, rows, summary, table
+from eval import figures, page, report, summary
+from eval.experiments import quality, rows, tables
 from eval.runs import Run
 from pipelines import tiny
 from tests import made_runs
@@ -188,9 +189,9 @@ def test_committing_replaces_the_rows_of_the_suite_alone(run, committed):
 
 def test_readme_gets_the_table_of_the_committed_rows(committed):
     text = "<!-- results -->\n<!-- /results -->\n<!-- eval -->\nold\n<!-- /eval -->\n"
-    assert table.current(text, "eval") != table.render("eval")
-    text = table.written(text)
-    assert table.current(text, "eval") == table.render("eval")
+    assert tables.current(text, "eval") != tables.render("eval")
+    text = tables.written(text)
+    assert tables.current(text, "eval") == tables.render("eval")
     assert "| tiny-pixart | `int8` | 7.3 MiB (0.28x) | 14.0 (13.5 to 14.5) |" in text
     assert "| tiny-pixart | `mixed` | missing: budget: this version of dq has no dq.Budget |" in text
     assert "needs torchvision" in text and "12 pictures are too few" in text
@@ -199,7 +200,7 @@ def test_readme_gets_the_table_of_the_committed_rows(committed):
     found = json.loads(committed.read_text())
     found["rows"][1]["figures"]["ms_per_step"] = 13.0
     committed.write_text(json.dumps(found))
-    assert table.current(text, "eval") != table.render("eval"), "a changed row shows"
+    assert tables.current(text, "eval") != tables.render("eval"), "a changed row shows"
 
 
 def test_committed_rows_are_of_the_models_that_are_shipped():

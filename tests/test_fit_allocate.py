@@ -8,8 +8,8 @@ import torch
 from scipy.stats import spearmanr
 
 from dq import cookbook
-from dq.fit import allocate, choices, sampled
-from dq.fit.allocate import Item
+from dq.budget import allocate, choices, sampled
+from dq.budget.allocate import Item
 from dq.layers import parameter_bytes
 from dq.plan import LayerPlan, TensorPlan
 

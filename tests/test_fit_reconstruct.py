@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from dq.drafts import draft
 from dq.fit import reconstruct, rounding
+from dq.fit.drafts import draft
 from dq.fit.reconstruct import AdaRound, Settings
 from dq.plan import LayerPlan, TensorPlan
-from dq.seen import Seen, Unit, UnitCall
+from dq.trace.seen import Seen, Unit, UnitCall
 
 
 class Block(nn.Module):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from dq import hadamard
-from dq.drafts import draft
 from dq.fit import groups, moments, smooth, weights
+from dq.fit.drafts import draft
 from dq.kernels import reference
+from dq.layers import hadamard
 from dq.methods import svdquant, viditq
 from dq.plan import LayerPlan, TensorPlan
-from dq.seen import LayerSeen, Seen, Unit
+from dq.trace.seen import LayerSeen, Seen, Unit
 
 EXACT = TensorPlan.parse("int8/group:1")  # a scale for each weight: rounding leaves fp32's own error
 

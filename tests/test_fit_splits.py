@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dq import cookbook, families, planning
-from dq.fit import splits
+from dq.families import concatenations
 from tests import zoo
 
 COUNTS = {
@@ -52,20 +52,20 @@ def live_cuts(name: str, layers, monkeypatch) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_cuts_are_those_of_the_running_model(name, monkeypatch):
-    cuts = splits.found(zoo.build(name))
+    cuts = concatenations.found(zoo.build(name))
     assert len(cuts) == COUNTS[name]
     assert {layer: cut for layer, (cut,) in cuts.items()} == live_cuts(name, cuts, monkeypatch)
 
 
 @pytest.mark.parametrize("name", WITHOUT)
 def test_models_without_concatenations_are_left_alone(name):
-    assert splits.found(zoo.build(name)) == {}
+    assert concatenations.found(zoo.build(name)) == {}
 
 
 def test_apply_cuts_planned_layers_only():
     model = zoo.build("UNet2DConditionModel")
     plan = planning.make_plan(model, cookbook.get("int8"), keep=[r"up_blocks\.1"])
-    made = splits.apply(plan, model, families.of(model))
+    made = concatenations.apply(plan, model, families.of(model))
     cut = {name: layer.splits for name, layer in made.layers.items() if layer.splits}
     assert set(cut) == {f"up_blocks.0.resnets.{i}.conv_shortcut" for i in range(2)}
     assert not any(layer.splits for layer in plan.layers.values())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dq import hadamard
 from dq.errors import DQError
+from dq.layers import hadamard
 
 ORDERS = (2, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 48, 60, 64, 76, 80, 104, 128, 144, 256, 320, 1152)
 REFUSED = (3, 5, 6, 7, 10, 18, 30, 92, 116, 1154, -4)

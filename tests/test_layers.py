@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from dq import drafts, hadamard, layers
-from dq.clock import Clock
+from dq import layers
 from dq.errors import DQError
+from dq.fit import drafts
 from dq.kernels import reference
-from dq.layers import PACKED, PackedStack
+from dq.layers import PACKED, PackedStack, hadamard
+from dq.layers.clock import Clock
 from dq.plan import LayerPlan, TensorPlan
 
 WEIGHTS = ("int8/channel", "int4/group:16", "int4a/group:16", "fp8/channel", "nvfp4", "mxfp4")

@@ -8,8 +8,8 @@ from diffusers import AutoModel, FluxPipeline
 from torch import nn
 
 import dq
-from dq import drafts
 from dq.errors import DQError
+from dq.fit import drafts
 from dq.host import mark
 from dq.host import peft as branches
 from dq.layers import packed_layers

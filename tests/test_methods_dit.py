@@ -9,13 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dq import calibration, capture, cookbook, families, layers, methods, planning
-from dq.drafts import draft
+from dq import cookbook, families, layers, methods, planning
 from dq.fit import reconstruct, smooth
+from dq.fit.drafts import draft
 from dq.methods import gptq, svdquant, viditq
 from dq.plan import LayerPlan, TensorPlan
-from dq.seen import LayerSeen, Needs, Seen, Unit
-from dq.trace import Trace
+from dq.trace import calibration, capture
+from dq.trace.seen import LayerSeen, Needs, Seen, Unit
+from dq.trace.walk import Trace
 from pipelines import tiny
 
 UNITS = {"tiny-sd": "up_blocks.2.resnets.0", "tiny-pixart": "transformer_blocks.5"}

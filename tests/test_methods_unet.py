@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dq import calibration, capture, cookbook, families, layers, methods, planning
-from dq.clock import Clock
-from dq.drafts import draft
+from dq import cookbook, families, layers, methods, planning
 from dq.fit import reconstruct, tables, walk
+from dq.fit.drafts import draft
+from dq.layers.clock import Clock
 from dq.methods import ptq4dm, qdiffusion, tdq, tfmq
 from dq.plan import LayerPlan, TensorPlan
-from dq.trace import Trace
+from dq.trace import calibration, capture
+from dq.trace.walk import Trace
 from pipelines import tiny
 
 UNITS = {"tiny-sd": ("up_blocks.2.resnets.0",), "tiny-pixart": ("transformer_blocks.5",)}

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dq import observe
 from dq.errors import DQError
-from dq.observe import CallInfo, Observer, finish, join
 from dq.plan import LayerPlan, TensorPlan
-from dq.seen import Needs, Unit
+from dq.trace import observe
+from dq.trace.observe import CallInfo, Observer, finish, join
+from dq.trace.seen import Needs, Unit
 
 WEIGHT = TensorPlan.parse("int8/channel")
 KINDS = {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}

@@ -10,7 +10,7 @@ import pytest
 
 import dq
 from dq import cli
-from eval import methods, quality, rows, table
+from eval.experiments import methods, quality, rows, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -48,9 +48,9 @@ def test_commands_work_in_the_order_given(clone, monkeypatch, capsys):
     assert (clone / "out" / "star.png").exists()
 
 
-@pytest.mark.parametrize("name", table.TABLES)
+@pytest.mark.parametrize("name", tables.TABLES)
 def test_the_results_tables_are_made_from_the_committed_rows(name):
-    assert (table.current(TEXT, name) or "") == table.render(name), "run `make table`"
+    assert (tables.current(TEXT, name) or "") == tables.render(name), "run `make table`"
 
 
 @pytest.mark.parametrize("module", [quality, methods])
@@ -62,14 +62,14 @@ def test_rows_are_of_the_models_that_are_shipped(module):
 
 def test_a_method_that_does_not_beat_plain_rounding_says_why():
     found = rows.read(methods.FILE)
-    assert found == [] or "no reason known" not in "".join(table.methods(found)), "add to eval.methods.REASONS"
+    assert found == [] or "no reason known" not in "".join(tables.methods(found)), "add to methods.REASONS"
 
 
 def test_emulated_arithmetic_gets_no_row_of_speeds():
     row = {"what": "x", "machine": "m", "full_ms": 1.0, "quantized_ms": 2.0, "dtype": "float32", "recipe": "fp8"}
     found = [row | {"kernel": "decode fp8 + F.linear, fp8 emulated"}, row | {"kernel": "torch._scaled_mm"}]
-    assert [line for line in table.speed(found) if "emulated" in line] == []
-    assert "| 0.50 |" in table.speed(found)[-1]
+    assert [line for line in tables.speed(found) if "emulated" in line] == []
+    assert "| 0.50 |" in tables.speed(found)[-1]
 
 
 def test_every_recipe_is_described():

@@ -15,8 +15,9 @@ import pytest
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from dq import DQError, records
-from dq.records import Store
+from dq import DQError
+from dq.trace import records
+from dq.trace.records import Store
 
 DTYPES = sorted({v for v in vars(torch).values() if isinstance(v, torch.dtype)}, key=str)
 

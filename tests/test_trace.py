@@ -18,10 +18,10 @@ from dq.errors import DQError
 from dq.families import Family
 from dq.model import put
 from dq.plan import LayerPlan, Plan, TensorPlan
-from dq.records import Store
-from dq.seen import Needs
-from dq.trace import Trace, edges_between
-from dq.units import map_tree, tensors_in
+from dq.trace.records import Store
+from dq.trace.seen import Needs
+from dq.trace.units import map_tree, tensors_in
+from dq.trace.walk import Trace, edges_between
 from tests import zoo
 
 PIXART, UNET = "PixArtTransformer2DModel", "UNet2DConditionModel"

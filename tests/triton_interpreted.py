@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dq import hadamard, kernels, layers
+from dq import kernels, layers
 from dq.formats import get
 from dq.kernels import reference
 from dq.kernels import triton as backend
 from dq.kernels.triton import ops
+from dq.layers import hadamard
 from eval import gpu_block
 from tests.test_kernels import generator, plan, tensors, truth_and_torch, within_twice_torch
 

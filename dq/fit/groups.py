@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from dq.drafts import DraftLinear
 from dq.fit import smooth, weights
+from dq.fit.drafts import DraftLinear
 from dq.fit.smooth import Shared
 from dq.plan import LayerPlan
-from dq.seen import Seen, Unit
+from dq.trace.seen import Seen, Unit
 
 
 def shared(unit: Unit, seen: Seen) -> Iterator[Shared]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from dq import hadamard
-from dq.drafts import DraftLinear
+from dq.fit.drafts import DraftLinear
 from dq.kernels import reference
-from dq.seen import LayerSeen
+from dq.layers import hadamard
+from dq.trace.seen import LayerSeen
 
 
 def transformed(seen: LayerSeen, draft: DraftLinear) -> torch.Tensor:

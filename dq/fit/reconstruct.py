@@ -22,10 +22,10 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from dq.clock import Clock
-from dq.drafts import DraftLinear
 from dq.fit.adaround import Rounding
-from dq.seen import Seen, Unit, UnitCall
+from dq.fit.drafts import DraftLinear
+from dq.layers.clock import Clock
+from dq.trace.seen import Seen, Unit, UnitCall
 
 NEAR = 0.45  # of a grid step: how far from its rounded value a weight may start learning
 

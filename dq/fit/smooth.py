@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from dq import hadamard
-from dq.drafts import DraftLinear, draft
 from dq.fit import lowrank
+from dq.fit.drafts import DraftLinear, draft
+from dq.layers import hadamard
 from dq.plan import LayerPlan, TensorPlan
-from dq.seen import LayerSeen
+from dq.trace.seen import LayerSeen
 
 ALPHAS = (0.25, 0.5, 0.75)
 MOST_ROTATED = 128  # larger blocks cost more at run time than they gain

@@ -18,13 +18,13 @@ from math import gcd
 import torch
 from torch import nn
 
-from dq import hadamard
-from dq.clock import Clock
-from dq.drafts import DraftLinear, draft
 from dq.fit import moments, rounding, tables
+from dq.fit.drafts import DraftLinear, draft
 from dq.fit.smooth import column_absmax
+from dq.layers import hadamard
+from dq.layers.clock import Clock
 from dq.plan import LayerPlan
-from dq.seen import LayerSeen, Seen, Unit
+from dq.trace.seen import LayerSeen, Seen, Unit
 
 SCORED = 4096  # rows or pixels a candidate is scored on
 POWERS = ((0.5, 0.0), (0.5, 0.5), (0.75, 0.0), (0.75, 0.25), (1.0, 0.0))  # (alpha, beta)

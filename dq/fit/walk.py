@@ -17,15 +17,16 @@ from accelerate import PartialState
 from torch import nn
 from tqdm import tqdm
 
-from dq import drafts, layers
-from dq.drafts import DraftLinear
+from dq import layers
+from dq.fit import drafts
+from dq.fit.drafts import DraftLinear
 from dq.fit.smooth import sample
 from dq.layers import PACKED
 from dq.plan import LayerPlan, Plan, Recipe
-from dq.records import Store
-from dq.seen import Seen, Unit
-from dq.trace import Trace
-from dq.units import tensors_in
+from dq.trace.records import Store
+from dq.trace.seen import Seen, Unit
+from dq.trace.units import tensors_in
+from dq.trace.walk import Trace
 
 FEWEST_CALLS = 16
 ENOUGH = 2**18

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dq.drafts import DraftLinear
 from dq.fit import lowrank, moments, rounding, smooth
+from dq.fit.drafts import DraftLinear
 from dq.formats.base import Scales
-from dq.seen import LayerSeen
+from dq.trace.seen import LayerSeen
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from diffusers import ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
 
-from dq import clock
 from dq.host import base
 from dq.host.config import DQConfig, DQMethod
 from dq.host.diffusers import DQQuantizer
 from dq.host.transformers import DQTransformersQuantizer
-from dq.layers import packed_layers
+from dq.layers import clock, packed_layers
 from dq.model import start
 from dq.plan import Plan
 

@@ -14,9 +14,8 @@ import functools
 import torch
 from torch import nn
 
-from dq import hadamard
 from dq.errors import DQError
-from dq.layers import CONV_KINDS, PACKED
+from dq.layers import CONV_KINDS, PACKED, hadamard
 
 try:
     from peft.tuners import lora

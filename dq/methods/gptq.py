@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dq.drafts import DraftLinear
 from dq.fit import groups, weights
+from dq.fit.drafts import DraftLinear
 from dq.plan import Recipe
-from dq.seen import Needs, Seen, Unit
+from dq.trace.seen import Needs, Seen, Unit
 
 NEEDS = Needs(rows=1024, gram=True, hat=True)
 FEW_CALLS = True

@@ -20,10 +20,10 @@ from dataclasses import replace
 
 import torch
 
-from dq.drafts import DraftLinear, draft
+from dq.fit.drafts import DraftLinear, draft
 from dq.layers import STARTS_ALIKE
 from dq.plan import Recipe
-from dq.seen import Needs, Seen, Unit, UnitCall
+from dq.trace.seen import Needs, Seen, Unit, UnitCall
 
 NEEDS = Needs(rows=256, calls=True, hat=False)  # rows: for the report
 FEW_CALLS = True

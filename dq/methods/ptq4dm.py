@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dq.drafts import DraftLinear
 from dq.fit import static
+from dq.fit.drafts import DraftLinear
 from dq.plan import Recipe
-from dq.seen import Needs, Seen, Unit
+from dq.trace.seen import Needs, Seen, Unit
 
 NEEDS = Needs(rows=4096, gram=True, absmax=True, hat=False)
 FORMATS = ("int8/channel", "int8/tensor/static")

@@ -18,11 +18,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from dq.drafts import DraftLinear, draft
-from dq.families import Family
-from dq.fit import moments, reconstruct, rounding, splits, static
+from dq.families import Family, concatenations
+from dq.fit import moments, reconstruct, rounding, static
+from dq.fit.drafts import DraftLinear, draft
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
-from dq.seen import LayerSeen, Needs, Seen, Unit
+from dq.trace.seen import LayerSeen, Needs, Seen, Unit
 
 NEEDS = Needs(rows=4096, gram=True, absmax=True, calls=True, hat=True)
 RECIPES = (
@@ -33,7 +33,7 @@ STEPS, LEARNING_RATE, BATCH, STRENGTH = 200, 0.3, 1, 1e4
 
 def prepare(model: nn.Module, plan: Plan, family: Family, options: Mapping) -> Plan:
     """Cut concatenated inputs, and give stored ranges to all activations if asked to."""
-    plan = splits.apply(plan, model, family) if options.get("splits", True) else plan
+    plan = concatenations.apply(plan, model, family) if options.get("splits", True) else plan
     if options.get("static"):
         plan = replace(plan, layers={name: _stored(layer) for name, layer in plan.layers.items()})
     return plan

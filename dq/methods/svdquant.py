@@ -18,10 +18,10 @@ from dataclasses import replace
 
 from torch import nn
 
-from dq.drafts import DraftLinear
 from dq.fit import groups, smooth, weights
+from dq.fit.drafts import DraftLinear
 from dq.plan import LayerPlan, Recipe
-from dq.seen import Needs, Seen, Unit
+from dq.trace.seen import Needs, Seen, Unit
 
 NEEDS = Needs(rows=2048, gram=True, absmax=True, hat=False)
 FEW_CALLS = True

@@ -20,12 +20,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from dq.drafts import DraftLinear
-from dq.families import Family
-from dq.fit import splits, static
+from dq.families import Family, concatenations
+from dq.fit import static
+from dq.fit.drafts import DraftLinear
 from dq.methods import qdiffusion
 from dq.plan import LayerPlan, Plan, Recipe
-from dq.seen import LayerSeen, Needs, Seen, Unit, UnitCall
+from dq.trace.seen import LayerSeen, Needs, Seen, Unit, UnitCall
 
 NEEDS = Needs(rows=4096, gram=True, absmax=True, calls=True, hat=True)
 ACTS = "int8/tensor/table"
@@ -38,7 +38,7 @@ LEARNED_BITS = 6  # weights of more bits gain nothing from learned rounding
 
 def prepare(model: nn.Module, plan: Plan, family: Family, options: Mapping) -> Plan:
     """Cut concatenated inputs."""
-    return splits.apply(plan, model, family) if options.get("splits", True) else plan
+    return concatenations.apply(plan, model, family) if options.get("splits", True) else plan
 
 
 def temporal(plan: LayerPlan) -> bool:

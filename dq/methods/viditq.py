@@ -17,10 +17,10 @@ from dataclasses import replace
 
 import torch
 
-from dq.drafts import DraftLinear
 from dq.fit import groups, smooth, weights
+from dq.fit.drafts import DraftLinear
 from dq.plan import Recipe
-from dq.seen import LayerSeen, Needs, Seen, Unit
+from dq.trace.seen import LayerSeen, Needs, Seen, Unit
 
 NEEDS = Needs(rows=2048, absmax=True, hat=False)
 FEW_CALLS = True

@@ -9,7 +9,7 @@ from .recogniser import Recogniser
 from .training import RUNS, draw_curve
 
 FOLDER = Path(__file__).parent
-RESULTS = FOLDER.parents[1] / "eval" / "results" / "tiny_models.json"  # written by python -m eval.tiny_models
+RESULTS = FOLDER.parents[1] / "eval" / "results" / "tiny_models.json"  # of eval.experiments.tiny_models
 LINES = {"pixart": ("loss", "cells"), "sd": ("loss", "cells"), "clip": ("loss",), "recogniser": ("loss",)}
 SHIPPED = {"pixart": "tiny-pixart", "sd": "tiny-sd", "clip": "tiny-clip", "recogniser": "scene-recogniser"}
 DATA = """Procedural scenes (`pipelines/tiny/scenes.py`): 64x64 pictures of one to three shapes (6 shapes, 8 colours,
@@ -97,4 +97,4 @@ def _figures(name: str) -> str:
     wanted = {SHIPPED[name]} | ({"vae"} if name in ("pixart", "sd") else set())
     rows = [row for row in _results()["rows"] if row["model"] in wanted]
     lines = [f"- {', '.join(f'{key} {value}' for key, value in row.items() if key != 'seconds')}" for row in rows]
-    return "From `python -m eval.tiny_models` (`eval/results/tiny_models.json`):\n\n" + "\n".join(lines)
+    return "From `python -m eval.experiments.tiny_models` (`eval/results/tiny_models.json`):\n\n" + "\n".join(lines)

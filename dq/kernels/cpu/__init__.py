@@ -145,9 +145,7 @@ def _linear(plan: LayerPlan, gelu: bool = False) -> Callable[[torch.Tensor, Tens
         if fused:
             low, up = F.linear(rows, _matching(t.down, x)), _matching(t.up, x)
         bias = _matching(t.bias, x)
-        y = torch.ops.dq.cpu_linear(
-            rows, codes(t), t.scale, act_scale=t.act_scale, bias=bias, low=low, up=up, **fixed
-        )
+        y = torch.ops.dq.cpu_linear(rows, codes(t), t.scale, act_scale=t.act_scale, bias=bias, low=low, up=up, **fixed)
         y = y.reshape(*x.shape[:-1], outputs)
         return y if t.down is None or fused else y + dense.low_rank(x, t, plan, None)
 

@@ -1,0 +1,1 @@
+"""Measuring speed: layers, rooflines, models of full width, and what a user would pick instead."""

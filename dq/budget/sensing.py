@@ -1,0 +1,223 @@
+"""From recorded calls to a `Search`: sensitivity by the metric that was asked for, bytes, milliseconds, and a check.
+
+Everything measured goes to the folder of the calls, so that a killed search goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from scipy.stats import spearmanr
+from torch import nn
+
+from dq.budget import choices, cost, sampled, search, sensitivity, trajectory
+from dq.budget.limits import Budget
+from dq.budget.predictions import BUCKETS, Predictions
+from dq.budget.search import Part, Search
+from dq.budget.sensitivity import Errors, Judge
+from dq.host.files import write_json
+from dq.layers import parameter_bytes
+from dq.plan import Plan, Recipe, read_json
+from dq.trace.calibration import Calibration
+from dq.trace.records import Store
+from dq.trace.running import Runner, kept_modes
+
+CALLS = 24  # single calls walked forward and back
+JUDGED_CALLS, JUDGED_RUNS = 6, 2  # run again for every changed layer or plan
+SAMPLES, HELD_OUT = 48, 8  # random plans to fit to, and to check on
+SMOOTH_BYTES = 4  # what fitting may add to a layer per input channel
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How to measure: the metric (see dq.Budget), whether milliseconds are wanted, how many plans to check on."""
+
+    metric: str = "trajectory"
+    timed: bool = False
+    held_out: int = HELD_OUT
+
+
+@dataclass
+class Subject:
+    """What is measured: a pipeline or model, its denoisers, their plans under the recipe, and how it is run."""
+
+    target: Any
+    models: Mapping[str, nn.Module]
+    plans: Mapping[str, Plan]
+    recipe: Recipe
+    calibration: Calibration | None
+
+    @cached_property
+    def menus(self) -> dict[str, dict]:
+        return {part: choices.menus(plan, self.recipe) for part, plan in self.plans.items() if part in self.models}
+
+    @cached_property
+    def runner(self) -> Runner | None:
+        """Runs the pipeline; None for a bare model."""
+        return None if isinstance(self.target, nn.Module) else Runner(self.target, self.calibration)
+
+    def dtype(self, part: str) -> torch.dtype:
+        return getattr(torch, self.plans[part].compute_dtype)
+
+    @property
+    def extra(self) -> int:
+        """Bytes per input channel that fitting may add."""
+        return SMOOTH_BYTES if self.recipe.needs_calibration else 0
+
+
+def find(subject: Subject, folder: Path, wish: Wish, progress: bool = True) -> Search:
+    """Measure every denoiser's layers on the calls below `folder`. The first process measures, the others read."""
+    state, path = PartialState(cpu=not torch.cuda.is_available()), folder / "search.json"
+    if state.is_main_process:
+        with kept_modes(subject.models):
+            write_json(path, _measured(subject, folder, wish, progress).to_dict())
+    state.wait_for_everyone()
+    return Search.from_dict(read_json(path))
+
+
+def refuse_impossible(subject: Subject, budget: Budget) -> None:
+    """DQError before anything is measured when not even the smallest formats fit the bytes or bits."""
+    if budget.bytes is None and budget.bits is None:
+        return
+    parts = {}
+    for part, menus in subject.menus.items():
+        nothing = {name: np.zeros((len(menu), BUCKETS + 1)) for name, menu in menus.items()}
+        parts[part] = Part(
+            search.measured(subject.plans[part], menus, nothing, {}, subject.dtype(part), subject.extra)
+        )
+    scope = "pipeline" if budget.scope == "peak" else budget.scope
+    least = replace(budget, ms_per_step=None, scope=scope)
+    Search(subject.recipe.name, budget.metric, parts, _fixed_bytes(subject, parts, None)).choose(least)
+
+
+@torch.no_grad()
+def unseen(subject: Subject) -> Search:
+    """The same without any data: every layer's relative rounding error, as if all layers mattered alike."""
+    parts = {}
+    for part, model in subject.models.items():
+        errors = {}
+        for name, menu in subject.menus[part].items():
+            if menu[-1] is not None and menu[-1].kind != "stack":
+                errors[name] = sensitivity.relative(model.get_submodule(name).weight.detach(), menu)
+        parts[part] = Part(
+            search.measured(subject.plans[part], subject.menus[part], errors, {}, subject.dtype(part), subject.extra)
+        )
+    return Search(subject.recipe.name, "weights alone", parts, _fixed_bytes(subject, parts, None))
+
+
+def _measured(subject: Subject, folder: Path, wish: Wish, progress: bool) -> Search:
+    stores = {part: Store(folder / (part or "model")) for part in subject.models}
+    metric, errors, trust, runs = _errors(subject, stores, Store(folder / "search"), wish, progress)
+    parts = {}
+    for part, model in subject.models.items():
+        costs, dtype = cost.Costs({}, 0.0, 1.0), subject.dtype(part)
+        if wish.timed:
+            seen = Predictions(model, stores[part], 1)
+            costs = cost.measure(model, subject.menus[part], seen, subject.plans[part], progress)
+        rows = search.measured(subject.plans[part], subject.menus[part], errors[part], costs.ms, dtype, subject.extra)
+        parts[part] = Part(rows, costs.fixed, costs.calls)
+    return Search(subject.recipe.name, metric, parts, _fixed_bytes(subject, parts, stores), trust, runs)
+
+
+def _errors(subject: Subject, stores: Mapping[str, Store], own: Store, wish: Wish, progress: bool) -> tuple:
+    """-> the metric that was possible, errors by part, how well every estimator ranks unseen plans, whole runs."""
+    metric = wish.metric
+    whole = subject.runner is not None and trajectory.possible(subject.runner) is None
+    if metric == "trajectory" and not whole:
+        metric = "prediction"
+    found: dict[str, dict[str, Errors]] = {}
+    runs = 0
+    if whole and metric in ("trajectory", "sampled"):
+        found["trajectory"], runs = trajectory.gradients(subject.runner, subject.models, subject.menus, own, progress)
+    if metric == "prediction" or not whole:
+        found["prediction"] = _each(subject, stores, _predicted, progress)
+    if metric == "output":
+        found["output"] = _each(subject, stores, _judged, progress)
+    base = next(iter(found.values()))
+    if metric == "sampled":
+        found["sampled"] = _sampled(subject, base, stores, own, whole, progress)
+    trust = _checked(subject, found, stores, own, whole, wish.held_out, progress) if wish.held_out else {}
+    return metric, found[metric], trust, runs
+
+
+def _each(subject: Subject, stores: Mapping[str, Store], measure, progress: bool) -> dict[str, Errors]:
+    return {part: measure(subject, part, stores[part], progress) for part in subject.models}
+
+
+def _predicted(subject: Subject, part: str, store: Store, progress: bool) -> Errors:
+    model, seed = subject.models[part], subject.calibration.seed
+    return sensitivity.prediction(model, subject.menus[part], Predictions(model, store, CALLS), store, seed, progress)
+
+
+def _judged(subject: Subject, part: str, store: Store, progress: bool) -> Errors:
+    model = subject.models[part]
+    judge = Predictions(model, store, JUDGED_CALLS)
+    return sensitivity.judged(model, subject.menus[part], judge, store, subject.dtype(part), progress)
+
+
+def _judge(subject: Subject, part: str, stores: Mapping[str, Store], whole: bool) -> Judge:
+    """The truth that estimators are measured against: the end of whole runs where that is possible."""
+    if whole:
+        return trajectory.Ends(subject.runner, JUDGED_RUNS)
+    return Predictions(subject.models[part], stores[part], JUDGED_CALLS)
+
+
+def _sampled(subject: Subject, base, stores, own: Store, whole: bool, progress: bool) -> dict[str, Errors]:
+    found = {}
+    for part, model in subject.models.items():
+        known = {name: subject.menus[part][name] for name in base[part]}
+        drawn = sampled.plans(known, SAMPLES, subject.calibration.seed)
+        judge = _judge(subject, part, stores, whole)
+        truth = sampled.scores(model, known, drawn, judge, own, subject.dtype(part), progress)
+        found[part] = sampled.fitted(base[part], drawn, truth)
+    return found
+
+
+def _checked(subject: Subject, found, stores, own: Store, whole: bool, count: int, progress: bool) -> dict[str, float]:
+    """By metric: the rank correlation of predicted and measured errors of random plans; the worst part's.
+
+    The predictions are brought to the level of the measured errors on the way: first-order errors are right in
+    proportion, and too large where an error cannot grow any more.
+    """
+    trust: dict[str, float] = {}
+    for part, model in subject.models.items():
+        known = {name: subject.menus[part][name] for name in next(iter(found.values()))[part]}
+        drawn = sampled.plans(known, count, subject.calibration.seed + 1)
+        judge = _judge(subject, part, stores, whole)
+        truth = sampled.scores(model, known, drawn, judge, own, subject.dtype(part), progress)[:, -1]
+        for metric, errors in found.items():
+            mine = errors[part]
+            guesses = np.array([sum(mine[n][c, -1] for n, c in zip(known, plan, strict=True)) for plan in drawn])
+            trust[metric] = min(trust.get(metric, 1.0), round(float(spearmanr(guesses, truth).statistic), 4))
+            level = float(np.exp(np.median(np.log(truth / guesses))))
+            errors[part] = {name: level * table for name, table in mine.items()}
+    return trust
+
+
+def _fixed_bytes(subject: Subject, parts: Mapping[str, Part], stores: Mapping[str, Store] | None) -> dict[str, int]:
+    """By scope: bytes that stay whatever the layers become."""
+    models = subject.models
+    planned = sum(_weight(models[part], name) for part, found in parts.items() for name in found.layers)
+    everything = [subject.target] if isinstance(subject.target, nn.Module) else subject.target.components.values()
+    fixed = {"denoiser": parameter_bytes(*models.values()) - planned}
+    fixed["pipeline"] = parameter_bytes(*(part for part in everything if isinstance(part, nn.Module))) - planned
+    if stores is not None:
+        held = [cost.held_bytes(model, Predictions(model, stores[part], 1)) for part, model in models.items()]
+        fixed["peak"] = fixed["pipeline"] + max(held)
+    return fixed
+
+
+def _weight(model: nn.Module, name: str) -> int:
+    """Bytes of the weight of a planned layer, or of a stack of experts."""
+    home, _, key = name.rpartition(".")
+    owner = model.get_submodule(home)
+    value = owner._parameters.get(key)
+    value = owner.get_submodule(key).weight if value is None else value
+    return value.numel() * value.element_size()

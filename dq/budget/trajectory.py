@@ -1,0 +1,152 @@
+"""Gradients of the end of a denoising run with respect to every layer, through all steps of the user's own pipeline.
+
+    L = x(W),   dL_v/dW = sum over steps t of (dx/dP_t)^T v  dP_t/dW,   L_v = <v, x>
+
+x are the pictures (of videos the final latents), P_t the denoiser's predictions, v random signs. The pipeline's own
+call runs without its `no_grad`, so that scheduler, guidance and decoder are differentiated as they are; every denoiser
+call is run again when its turn comes on the way back, so that memory holds one call, the latents of the steps, and the
+decoder. The sum over steps is taken before the square: errors of one weight add up along the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from tqdm import tqdm
+
+from dq.budget import sensitivity
+from dq.budget.choices import Choice
+from dq.budget.margins import Listener
+from dq.budget.predictions import BUCKETS
+from dq.budget.sensitivity import Errors
+from dq.trace.records import Store
+from dq.trace.running import Runner
+from dq.trace.units import replaced
+
+FEWEST_RUNS, MOST_RUNS = 4, 64  # hard runs are few: at 6 bits tiny-pixart gained 0.2 dB from 16 runs, 1.7 from 64
+RUNS_A_PROMPT = 8  # each from other noise
+SECONDS = 480.0  # after which no run begins, but for the fewest
+
+
+def possible(runner: Runner) -> str | None:
+    """None when the pipeline can be differentiated; else why not."""
+    if runner.undecorated is None:
+        return f"{type(runner.pipe).__name__}'s call has no version without no_grad"
+    return None if runner.end else f"{type(runner.pipe).__name__} returns neither pictures nor latents as tensors"
+
+
+def gradients(
+    runner: Runner,
+    models: Mapping[str, nn.Module],
+    menus: Mapping[str, Mapping[str, Sequence[Choice]]],
+    store: Store,
+    progress: bool = True,
+) -> tuple[dict[str, Errors], int]:
+    """-> by part: errors of the pictures or final latents, to first order; and from how many runs, as time allows.
+
+    store  keeps what was gathered after every run; a killed measurement goes on there
+    Raises RuntimeError where the pipeline's loop cannot be differentiated.
+    """
+    steps, seed = runner.calibration.steps, runner.calibration.seed
+    runs = min(RUNS_A_PROMPT * len(runner.texts), MOST_RUNS)
+    listeners = {part: Listener(model, menus[part]) for part, model in models.items()}
+    made = sensitivity.Progress.resume(listeners, store, "trajectory", [steps, seed, runs, *runner.texts])
+    with tqdm(total=runs, initial=made.done, desc="trajectories", disable=not progress, delay=2) as bar:
+        while made.done < runs and (made.done < FEWEST_RUNS or made.seconds < SECONDS):
+            begun = time.perf_counter()
+            _walk(runner, made.done, models, listeners, sensitivity.generator(seed, made.done))
+            made.step(listeners, time.perf_counter() - begun)
+            bar.update()
+    found = {part: sensitivity.table(own, menus[part], made.done, progress) for part, own in listeners.items()}
+    return found, made.done
+
+
+def _walk(runner: Runner, run: int, models: Mapping, listeners: Mapping, signs: torch.Generator) -> None:
+    """One run forward and back."""
+    parts = [part for part in runner.pipe.components.values() if isinstance(part, nn.Module)]
+    with ExitStack() as stack:
+        stack.enter_context(sensitivity.frozen(parts))
+        calls = {part: _Again(model, listeners[part], runner.calibration.steps) for part, model in models.items()}
+        stack.enter_context(replaced({models[part]: call for part, call in calls.items()}))
+        for listener in listeners.values():
+            stack.enter_context(listener.listening())
+        stack.enter_context(torch.enable_grad())
+        sensitivity.backward(runner.differentiable(run), signs)
+    energy = sum(listener.end() for listener in listeners.values())
+    for listener in listeners.values():
+        listener.close(energy)
+
+
+class _Again:
+    """A model's forward that keeps only its inputs, and runs again, with gradients, when its turn comes back."""
+
+    def __init__(self, model: nn.Module, listener: Listener, steps: int):
+        self.forward, self.listener, self.steps, self.count = model.forward, listener, steps, 0
+
+    def __call__(self, *args, **kwargs):
+        leaves, self.tree = tree_flatten((args, kwargs))
+        tensors = [leaf if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+        bucket = min(self.count * BUCKETS // self.steps, BUCKETS - 1)
+        self.count += 1
+        made: list = []
+        ask = torch.zeros((), requires_grad=True)  # so that the first step's output has a gradient too
+        outputs = _Step.apply(self, leaves, self.tree, bucket, made, ask, *tensors)
+        return tree_unflatten(list(outputs), made[0])
+
+
+class _Step(torch.autograd.Function):
+    """One denoiser call: forward without a graph, backward by running it again."""
+
+    @staticmethod
+    def forward(ctx, again: _Again, leaves: list, tree, bucket: int, made: list, ask, *tensors):
+        ctx.again, ctx.leaves, ctx.tree, ctx.bucket = again, leaves, tree, bucket
+        args, kwargs = tree_unflatten(leaves, tree)
+        with torch.no_grad():
+            outputs, shape = tree_flatten(again.forward(*args, **kwargs))
+        made.append(shape)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        leaves = [_leaf(leaf) for leaf in ctx.leaves]
+        ctx.again.listener.bucket = ctx.bucket
+        with torch.enable_grad():
+            args, kwargs = tree_unflatten(leaves, ctx.tree)
+            outputs, _ = tree_flatten(ctx.again.forward(*args, **kwargs))
+            pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if g is not None and y.requires_grad]
+            torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
+        back = [leaf.grad if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+        return (None, None, None, None, None, None, *back)
+
+
+def _leaf(leaf):
+    if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+        return leaf.detach().requires_grad_(True)
+    return leaf
+
+
+class Ends:
+    """Judges a model by where whole runs of the pipeline end."""
+
+    def __init__(self, runner: Runner, runs: int):
+        self.runner, self.runs = runner, range(runs)
+        self.keys = [f"{runner.end} {runner.calibration.steps} {runner.calibration.seed} {run}" for run in self.runs]
+        self._truth = [self._end(run) for run in self.runs]
+
+    def error(self) -> np.ndarray:
+        """(buckets + 1,) the same share everywhere, as a run has one end; over the runs the geometric mean."""
+        shares = []
+        for run, truth in zip(self.runs, self._truth, strict=True):
+            noise = (self._end(run) - truth).square().sum(dtype=torch.float64)
+            shares.append(float(noise / truth.square().sum(dtype=torch.float64)))
+        return np.full(BUCKETS + 1, np.exp(np.mean(np.log(np.maximum(shares, 1e-12)))))
+
+    @torch.no_grad()
+    def _end(self, run: int) -> torch.Tensor:
+        return self.runner.differentiable(run).float()

@@ -1,0 +1,135 @@
+"""The layers while they are fitted: float weights rounded in every forward, differentiable in all their tensors.
+
+    y = Q(W) Q(z) + up (down z) + bias,    z = (x * smooth) R
+
+W is already divided by `smooth`, rotated, and has the low-rank branch taken out. Shapes as in `layers.py`; a draft and
+the layer it packs into give the same output, up to the compute dtype's rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dq.formats.base import Scales
+from dq.kernels import Conv, Tensors, dense, reference
+from dq.layers import PACKED, encode, geometry, hadamard, per_channel
+from dq.plan import LayerPlan
+
+
+class DraftLinear(nn.Module):
+    """A linear being fitted: x (..., in) -> (..., out).
+
+    weight (out, in), bias (out,), smooth (in,), proj_down (rank, in), proj_up (out, rank), act_scale (steps, parts):
+    fp32 Parameters, None where the plan lacks it. Starts with the given smooth (else 1), branch 0, act_scale 1
+    and the layer's own weight. scales: weight scales of each part, None to follow the weight's range.
+    start_in (in,): the first token whose output is stored, None to store none; it counts only in the packed layer.
+    """
+
+    op = "linear"
+
+    def __init__(self, module: nn.Module, plan: LayerPlan, smooth: torch.Tensor | None = None):
+        super().__init__()
+        self.plan, self.source, self.clock = plan, [module], None  # a list hides the source from named_modules
+        self.smooth = self._new(torch.ones, plan.shape[1]) if plan.smooth else None
+        if smooth is not None:
+            self.smooth.data.copy_(smooth)
+        self.weight = nn.Parameter(self.unrounded().clone())
+        self.scales: list[Scales] | None = None
+        self.start_in: torch.Tensor | None = None
+        self.bias = None if module.bias is None else nn.Parameter(module.bias.detach().float().clone())
+        self.proj_down = self._new(torch.zeros, plan.rank, plan.columns) if plan.rank else None
+        self.proj_up = self._new(torch.zeros, plan.rows, plan.rank) if plan.rank else None
+        stored = plan.act is not None and plan.act.scale != "dynamic"
+        self.act_scale = self._new(torch.ones, plan.steps, len(plan.parts)) if stored else None
+        self._round = reference.input_rounder(plan, -1 if self.op == "linear" else 1)
+
+    def _new(self, fill, *shape: int) -> nn.Parameter:
+        return nn.Parameter(fill(shape, device=self.source[0].weight.device))
+
+    def unrounded(self) -> torch.Tensor:
+        """The layer's own weight as it meets the transformed input: fp32, full shape, divided by smooth, rotated."""
+        weight = self.source[0].weight.detach().float()
+        if self.smooth is not None:
+            weight = weight / self.smooth.detach().reshape(1, -1, *[1] * (weight.dim() - 2))
+        return hadamard.rotate(weight, self.plan.rotate, 1) if self.plan.rotate else weight
+
+    def rounded_weight(self) -> torch.Tensor:
+        """The weight as the packed layer will hold it: fp32, full shape, straight-through gradient."""
+        spec, grain = self.plan.weight.spec, self.plan.weight.grain
+        rows = self.weight.reshape(self.plan.rows, -1)
+        given = self.scales or [()] * len(self.plan.parts)
+        pairs = zip(self.plan.parts, given, strict=True)
+        parts = [spec.fake(rows[:, first:last], grain, *scale) for (first, last), scale in pairs]
+        return torch.cat(parts, 1).reshape(self.plan.shape)
+
+    def transform(self, x: torch.Tensor) -> torch.Tensor:
+        """The input as it is rounded: smoothed and rotated."""
+        if self.smooth is not None:
+            x = x * per_channel(self.smooth, x, self.op == "conv")
+        return hadamard.rotate(x, self.plan.rotate, 1 if self.op == "conv" else -1) if self.plan.rotate else x
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        wide = self.transform(self._padded(input.float()))
+        stored = self.act_scale
+        if stored is not None:
+            stored = stored.index_select(0, self.clock.to(stored.device))[0] if self.plan.steps > 1 else stored[0]
+        y = self._product(self._round(wide, stored), self.rounded_weight())
+        if self.proj_up is not None:
+            branch = Tensors(self.weight, self.weight, down=self.proj_down, up=self.proj_up)
+            y = y + dense.low_rank(wide, branch, self.plan, self._conv())
+        return y.to(input.dtype)
+
+    def _padded(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight, self.bias)
+
+    def _conv(self) -> Conv | None:
+        return None
+
+    @torch.no_grad()
+    def pack(self, compute_dtype: torch.dtype) -> nn.Module:
+        """The packed layer that ships in this one's place."""
+        device = self.weight.device
+        packed = PACKED[self.plan.kind].like(self.source[0], self.plan, compute_dtype, str(device))
+        for name, value in encode(self.weight.reshape(self.plan.rows, -1), self.plan, self.scales).items():
+            packed.put(name, value)
+        for name in ("smooth", "act_scale"):
+            if getattr(self, name) is not None:
+                packed.put(name, getattr(self, name).detach().clone())
+        for name in ("bias", "proj_down", "proj_up"):
+            if getattr(self, name) is not None:
+                packed.put(name, getattr(self, name).detach().to(compute_dtype))
+        if self.start_in is not None:
+            packed.put("start_in", self.start_in.to(compute_dtype))
+            packed.put("start_out", self.source[0](self.start_in.to(self.source[0].weight.dtype)).to(compute_dtype))
+        packed.clock = self.clock
+        packed.bind(device.type)
+        return packed.train(self.source[0].training)
+
+
+class DraftConv2d(DraftLinear):
+    """A convolution of one to three dimensions being fitted: x (batch, in, *space) -> (batch, out, *space)."""
+
+    op = "conv"
+
+    def __init__(self, module: nn.Module, plan: LayerPlan, smooth: torch.Tensor | None = None):
+        super().__init__(module, plan, smooth)
+        self._geometry, self._pad, self._pad_mode = geometry(module)
+
+    def _padded(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self._pad is None else F.pad(x, self._pad, mode=self._pad_mode)
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return reference.CONVS[len(self.plan.shape) - 2](x, weight, self.bias, *self._geometry)
+
+    def _conv(self) -> Conv:
+        return self._geometry
+
+
+def draft(module: nn.Module, plan: LayerPlan, smooth: torch.Tensor | None = None) -> DraftLinear:
+    """The draft of a full-precision layer under a plan, smoothed by `smooth` (in,), with an empty low-rank branch."""
+    return (DraftLinear if plan.kind == "linear" else DraftConv2d)(module, plan, smooth)

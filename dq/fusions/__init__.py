@@ -1,0 +1,41 @@
+"""Run-time rewriting of a quantized model's modules onto fused kernels: found by structure, checked once, never saved.
+
+gelu        the activation in the product's epilogue
+attention   attention modules on dq's CPU kernels
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+
+from dq.fusions import attention, gelu
+from dq.plan import Plan
+
+
+def attach(model: nn.Module, plan: Plan) -> None:
+    """Fuse what can be fused; parameters, buffers and submodules stay as they are. Undone by `detach`."""
+    detach(model)
+    attention.attach(model, int8=plan.attention == "int8")
+    gelu.attach(model)
+
+
+def detach(model: nn.Module) -> None:
+    """Give every module its own forward back."""
+    attention.detach(model)
+    gelu.detach(model)
+
+
+def notes(model: nn.Module) -> list[str]:
+    """Lines for `dq.explain`: what is fused, and what is not."""
+    lines, count = [], gelu.attached(model)
+    if count:
+        lines.append(f"GELU runs in the product before it in {count} modules")
+    kinds = Counter(attention.attached(model).values())
+    if kinds:
+        each = ", ".join(f"{count} modules in {kind}" for kind, count in kinds.items())
+        lines.append(f"attention on dq's CPU kernels where the inputs allow it (bf16): {each}")
+    elif any(True for _ in attention.attention_modules(model)) and (reason := attention.why_not()):
+        lines.append(f"attention is torch's: {reason}")
+    return lines

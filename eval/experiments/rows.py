@@ -1,0 +1,49 @@
+"""Result files: JSON rows that say when, where and with what each figure was measured.
+
+A row holds its figures and the keys of `stamp`. Rows are written one by one, so that a run that stops goes on later.
+"""
+
+import json
+import os
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parents[1] / "results"
+PACKAGES = ("torch", "diffusers", "transformers")
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a result file, none when there is no file."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def add(path: Path, row: dict, keys: tuple[str, ...]) -> None:
+    """Write `row` into a file in place of the one that agrees with it in `keys`, else at the end."""
+    rows, mine = read(path), [row.get(key) for key in keys]
+    place = next((i for i, old in enumerate(rows) if [old.get(key) for key in keys] == mine), len(rows))
+    rows[place : place + 1] = [row]
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    fresh.replace(path)
+
+
+def stamp() -> dict:
+    """Commit (with `+` when files differ from it), versions and machine of the rows measured now."""
+    return {"commit": _commit(), "versions": {name: version(name) for name in PACKAGES}, "machine": _machine()}
+
+
+def _commit() -> str:
+    def git(*args: str) -> str:
+        found = subprocess.run(["git", *args], capture_output=True, text=True, cwd=FOLDER.parent, check=False)
+        return found.stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "../dq") else "")
+
+
+def _machine() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    units = [flag for flag in ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8") if any(flag in x for x in lines)]
+    return f"{os.cpu_count()} cores {name} ({', '.join(units) or 'no low-precision units'})"

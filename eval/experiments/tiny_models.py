@@ -1,0 +1,81 @@
+"""Measure the shipped models on held-out scenes: `python -m eval.experiments.tiny_models [--count 500] [--names ...]`.
+
+Writes one row per figure set to eval/results/tiny_models.json.
+"""
+
+import argparse
+import json
+import time
+from importlib.metadata import version
+
+import torch
+
+from eval.experiments import rows
+from eval.metrics import caption_accuracy
+from pipelines import tiny
+from pipelines.tiny.training import write_json
+
+RESULTS = rows.FOLDER / "tiny_models.json"
+MACHINE = "2 cores AMD Zen 5"
+
+
+def measure(name: str, objects: int, count: int, seed: int = 0, dtype=torch.float32, **call) -> dict:
+    """Caption accuracy of a pipeline on `count` held-out prompts of so many objects."""
+    began = time.time()
+    captions, scenes = zip(*tiny.prompts(count, objects, seed), strict=True)
+    images = tiny.pictures(tiny.load(name, dtype), name, list(captions), seed, **call)
+    figures = caption_accuracy.score(images, scenes)
+    row = {"model": name, "objects": objects, "prompts": count, "seed": seed, "dtype": str(dtype).split(".")[-1]}
+    row |= {key: (tiny.CALL[name] | call)[key] for key in ("num_inference_steps", "guidance_scale")}
+    return row | {key: round(value, 4) for key, value in figures.items()} | {"seconds": round(time.time() - began, 1)}
+
+
+def measure_judges(count: int) -> list[dict]:
+    """Held-out figures of the recogniser, the autoencoder under it, and the CLIP model."""
+    from diffusers import AutoencoderKL
+
+    from pipelines.tiny import train_clip, train_vision
+
+    net = tiny.load_recogniser()
+    vae = AutoencoderKL.from_pretrained(tiny.folder("tiny-sd"), subfolder="vae")
+    through = train_vision.recogniser_accuracy(net, count, vae.float())
+    rows = [
+        {"model": "scene-recogniser", "held_out_right": train_vision.recogniser_accuracy(net, 4 * count)},
+        {"model": "vae", "psnr_db": round(train_vision.psnr_db(vae, count), 2), "recogniser_right": through},
+    ]
+    if tiny.folder("tiny-clip").exists():
+        rows.append({"model": "tiny-clip"} | train_clip.retrieval())
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--objects", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--names", nargs="+", default=[*tiny.NAMES, "judges"])
+    options = parser.parse_args()
+    for name in options.names:
+        if name == "judges":
+            record(measure_judges(options.count))
+        for objects in options.objects if name != "judges" else []:
+            record([measure(name, objects, options.count)])
+
+
+def record(fresh: list[dict]) -> None:
+    """Put rows into the results file, in place of older rows of the same model and object count."""
+    old = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    replaced = {_key(row) for row in fresh}
+    rows = sorted([row for row in old if _key(row) not in replaced] + fresh, key=_key)
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    write_json(RESULTS, {"machine": MACHINE, "versions": versions, "rows": rows})
+    for row in fresh:
+        print(json.dumps(row), flush=True)
+
+
+def _key(row: dict) -> tuple[str, int]:
+    return row["model"], row.get("objects", 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Versions of result rows: a hash of the code behind a figure, so that a test can call a row old.
+
+Comments, docstrings, layout, imports and the place of a definition change no figure and do not count: a file may be
+moved or cut in two and its rows stay what they were.
+"""
+
+import ast
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PLACES = (ast.Import, ast.ImportFrom)
+
+
+def code(roots: Iterable[Path]) -> str:
+    """Definitions of all files of dq that `roots` reach by imports, in an order of their own."""
+    return "\n".join(sorted({definition for path in sources(roots) for definition in definitions(path)}))
+
+
+def definitions(path: Path) -> Iterator[str]:
+    """Source of each top-level statement of a file, without imports, comments, docstrings and layout."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            node.body = [item for item in body if not isinstance(item, PLACES)] or [ast.Pass()]
+    yield from map(ast.unparse, tree.body)
+
+
+def sources(roots: Iterable[Path]) -> set[Path]:
+    """The files among `roots`, and those of dq that they import, lazily or not."""
+    todo, found = list(roots), set()
+    while todo:
+        path = todo.pop()
+        if path not in found and path.exists():
+            found.add(path)
+            todo += _imported(path)
+    return found
+
+
+def _imported(path: Path) -> Iterator[Path]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dq":
+            for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
+                place = ROOT / name.replace(".", "/")
+                yield from (place.with_suffix(".py"), place / "__init__.py") if name != "dq" else ()
+
+
+def crc(text: str) -> str:
+    """crc32 of a text, 8 hex digits."""
+    return f"{zlib.crc32(text.encode()):08x}"
