@@ -67,11 +67,9 @@ def quantize(
     for part, (model, _) in models.items():
         if part not in packed:
             packed[part], errors[part] = _pack_all(part, model, plans[part], progress)
-    rows = [
-        row
-        for part, (model, _) in models.items()
-        for row in explaining.planned_rows(part, model, plans[part], packed[part], errors)
-    ]
+    rows = []
+    for part, (model, _) in models.items():
+        rows += explaining.planned_rows(part, model, plans[part], packed[part], errors)
     for part, (model, _) in models.items():
         for name, layer in packed[part].items():
             put(model, name, layer)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from dq import cookbook
+from dq.disk import replaced
 from dq.errors import DQError, nearest
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -307,18 +306,12 @@ def replacing(out: Path, force: bool) -> Iterator[Path]:
         raise DQError(f"--out {str(out)!r} is not empty; give a new folder, or --force to replace the model in it")
     if full and not any((out / name).is_file() for name in ("model_index.json", "config.json")):
         raise DQError(f"--out {str(out)!r} holds something other than a model; --force replaces saved models only")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise DQError(f"--out {str(out)!r} cannot be written: {error.strerror}; choose another place") from error
-    try:
-        yield aside / "new"
-        if out.exists():
-            out.rename(aside / "old")
-        (aside / "new").rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            place = stack.enter_context(replaced(out))
+        except OSError as error:
+            raise DQError(f"--out {str(out)!r} cannot be written: {error.strerror}; choose another place") from error
+        yield place
 
 
 def _draw(pipe, prompt: str, seed: int, call: dict):

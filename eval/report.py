@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dq.disk import write_json
 from dq.errors import DQError
 from eval import page
 from eval.experiments import rows
 from eval.experiments.tables import line
-from eval.runs import Run, write_json
+from eval.runs import Run
 from eval.runs import write as write_file
 from eval.summary import Cell, columns, decimals, metrics_of, remarks, said, said_of, spoken, summary
 

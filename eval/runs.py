@@ -14,9 +14,8 @@ Everything is written whole or not at all, so that a run killed at any moment ho
 from __future__ import annotations
 
 import json
-import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -27,6 +26,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dq.disk import write, write_json
 from dq.errors import DQError
 from eval.experiments.rows import stamp
 from eval.suite import Suite
@@ -164,30 +164,6 @@ class Run:
 
     def _path(self, what: str, pipeline: str, entry: str) -> Path:
         return self.folder / what / pipeline / f"{entry}.json"
-
-
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """`save(fresh path)`, a file or a folder, then all of it under its name. DQError when it cannot be written."""
-    fresh = path.with_name(f"{path.name}.part")  # one name, so that a restart after a kill writes over it
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(fresh)
-        save(fresh)
-        fresh.replace(path)
-    except OSError as error:
-        raise DQError(f"cannot write {str(path)!r}: {error}; free space or choose another folder") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    write(path, lambda fresh: fresh.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8"))
-
-
-def _remove(path: Path) -> None:
-    """Remove what a killed run left."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _save_all(frames: Sequence[Image.Image], folder: Path) -> None:

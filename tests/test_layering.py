@@ -14,58 +14,45 @@ import pytest
 from tests import zoo
 
 ROOT = Path(__file__).resolve().parents[1]
-# lowest first; a room imports only rooms of lower or equal rank
+# lowest first; a room (a file or a folder of dq/) imports only from itself and from rooms below it
 ROOMS = (
-    ("formats",),
-    ("plan",),
-    ("budget", "timing"),
-    ("kernels", "hadamard"),
-    ("clock",),
-    ("layers", "drafts"),
-    ("takeover",),
-    ("attention", "blocks"),
-    ("fusions",),
-    ("sampler",),
-    ("families",),
-    ("recipes",),
-    ("report", "files", "adapters", "loading", "hub", "saved"),
-    ("records", "seen"),
-    ("running", "policies", "calibration", "units", "observe", "replay", "trace"),
-    ("fit",),
-    ("methods",),
-    ("cost", "search", "sensing", "charts"),
-    ("work",),
-    ("api",),
-    ("roofline",),
-    ("bench", "widths", "peers", "race", "cli"),
-)
-RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
-OUTSIDE = ("pipelines", "eval", "app", "demo", "tests")
-# a saved model needs none of these: plans are frozen when saved
-NOT_FOR_LOADING = (
+    # run half: all that a saved model needs
+    "errors",
+    "disk",
+    "timing",
+    "formats",
+    "plan",
+    "kernels",
+    "layers",
+    "fusions",
+    "model",
+    "report",
+    "explaining",
+    "host",
+    # fit half: from a running pipeline to a plan and to weights
     "families",
-    "recipes",
-    "records",
-    "seen",
-    "calibration",
+    "cookbook",
+    "planning",
     "trace",
     "fit",
     "methods",
-    "api",
-    "drafts",
     "budget",
-    "cost",
-    "search",
-    "sensing",
-    "charts",
-    "work",
-    "cli",
+    "stages",
+    "api",
+    # measuring half
     "bench",
-    "roofline",
-    "widths",
-    "peers",
-    "race",
+    "cli",
 )
+RANK = {room: rank for rank, room in enumerate(ROOMS)}
+# imports that go up all the same, each inside a function: (file, room) and why
+UPWARD = {
+    ("host/config.py", "cookbook"): "quantizing while loading names a recipe; a saved model carries its plan instead",
+    ("host/config.py", "planning"): "quantizing while loading plans the model; a saved model carries its plan instead",
+    ("cookbook.py", "methods"): "recipes stand in the files of their methods; only asking for one of those reads them",
+}
+OUTSIDE = ("pipelines", "eval", "app", "demo", "tests")
+# a saved model needs none of these: plans are frozen when saved
+NOT_FOR_LOADING = ROOMS[ROOMS.index("host") + 1 :]
 FORBIDDEN = ("utils", "util", "helper", "helpers", "manager", "handler")
 FUNCTION_LINES, FILE_LINES, KERNEL_FILE_LINES = 50, 450, 600  # the rule is 35 and 400 for most
 SOURCES = sorted((ROOT / "dq").rglob("*.py"))
@@ -73,31 +60,87 @@ each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path
 
 
 def room(path):
-    parts = path.relative_to(ROOT / "dq").parts
-    return parts[0].removesuffix(".py")
+    return path.relative_to(ROOT / "dq").parts[0].removesuffix(".py")
 
 
 def imports(tree):
-    """(module name, whether outside of functions) of every import; `from dq import x` counts as dq.x."""
+    """(module name, whether inside a function) of every import; `from dq import x` counts as dq.x."""
     inside = {id(node) for found in ast.walk(tree) if isinstance(found, ast.FunctionDef) for node in ast.walk(found)}
     for node in ast.walk(tree):
-        eager = id(node) not in inside
         if isinstance(node, ast.Import):
-            yield from ((alias.name, eager) for alias in node.names)
+            yield from ((alias.name, id(node) in inside) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             deeper = (f"{node.module}.{alias.name}" for alias in node.names)
-            yield from ((name, eager) for name in (deeper if node.module == "dq" else (node.module,)))
+            yield from ((name, id(node) in inside) for name in (deeper if node.module == "dq" else (node.module,)))
+
+
+def climbs(path):
+    """(room above, whether inside a function) of every import of a file that goes up."""
+    here = RANK[room(path)]
+    for name, lazy in imports(ast.parse(path.read_text())):
+        if name.startswith("dq.") and RANK[name.split(".")[1]] > here:
+            yield name.split(".")[1], lazy
+
+
+def test_every_room_exists_and_has_one_rank():
+    there = {room(path) for path in SOURCES} - {"__init__"}
+    assert sorted(ROOMS) == sorted(there), "one rank a room, and no room that does not exist"
 
 
 @each_source
 def test_imports_point_one_way(path):
-    here = room(path)
-    assert here == "__init__" or here in RANK, f"give {here!r} a place in ROOMS"
-    for name, eager in imports(ast.parse(path.read_text())):
+    for name, _ in imports(ast.parse(path.read_text())):
         assert name.split(".")[0] not in OUTSIDE, f"{path.name} imports {name}: nothing points back"
-        if name.startswith("dq.") and here != "__init__" and eager:
-            target = RANK.get(name.split(".")[1], 0)
-            assert target <= RANK[here], f"{path.name} imports {name}, which stands above it"
+    if room(path) != "__init__":
+        place = path.relative_to(ROOT / "dq").as_posix()
+        for above, lazy in climbs(path):
+            assert lazy and (place, above) in UPWARD, f"{place} imports {above}, which stands above it"
+
+
+def test_the_list_of_imports_that_go_up_is_the_shortest():
+    found = {
+        (path.relative_to(ROOT / "dq").as_posix(), above)
+        for path in SOURCES
+        if room(path) in RANK
+        for above, _ in climbs(path)
+    }
+    assert found == set(UPWARD) and all(UPWARD.values())
+
+
+def module_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_import_circle_inside_or_between_rooms():
+    """Eager imports between files, packages' __init__ included, form no circle."""
+    modules = {module_of(path): path for path in SOURCES}
+    arrows = {}
+    for name, path in modules.items():
+        tree = ast.parse(path.read_text())
+        inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+        targets = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and id(node) not in inside and (node.module or "").startswith("dq"):
+                for alias in node.names:
+                    deeper = f"{node.module}.{alias.name}"
+                    targets.add(deeper if deeper in modules else node.module)
+        arrows[name] = targets - {name, "dq"}
+    order, state = [], {}
+
+    def visit(name, trail):
+        assert state.get(name) != "open", f"circle: {' -> '.join([*trail[trail.index(name) :], name])}"
+        if name in state:
+            return
+        state[name] = "open"
+        for target in sorted(arrows.get(name, ())):
+            visit(target, [*trail, name])
+        state[name] = "done"
+        order.append(name)
+
+    for name in modules:
+        visit(name, [])
+    assert len(order) == len(modules)
 
 
 @each_source

@@ -25,7 +25,7 @@ from dq import kernels, timing
 from dq.budget.choices import Choice, label
 from dq.budget.predictions import Predictions
 from dq.budget.sensitivity import packed
-from dq.host.files import write_json
+from dq.disk import write_json
 from dq.plan import LayerPlan, Plan
 from dq.trace.units import replaced, tensors_in
 

@@ -22,7 +22,7 @@ from dq.budget.limits import Budget
 from dq.budget.predictions import BUCKETS, Predictions
 from dq.budget.search import Part, Search
 from dq.budget.sensitivity import Errors, Judge
-from dq.host.files import write_json
+from dq.disk import write_json
 from dq.layers import parameter_bytes
 from dq.plan import Plan, Recipe, read_json
 from dq.trace.calibration import Calibration

@@ -14,7 +14,6 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -196,15 +195,3 @@ def read(folder: str | Path, model: nn.Module, plan: Plan) -> dict[str, torch.Te
         check_tensor(name, value, wanted[name])
         check_content(name, value, plan.layers, sums)
     return state
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    half = path.with_name(f".{path.name}")  # one name, so that a restart after a kill writes over it
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        half.write_text(json.dumps(value, indent=1) + "\n")
-        half.replace(path)
-    except OSError as error:
-        half.unlink(missing_ok=True)
-        raise DQError(f"cannot write {str(path)!r}: {error}; free space or choose another folder") from error

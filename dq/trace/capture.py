@@ -24,8 +24,8 @@ from diffusers import SchedulerMixin
 from torch import nn
 from tqdm import tqdm
 
+from dq.disk import write_json
 from dq.errors import DQError
-from dq.host.files import write_json
 from dq.trace import policies
 from dq.trace.calibration import Calibration
 from dq.trace.records import Store

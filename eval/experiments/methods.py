@@ -9,7 +9,6 @@ on. Several processes may run at once, each takes rows that no other has; two wi
 
 import argparse
 import contextlib
-import fcntl
 import importlib
 import json
 import os
@@ -26,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import dq
-from dq import cookbook
+from dq import cookbook, disk
 from dq.budget.choices import weight_bytes
 from dq.host import mark
 from dq.layers import packed_layers
@@ -213,7 +212,7 @@ def pictures(model: str, options) -> torch.Tensor:
     path = WORK / f"{model}-{fingerprint(model)}-{options.prompts}-{options.seed}.safetensors"
     with claimed(path.stem):
         if not path.exists():
-            _write(path, lambda fresh: save_file({"images": draw(tiny.load(model), model, options)}, fresh))
+            disk.write(path, lambda fresh: save_file({"images": draw(tiny.load(model), model, options)}, fresh))
     return load_file(path)["images"]
 
 
@@ -231,7 +230,7 @@ def calibrate(pipe, model: str, entry: Entry, options) -> dq.Report:
     recipe = entry.wanted()
     given = calibration(model, entry, options) if recipe.needs_calibration else None
     report = dq.quantize(pipe, recipe, calibration=given, progress=False)
-    _write(plan_file(model, entry), mark.plan_of(getattr(pipe, denoiser(pipe))).save)
+    disk.write(plan_file(model, entry), mark.plan_of(getattr(pipe, denoiser(pipe))).save)
     return report
 
 
@@ -327,22 +326,8 @@ def candidates(notes: list[str]) -> float | None:
 @contextlib.contextmanager
 def claimed(name: str, wait: bool = True) -> Iterator[bool]:
     """Hold a name against other processes; False without waiting when one holds it. Ends with the process."""
-    folder = WORK / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / re.sub(r"[^\w.-]+", "_", name)).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
-def _write(path: Path, save) -> None:
-    """`save(fresh path)`, then the whole file under its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save(fresh := path.with_suffix(".new"))
-    fresh.replace(path)
+    with disk.locked(WORK / "locks" / re.sub(r"[^\w.-]+", "_", name), wait) as mine:
+        yield mine
 
 
 def roots(method: str) -> list[Path]:

@@ -9,6 +9,8 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+from dq.disk import write_json
+
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 PACKAGES = ("torch", "diffusers", "transformers")
 
@@ -23,9 +25,7 @@ def add(path: Path, row: dict, keys: tuple[str, ...]) -> None:
     rows, mine = read(path), [row.get(key) for key in keys]
     place = next((i for i, old in enumerate(rows) if [old.get(key) for key in keys] == mine), len(rows))
     rows[place : place + 1] = [row]
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    fresh.replace(path)
+    write_json(path, {"rows": rows})
 
 
 def stamp() -> dict:

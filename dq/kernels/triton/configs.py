@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from dq.disk import write_json
 from dq.errors import DQError
 
 FOLDER = Path(__file__).parent / "configs"
@@ -130,9 +131,5 @@ def tune(kernel: str, m: int, n: int, k: int, time_ms: Callable[[Config], float]
 def keep(arch: str, best: Mapping[str, Config]) -> None:
     """Add entries to the user's cache file, whole or not at all."""
     path = cache_file(arch)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    merged = {**measured(arch), **best}
-    fresh = path.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps({"arch": arch, "best": merged}, indent=1) + "\n")
-    fresh.replace(path)
+    write_json(path, {"arch": arch, "best": {**measured(arch), **best}})
     measured.cache_clear()

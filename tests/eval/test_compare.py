@@ -6,8 +6,8 @@ from scipy import stats
 
 from dq.errors import DQError
 from eval import compare
-from tests import made_runs
-from tests.made_runs import score
+from tests.eval import made_runs
+from tests.eval.made_runs import score
 
 HEAD = ("tiny-pixart", "int8")
 

@@ -17,9 +17,9 @@ from dq import kernels
 from dq.errors import DQError
 from dq.kernels import triton as backend
 from dq.kernels.triton import configs
-from tests.test_kernels import plan
+from tests.kernels.test_kernels import plan
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -31,7 +31,7 @@ def python(*args, **env):
 
 @needs_triton
 def test_every_kernel_in_the_interpreter():
-    file = "tests/triton_interpreted.py"
+    file = "tests/kernels/triton_interpreted.py"
     done = python("-m", "pytest", file, "-p", "no:xdist", "-p", "no:cacheprovider", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)

@@ -14,7 +14,7 @@ from dq.kernels import triton as backend
 from dq.kernels.triton import ops
 from dq.layers import hadamard
 from eval import gpu_block
-from tests.test_kernels import generator, plan, tensors, truth_and_torch, within_twice_torch
+from tests.kernels.test_kernels import generator, plan, tensors, truth_and_torch, within_twice_torch
 
 INT8 = get("int8")
 SMALL = {"BM": 32, "BN": 32, "BK": 64, "GROUP": 2, "warps": 4, "stages": 2}

@@ -1,8 +1,8 @@
 """The gate for GPU kernels on a machine without one: compile for each architecture and look at what came out.
 
 A kernel passes when it has its matrix instruction, does not spill, is not empty and keeps within the memory of the
-chip. Here one kernel of each kind per architecture that differs (about a second each); `python -m tests.cross_compile`
-does all kernels with all shipped configurations, in ten minutes.
+chip. Here one kernel of each kind per architecture that differs (about a second each); `python -m
+tests.kernels.cross_compile` does all kernels with all shipped configurations, in ten minutes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib.metadata import version
 import pytest
 
 from dq.kernels.triton import configs
-from tests import cross_compile
+from tests.kernels import cross_compile
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -44,7 +44,7 @@ AMD_GAPS = {
 }
 
 
-# What the oldest supported triton makes of the same kernels: run by hand with `python -m tests.cross_compile`.
+# What the oldest supported triton makes of the same kernels: run by hand with `python -m tests.kernels.cross_compile`.
 OLDER = {
     ("3.6", "sm_100", "gemm_tma_branch-i8"): [
         "no UTCIMMA"

@@ -286,7 +286,7 @@ def _unpacking() -> list[Specimen]:
 
 
 def main() -> None:
-    """Compile everything and print a line each: `python -m tests.cross_compile [sm_90 gfx950 ...]`."""
+    """Compile everything and print a line each: `python -m tests.kernels.cross_compile [sm_90 gfx950 ...]`."""
     for arch in sys.argv[1:] or configs.ARCHITECTURES:
         for specimen in specimens(arch, every=True):
             try:

@@ -12,7 +12,7 @@ from dq.kernels import reference
 from dq.kernels.cpu import library
 from dq.layers import packed_layers
 from pipelines import tiny
-from tests.test_kernels import truth_and_torch, within_twice_torch
+from tests.kernels.test_kernels import truth_and_torch, within_twice_torch
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=str(library.missing()))
 PROMPTS = [

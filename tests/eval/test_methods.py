@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dq
-from dq import cookbook, planning
+from dq import cookbook, disk, planning
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 from eval.experiments import calibration_time, methods, rows, tables, versions
 from pipelines import tiny
@@ -129,7 +129,7 @@ def test_baselines_with_the_bytes_of_the_branch_take_at_least_those(place):
     base = planning.make_plan(tiny.load(model).transformer, W4A4)
     for rank in (2, 8):
         final = replace(base, layers={k: replace(v, rank=rank if v.act else 0) for k, v in base.layers.items()})
-        methods._write(methods.plan_file(model, entry), final.save)
+        disk.write(methods.plan_file(model, entry), final.save)
         plan = methods.plain_plan(model, entry, options())
         assert methods.packed_bytes(plan) >= methods.packed_bytes(final) > methods.packed_bytes(base)
 

@@ -24,9 +24,9 @@ import dq
 from demo import drawing, models, quantizing
 from eval.metrics import psnr
 from pipelines import tiny
-from tests import app_folders
+from tests.app import app_folders
 
-SHOTS = Path(__file__).resolve().parents[1] / "out" / "app"
+SHOTS = Path(__file__).resolve().parents[2] / "out" / "app"
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "

@@ -15,7 +15,7 @@ from eval import figures, page, report, summary
 from eval.experiments import quality, rows, tables
 from eval.runs import Run
 from pipelines import tiny
-from tests import made_runs
+from tests.eval import made_runs
 
 PICTURE = re.compile(r'src="data:image/jpeg;base64,([^"]+)"')
 

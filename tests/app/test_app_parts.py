@@ -21,7 +21,7 @@ from demo.drawing import Wish
 from dq.errors import DQError
 from eval import metrics
 from pipelines import tiny
-from tests import app_folders
+from tests.app import app_folders
 
 
 @pytest.fixture(scope="module")
