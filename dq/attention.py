@@ -9,6 +9,7 @@ so state dicts, saving, copies and hooks are as before.
 from __future__ import annotations
 
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -67,18 +68,17 @@ def _reached(kind: type) -> set[str]:
 
 
 def attach(model: nn.Module, int8: bool = False) -> list[str]:
-    """Run the attention of a model on dq's CPU kernels; -> names of the modules, [] where there are no kernels.
+    """Run the attention of a model on dq's CPU kernels; -> names of the modules that can (see `why_not`).
 
-    int8  products of bytes instead of bf16. Calls the kernel cannot take (see `why_not`) run on torch's attention.
+    int8  products of bytes instead of bf16. Calls the kernel cannot take run on torch's attention.
     """
     detach(model)
-    if why_not() is not None:
-        return []
     names = []
     for name, module in attention_modules(model):
-        names.append(name)
-        vars(module)["_dq_attention"] = "int8" if int8 else "bf16"
-        takeover.take(module, ROLE, _attend)
+        if why_not(module, model) is None:
+            names.append(name)
+            vars(module)["_dq_attention"] = "int8" if int8 else "bf16"
+            takeover.take(module, ROLE, _attend)
     return names
 
 
@@ -95,6 +95,36 @@ def attached(model: nn.Module) -> dict[str, str]:
     return {name: kind for name, kind in kinds if kind}
 
 
-def why_not() -> str | None:
-    """Why no attention can run on dq's kernels here, in one line; None when some can."""
-    return cpu.missing()
+def why_not(*modules: nn.Module) -> str | None:
+    """Why attention cannot run on dq's kernels, in one line; None when it can.
+
+    modules  a module, then what it is part of: the first with parameters says where they run; without any, here
+    """
+    places = next(filter(None, map(_places, modules)), {"cpu"})
+    return cpu.missing() if "cpu" in places else f"its weights are on {', '.join(sorted(places))}"
+
+
+def notes(model: nn.Module) -> list[str]:
+    """Lines for `dq.explain`: which kernels attention runs on now, and why not on dq's."""
+    kinds, reasons = Counter(), Counter()
+    for _, module in attention_modules(model):
+        kind, reason = vars(module).get("_dq_attention"), why_not(module, model)
+        if kind and not reason:
+            kinds[kind] += 1
+        else:
+            reasons[reason or "dq's was not attached where the model was when it was quantized or loaded"] += 1
+    inputs = {"bf16": "in bf16 where the inputs are", "int8": "in int8"}
+    lines = [f"attention runs on dq's CPU kernels: {count} modules {inputs[kind]}" for kind, count in kinds.items()]
+    return lines + [f"attention is torch's in {count} modules: {reason}" for reason, count in reasons.items()]
+
+
+def _places(module: nn.Module) -> set[str]:
+    """Types of the devices where a module's parameters are, or where accelerate brings them for a call."""
+    found = set()
+    for part in module.modules():
+        brought = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if brought is not None and part._parameters:
+            found.add("cuda" if isinstance(brought, int) else torch.device(brought).type)
+        else:
+            found |= {parameter.device.type for parameter in part.parameters(recurse=False)}
+    return found

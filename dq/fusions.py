@@ -10,7 +10,6 @@ The linear is still called as a module, so that offloading works, and gives the 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -43,17 +42,9 @@ def detach(model: nn.Module) -> None:
 
 def notes(model: nn.Module) -> list[str]:
     """Lines for `dq.explain`: what is fused, and what is not."""
-    lines = []
-    gelu = sum(takeover.has(module, ROLE) for module in model.modules())
-    if gelu:
-        lines.append(f"GELU runs in the product before it in {gelu} modules")
-    kinds = Counter(attention.attached(model).values())
-    if kinds:
-        each = ", ".join(f"{count} modules in {kind}" for kind, count in kinds.items())
-        lines.append(f"attention on dq's CPU kernels where the inputs allow it (bf16): {each}")
-    elif any(True for _ in attention.attention_modules(model)) and (reason := attention.why_not()):
-        lines.append(f"attention is torch's: {reason}")
-    return lines
+    gelu = sum(takeover.has(module, ROLE) and _has_kernel(_linear_of(module)) for module in model.modules())
+    lines = [f"GELU runs in the product before it in {gelu} modules"] if gelu else []
+    return lines + attention.notes(model)
 
 
 def _linear_of(module: nn.Module) -> PackedLinear | None:
@@ -84,13 +75,18 @@ def _is_activation(module: nn.Module) -> bool:
             vars(linear)["forward"] = hooked
 
 
+def _has_kernel(linear: PackedLinear | None) -> bool:
+    """Whether the kernel of a linear ends in a GELU, and nothing comes between: a stored output has none yet."""
+    return linear is not None and linear.start_in is None and linear.choice is not None and bool(linear.choice.gelu)
+
+
 def _can_fuse(linear: nn.Module, x: torch.Tensor) -> bool:
     """Nothing has come between the module and its packed linear, and the linear's kernel has the epilogue."""
     if not isinstance(linear, PackedLinear) or linear._forward_hooks or linear._forward_pre_hooks:
         return False
     if linear.choice is None or x.device.type != linear._device:
         linear.bind(x.device.type)
-    return linear.choice.gelu is not None and not (torch.is_grad_enabled() and x.requires_grad)
+    return _has_kernel(linear) and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def _activate(module: nn.Module, inner: Callable, *args, **kwargs):

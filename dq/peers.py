@@ -290,7 +290,7 @@ def attended(model: nn.Module, attention: str) -> Iterator[None]:
     """Attention of "torch", or dq's own in "bf16" or "int8", inside the block; "" leaves what the model has."""
     before = set(ours.attached(model).values())
     if attention in ("bf16", "int8") and not ours.attach(model, int8=attention == "int8"):
-        raise RuntimeError(f"no attention of dq's own: {ours.why_not() or 'no module of the model has any'}")
+        raise RuntimeError(f"no attention of dq's own: {ours.why_not(model) or 'no module of the model has any'}")
     if attention == "torch":
         ours.detach(model)
     try:

@@ -23,7 +23,7 @@ ROOMS = (
     ("clock",),
     ("layers", "drafts"),
     ("takeover",),
-    ("attention", "blocks"),
+    ("attention",),
     ("fusions",),
     ("sampler",),
     ("families",),

@@ -145,9 +145,7 @@ def _linear(plan: LayerPlan, gelu: bool = False) -> Callable[[torch.Tensor, Tens
         if fused:
             low, up = F.linear(rows, _matching(t.down, x)), _matching(t.up, x)
         bias = _matching(t.bias, x)
-        y = torch.ops.dq.cpu_linear(
-            rows, codes(t), t.scale, act_scale=t.act_scale, bias=bias, low=low, up=up, **fixed
-        )
+        y = torch.ops.dq.cpu_linear(rows, codes(t), t.scale, act_scale=t.act_scale, bias=bias, low=low, up=up, **fixed)
         y = y.reshape(*x.shape[:-1], outputs)
         return y if t.down is None or fused else y + dense.low_rank(x, t, plan, None)
 
@@ -167,7 +165,7 @@ def _pixelwise(plan: LayerPlan) -> Callable[[torch.Tensor, Tensors], torch.Tenso
 
 def _convolution(plan: LayerPlan, conv: Conv) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
     codes, bits = _codes(plan)
-    fixed = {"weight_bits": bits, "kernel": list(plan.shape[2:])} | _act(plan)
+    fixed = {"weight_bits": bits, "kernel_size": list(plan.shape[2:])} | _act(plan)
     fixed |= {"stride": list(conv.stride), "padding": list(conv.padding), "dilation": list(conv.dilation)}
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:

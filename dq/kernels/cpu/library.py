@@ -6,8 +6,8 @@ asked for:
     none      none of dq's own CPU kernels; every layer they would run says "hidden by DQ_CPU_LEVEL=none"
     avx512    those of AVX512 with VNNI and bf16, where the processor has these: all there are, as without the variable
 
-ATEN_CPU_CAPABILITY=avx2 and ONEDNN_MAX_CPU_ISA=AVX2 do the same to PyTorch; with `none` beside them any machine behaves
-as one that has AVX2 only.
+ATEN_CPU_CAPABILITY=avx2 and ONEDNN_MAX_CPU_ISA=AVX2 do the same to PyTorch; with `none` beside them any machine
+behaves as one that has AVX2 only.
 """
 
 from __future__ import annotations
