@@ -4,8 +4,8 @@ A backend is one module (or package) here that exports
     RANK                            smaller is preferred; `reference` is last and accepts everything
     why_not(op, plan, device, conv) None when it can run the layer on that device type, else the reason in one line
     label(op, plan)                 the name of the kernel, shown by `dq.explain`
-    emulated(op, plan)              optional: whether activations are rounded as a kernel would, but multiplied in floating
-                                    point; a backend without it never does
+    emulated(op, plan)              optional: whether activations are rounded as a kernel would and then multiplied in
+                                    floating point; a backend without it never does that
     build(op, plan, conv)           -> run(x, tensors) -> y; everything constant is resolved here, so that the returned
                                     callable is plain tensor code that `torch.compile` can trace
     build_gelu(plan)                optional: the same for a linear followed by a tanh GELU, None when it has none
@@ -83,32 +83,38 @@ def backends() -> dict[str, ModuleType]:
     return dict(sorted(found.items(), key=lambda item: item[1].RANK))
 
 
-_selected = "auto"
+_selected = "auto"  # of layers whose model has no backend of its own
 
 
 def select(name: str) -> None:
-    """Restrict `choose` to one backend ("auto" lifts it). Raises DQError for unknown names."""
+    """The default that `choose` keeps to ("auto": the best backend). Raises DQError for unknown names."""
     global _selected
-    known = ("auto", *backends())
-    if name not in known:
-        raise DQError(f"backend {name!r} is unknown, {nearest(name, known)}")
-    _selected = name
+    _selected = known(name)
+
+
+def known(name: str) -> str:
+    """The name itself, if it is "auto" or a backend's. Raises DQError for others."""
+    names = ("auto", *backends())
+    if name not in names:
+        raise DQError(f"backend {name!r} is unknown, {nearest(name, names)}")
+    return name
 
 
 def selected() -> str:
-    """The backend `choose` is restricted to, or "auto"."""
+    """The default backend, or "auto"."""
     return _selected
 
 
-def choose(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> Choice:
+def choose(op: str, plan: LayerPlan, device: str, conv: Conv | None = None, backend: str | None = None) -> Choice:
     """The best backend that accepts the layer on a device type ("cpu", "cuda", "meta").
 
-    A selected backend that refuses falls back to `reference`; the refusal stays visible in the choice.
+    backend  the only one to take, "auto" for any; None: the process's default
+    A wanted backend that refuses falls back to `reference`; the refusal stays visible in the choice.
     """
-    refusals = []
+    refusals, wanted = [], backend or _selected
     for name, module in backends().items():
-        if _selected not in ("auto", name) and name != "reference":
-            refusals.append((name, f"backend {_selected!r} was selected with dq.set_backend"))
+        if wanted not in ("auto", name) and name != "reference":
+            refusals.append((name, f"backend {wanted!r} was selected with dq.set_backend"))
             continue
         reason = module.why_not(op, plan, device, conv)
         if reason is None:
