@@ -1,6 +1,6 @@
 """Inpainting: Stable Diffusion's inpainting model fills a hole in a picture.
 
-    python pipelines/inpainting.py [MODEL] [--out DIR]
+    python pipelines/inpainting.py [MODEL] [--out DIR]      MODEL may be pipelines/tiny/tiny-sd
 
 Weights: the U-Net has 0.86 billion parameters, 1.6 GiB in bf16 and 0.5 GiB in 4 bits; its input has nine
 channels: latents, mask and masked picture.
