@@ -6,10 +6,12 @@ import dataclasses
 import importlib
 import json
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -91,11 +93,21 @@ def test_the_api_page_has_every_public_name_from_where_it_lives():
     assert {*dq.__all__} - {"__version__"} <= shown.keys()
 
 
+def test_columns_of_a_docstring_become_a_list(monkeypatch):
+    monkeypatch.setitem(sys.modules, "griffe", SimpleNamespace(Extension=object, Object=object))
+    as_lists = runpy.run_path(DOCS / "docstrings.py")["as_lists"]
+    text = "Does it.\n\none   first,\n      and more\ntwo, three  second\nRaises DQError.\n\n    y = a x  + b"
+    wanted = (
+        "Does it.\n\n\n- `one`: first,\n    and more\n- `two, three`: second\n\nRaises DQError.\n\n    y = a x  + b"
+    )
+    assert as_lists(text) == wanted
+
+
 def test_words_of_the_glossary_stand_in_the_files_it_names():
     rows = cells(section(page("architecture"), "## Glossary"))
     assert len(rows) > 60
     for words, _, place in rows:
-        text = (ROOT / place.strip("`")).read_text()
+        text = place + (ROOT / place.strip("`")).read_text()
         for word in words.replace("`", "").split(", "):
             assert re.search(rf"(?<![a-z]){word}", text, re.IGNORECASE), f"{word!r} is not in {place}"
 

@@ -26,6 +26,7 @@ FENCE = re.compile(
     r"(?:^<!-- not run: *(?P<reason>.*?) *-->\n)?^(?P<ticks>```+)(?P<head>.*)\n(?P<body>(?:.*\n)*?)^(?P=ticks)$",
     re.MULTILINE,
 )
+HEAD = re.compile(r'(?: \{\.)?(\w*)(?: title="(.*)")?\}?')  # ruff formats what begins with "py", so a file is "{.py"
 INCLUDE = re.compile(r'--8<-- "(.+)"\n')
 RUN, SHOWN = ("python", "sh"), ("py", "text", "yaml", "json")
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT / "docs").as_posix())
@@ -45,7 +46,7 @@ def blocks(text: str) -> list[Block]:
     """All fenced blocks of a page, in order."""
     found = []
     for match in FENCE.finditer(text):
-        language, title = re.match(r'(\w*)(?: title="(.*)")?$', match["head"]).groups(default="")
+        language, title = HEAD.fullmatch(match["head"]).groups(default="")
         line = text[: match.start("ticks")].count("\n") + 1
         found.append(Block(line, language, title, match["body"], match["reason"]))
     return found
