@@ -196,13 +196,13 @@ def test_a_model_elsewhere_is_not_attached_and_the_note_says_where_it_is(device)
     model = elsewhere(PIXART, device)
     assert attention.attach(model, int8=True) == [] and not attention.attached(model)
     assert attention.why_not(model) == f"its weights are on {device}"
-    assert attention.notes(model) == [f"attention is torch's in 4 modules: its weights are on {device}"]
+    assert attention.lines(model) == [f"attention is torch's in 4 modules: its weights are on {device}"]
 
 
 @native
 def test_a_model_brought_to_the_cpu_for_each_call_is_attached():
     model = elsewhere(PIXART, "hooked")
-    assert len(attention.attach(model)) == 4 and "4 modules in bf16" in attention.notes(model)[0]
+    assert len(attention.attach(model)) == 4 and "4 modules in bf16" in attention.lines(model)[0]
 
 
 @native
@@ -210,10 +210,10 @@ def test_a_model_that_moves_away_is_not_said_to_run_on_the_cpus_kernels():
     model = zoo.build(PIXART, dtype=torch.bfloat16)
     names = attention.attach(model)
     assert (
-        attention.notes(model) == ["attention runs on dq's CPU kernels: 4 modules in bf16 where the inputs are"]
+        attention.lines(model) == ["attention runs on dq's CPU kernels: 4 modules in bf16 where the inputs are"]
         and len(names) == 4
     )
-    assert attention.notes(model.to("meta")) == ["attention is torch's in 4 modules: its weights are on meta"]
+    assert attention.lines(model.to("meta")) == ["attention is torch's in 4 modules: its weights are on meta"]
 
 
 class Mixing(nn.Module):
@@ -225,7 +225,7 @@ class Mixing(nn.Module):
 
 def test_attention_without_weights_is_where_the_model_is():
     model = nn.Sequential(Mixing(), nn.Linear(4, 4, device="meta"))
-    assert attention.attach(model) == [] and "on meta" in attention.notes(model)[0]
+    assert attention.attach(model) == [] and "on meta" in attention.lines(model)[0]
 
 
 def test_an_unknown_attention_is_refused():
