@@ -31,7 +31,7 @@ from dq import policies
 from dq.files import write_json
 from dq.plan import DQError, nearest
 from dq.records import Store
-from dq.running import Call, Runner, drawing, kept_modes, telling, watching
+from dq.running import Call, Runner, aligned, drawing, kept_modes, modules_of, telling, watching
 
 SKETCH = 256  # numbers that stand for the latents of a call when calls are clustered
 FINGERPRINT = 100_000  # values of each parameter that tell one model from another
@@ -133,7 +133,7 @@ def capture(target, models: Mapping[str, nn.Module], calibration: Calibration, f
         _claim(folder, _identity(target, models, calibration))
     world.wait()
     session = _Session(models, folder, world)
-    with kept_modes(models), torch.no_grad():
+    with kept_modes(models), aligned(modules_of(target)), torch.no_grad():
         if bare:
             _record_loop(session, target, calibration)
         else:

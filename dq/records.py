@@ -48,7 +48,7 @@ class Store:
 
     Leaves: tensors of any dtype, None, bool, int, float, str, torch.dtype, torch.device. Containers: tuple, list, dict
     with str or int keys, NamedTuples, dataclasses and model outputs whose class can be imported. Tensors come back
-    contiguous, without gradient; a tensor object that stands twice in a tree comes back as one object.
+    contiguous, without gradient, in memory of their own; one that stands twice in a tree comes back as one object.
     """
 
     def __init__(self, folder: str | Path):
@@ -311,7 +311,7 @@ def _build(path: str, content: list, tensors: list[torch.Tensor]) -> Any:
 
 
 def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors (mapped privately: changing one leaves the file alone) and metadata of a safetensors file."""
+    """Tensors (mapped from the file) and metadata of a safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -323,5 +323,7 @@ def _restore(flat: torch.Tensor | None, row: dict, path: Path, device) -> torch.
     raw = flat.view(torch.uint8).numpy() if flat is not None and flat.numel() else b""
     if flat is None or f"{zlib.crc32(raw):08x}" != row["crc32"]:
         raise DQError(f"{str(path)!r} is damaged: a tensor has another checksum than when written; {_DAMAGED}")
-    value = flat.view(getattr(torch, row["dtype"])).reshape(row["shape"])
-    return value if device is None or row["cpu"] else value.to(device)
+    # a mapped tensor lies at an odd address, where matrix libraries sum in another order: what was read back, or taken
+    # from another process, must give the same bits as what never left memory
+    place = flat.device if device is None or row["cpu"] else device
+    return flat.to(place, copy=True).view(getattr(torch, row["dtype"])).reshape(row["shape"])

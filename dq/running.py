@@ -10,7 +10,7 @@ import copy
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ from dq.units import tensors_in
 
 if TYPE_CHECKING:
     from dq.calibration import Calibration
+
+ALIGNMENT = 64  # bytes; torch's own allocations begin at multiples of it
 
 
 @dataclass
@@ -226,6 +228,43 @@ def kept_modes(models: Mapping[str, nn.Module]) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def modules_of(target) -> list[nn.Module]:
+    """Every module that runs when a target does: the parts of a pipeline, or the one bare model."""
+    if isinstance(target, nn.Module):
+        return [target]
+    return [part for part in target.components.values() if isinstance(part, nn.Module)]
+
+
+def align(modules: Iterable[nn.Module]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Copy weights that lie at odd addresses in memory into memory of torch's own; -> (weight, what it held before).
+
+    Weights mapped from a file begin wherever its header ends, others begin at multiples of ALIGNMENT. Matrix libraries
+    sum in another order for each, so that the same model would give other bits by the way it came into memory.
+    """
+    weights = [value for module in modules for value in (*module.parameters(), *module.buffers())]
+    moved = [(value, value.data) for value in weights if _is_odd(value)]
+    for value, before in moved:
+        value.data = before.clone()
+    return moved
+
+
+def _is_odd(value: torch.Tensor) -> bool:
+    plain = value.device.type == "cpu" and value.layout is torch.strided and type(value.data) is torch.Tensor
+    return plain and value.data_ptr() % ALIGNMENT > 0
+
+
+@contextlib.contextmanager
+def aligned(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, weights as `align` puts them; afterwards where they were, except what has gone to another device."""
+    moved = align(modules)
+    try:
+        yield
+    finally:
+        for value, before in moved:
+            if value.device == before.device:
+                value.data = before
 
 
 @contextlib.contextmanager

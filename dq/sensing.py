@@ -27,7 +27,7 @@ from dq.fit.sensitivity import Errors, Judge
 from dq.layers import parameter_bytes
 from dq.plan import Plan, Recipe, read_json
 from dq.records import Store
-from dq.running import Runner, kept_modes
+from dq.running import Runner, aligned, kept_modes, modules_of
 from dq.search import Part, Search
 
 CALLS = 24  # single calls walked forward and back
@@ -77,7 +77,7 @@ def find(subject: Subject, folder: Path, wish: Wish, progress: bool = True) -> S
     """Measure every denoiser's layers on the calls below `folder`. The first process measures, the others read."""
     state, path = PartialState(cpu=not torch.cuda.is_available()), folder / "search.json"
     if state.is_main_process:
-        with kept_modes(subject.models):
+        with kept_modes(subject.models), aligned(modules_of(subject.target)):
             write_json(path, _measured(subject, folder, wish, progress).to_dict())
     state.wait_for_everyone()
     return Search.from_dict(read_json(path))

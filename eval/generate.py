@@ -24,7 +24,7 @@ from tqdm import tqdm
 import dq
 from dq import api, recipes, saved
 from dq.plan import DQError, nearest
-from dq.running import drawing
+from dq.running import align, drawing, modules_of
 from eval import prompts, timing
 from eval.metrics import trajectory_error
 from eval.runs import Item, Run, write
@@ -167,7 +167,8 @@ def load(path: str, dtype: str, device: torch.device):
     if not hasattr(pipe, "components"):
         raise DQError(f"{path!r} holds a {type(pipe).__name__} alone, expected a pipeline to draw with")
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    align(modules_of(pipe.to(device)))  # `to` copies weights in some processes and leaves them mapped in others
+    return pipe
 
 
 def call(pipe, suite: Suite, pipeline: Pipeline, batch: Sequence[Item], steps: int | None = None) -> list:

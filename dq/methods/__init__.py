@@ -32,6 +32,7 @@ from dq.fit.smooth import sample
 from dq.layers import PACKED
 from dq.plan import LayerPlan, Plan, Recipe
 from dq.records import Store
+from dq.running import aligned
 from dq.seen import Seen, Unit
 from dq.trace import Trace
 from dq.units import tensors_in
@@ -99,24 +100,31 @@ def walk(trace: Trace, recipe: Recipe, dtype: torch.dtype, progress: bool = True
 
     dtype  compute dtype of the packed layers
     """
-    method, fitted, state = files()[recipe.method], Fitted(), PartialState()
+    fitted, state = Fitted(), PartialState()
     bar = tqdm(trace.units, desc=f"fit {recipe.name}", disable=not (progress and state.is_main_process), delay=2)
-    for index, unit in enumerate(bar):
-        if not unit.layers:
-            if index >= trace.finished:
-                trace.skip(unit)
-            continue
-        if index >= trace.finished and trace.load_unit(index) is None:
-            _fit_unit(trace, index, method, recipe.options, dtype, fitted.seconds)
-        tensors, note = trace.load_unit(index)
-        packed = _unpacked(unit, tensors, note, dtype)
-        fitted.packed |= packed
-        fitted.error_db |= note["error_db"]
-        fitted.tried += note["tried"]
-        if index >= trace.finished:
-            with _Timed(fitted.seconds, "quantized replay"):
-                trace.advance(unit, packed if method.NEEDS.hat else {})  # without that stream nothing propagates
+    with aligned([trace.model]):
+        for index, unit in enumerate(bar):
+            _step(trace, index, unit, recipe, dtype, fitted)
     return fitted
+
+
+def _step(trace: Trace, index: int, unit: Unit, recipe: Recipe, dtype: torch.dtype, fitted: Fitted) -> None:
+    """Fit one unit, or take up what an earlier walk made of it, and lead the streams past it."""
+    method = files()[recipe.method]
+    if not unit.layers:
+        if index >= trace.finished:
+            trace.skip(unit)
+        return
+    if index >= trace.finished and trace.load_unit(index) is None:
+        _fit_unit(trace, index, method, recipe.options, dtype, fitted.seconds)
+    tensors, note = trace.load_unit(index)
+    packed = _unpacked(unit, tensors, note, dtype)
+    fitted.packed |= packed
+    fitted.error_db |= note["error_db"]
+    fitted.tried += note["tried"]
+    if index >= trace.finished:
+        with _Timed(fitted.seconds, "quantized replay"):
+            trace.advance(unit, packed if method.NEEDS.hat else {})  # without that stream nothing propagates
 
 
 def _fit_unit(
