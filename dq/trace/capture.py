@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from dq.disk import write_json
 from dq.errors import DQError
+from dq.layers.memory import aligned
 from dq.trace import policies
 from dq.trace.calibration import Calibration
 from dq.trace.records import Store
-from dq.trace.running import Call, Runner, drawing, kept_modes, telling, watching
+from dq.trace.running import Call, Runner, drawing, kept_modes, modules_of, telling, watching
 
 SKETCH = 256  # numbers that stand for the latents of a call when calls are clustered
 
@@ -57,7 +58,7 @@ def capture(target, models: Mapping[str, nn.Module], calibration: Calibration, f
         _claim(folder, _identity(target, models, calibration))
     world.wait()
     session = _Session(models, folder, world)
-    with kept_modes(models), torch.no_grad():
+    with kept_modes(models), aligned(modules_of(target)), torch.no_grad():
         if bare:
             _record_loop(session, target, calibration)
         else:

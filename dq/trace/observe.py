@@ -20,6 +20,7 @@ from torch import nn
 
 from dq.errors import DQError
 from dq.layers import geometry
+from dq.trace.records import storable
 from dq.trace.seen import LayerSeen, Needs, Unit
 
 GRAM_ROWS = 8192  # rows that go into second moments; twice the columns where that is more
@@ -61,6 +62,7 @@ class CallInfo:
             first = last
 
 
+@storable("sums")
 @dataclass
 class Sums:
     """Statistics of one layer over some calls: fields as in LayerSeen, samples by call, moments not yet divided."""

@@ -54,11 +54,7 @@ class Replay:
         self._store.write(entry(stream, index, call), map_tree(output, Laid.of))
 
     def _get(self, stream: str, index: int, call: int) -> Any:
-        return map_tree(self._read(entry(stream, index, call)), Laid.restored, Laid)
-
-    def _read(self, key: str) -> Any:
-        """A stored tree in memory that is aligned like any other: kernels round differently at odd addresses."""
-        return map_tree(self._store.read(key, self._home), torch.clone)
+        return map_tree(self._store.read(entry(stream, index, call), self._home), Laid.restored, Laid)
 
     def _inputs(self, index: int, stream: str) -> Iterator[tuple[int, tuple[tuple, dict]]]:
         for call in range(len(self._calls)):
@@ -69,7 +65,7 @@ class Replay:
     @torch.no_grad()
     def _reach(self, index: int, stream: str, call: int, visit: Callable | None) -> Any:
         """visit(args, kwargs) of unit `index` in one call; the model's output if `index` is past the last unit."""
-        tree = self._read(self._calls[call])
+        tree = self._store.read(self._calls[call], self._home)
         feeds = self._layout.feeds[index] if index < len(self.units) else self._layout.ends
 
         def stop(*args, **kwargs):

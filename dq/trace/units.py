@@ -19,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dq.families import Family
 from dq.layers import kind_of
 from dq.plan import Plan
+from dq.trace.records import storable
 from dq.trace.seen import Unit
 
 
+@storable("hollow")
 class Hollow(NamedTuple):
     """What a tensor looked like."""
 
@@ -37,6 +39,7 @@ class Hollow(NamedTuple):
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
+@storable("laid")
 class Laid(NamedTuple):
     """A tensor whose dimensions lie in another order in memory, turned to lie in line: sums must run as they did."""
 

@@ -124,7 +124,7 @@ def test_two_processes_give_what_one_gives(work, given, whole, tmp_path):
         process.join(120)
     assert [process.exitcode for process in work] == [0, 0]
     one, two = whole[name], Run(tmp_path / "two")
-    assert found(two.folder, "images") == found(one.folder, "images")
+    assert found(two.folder, "images", "models") == found(one.folder, "images", "models")
     (pipeline,) = one.pipelines
     for entry in one.entries(pipeline):
         ours, theirs = (run.figures(pipeline, entry) | {"seconds": 0, "notes": 0} for run in (two, one))

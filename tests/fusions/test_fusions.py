@@ -18,7 +18,7 @@ from dq.errors import DQError
 from dq.fusions import attention, takeover
 from dq.host import mark
 from dq.kernels.cpu import library
-from dq.model import _page_out
+from dq.layers.memory import page_out
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 from tests import zoo
 
@@ -241,7 +241,7 @@ def test_pages_of_a_mapped_file_can_be_given_back(tmp_path):
 
     save_file({"odd": torch.ones(3, dtype=torch.int8), "weight": torch.arange(100_000)}, tmp_path / "a.safetensors")
     weight = load_file(tmp_path / "a.safetensors")["weight"]
-    _page_out(weight)
+    page_out(weight)
     assert torch.equal(weight, torch.arange(100_000))  # read again from the file
 
 

@@ -92,7 +92,7 @@ def live(trace):
             return lambda module, args, output: found.__setitem__(name, map_tree(output, torch.clone))
 
         hooks = [unit.module.register_forward_hook(keep(unit.name)) for unit in trace.units]
-        tree = trace._read(key)
+        tree = trace._store.read(key)
         ends.append(trace.model(*tree["args"], **tree["kwargs"]))
         outputs.append(found)
         for hook in hooks:
@@ -140,7 +140,7 @@ def test_units_run_on_what_the_quantized_units_before_give(tmp_path):
                 put(model, name, layer)
     with torch.no_grad():
         for key, end in zip(trace._calls, trace.outputs("hat"), strict=True):
-            assert same(model(**trace._read(key)["kwargs"]), end)
+            assert same(model(**trace._store.read(key)["kwargs"]), end)
     full, hat = next(trace.outputs("full")), next(trace.outputs("hat"))
     assert not same(full, hat)
 
