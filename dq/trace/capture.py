@@ -208,10 +208,15 @@ def _identity(target, models: Mapping[str, nn.Module], calibration: Calibration)
     if calibration.forward_loop is not None:
         return found | {"forward_loop": getattr(calibration.forward_loop, "__qualname__", "callable")}
     parts = {name: part for name, part in target.components.items() if isinstance(part, SchedulerMixin)}
-    schedulers = {name: f"{type(part).__name__} {_crc(dict(part.config))}" for name, part in parts.items()}
+    schedulers = {name: f"{type(part).__name__} {_crc(_settings(part))}" for name, part in parts.items()}
     names = {name: getattr(calibration, name) for name in ("steps", "samples", "policy")}
     values = {"prompts": _crc(calibration.texts()), "call_kwargs": _crc(dict(calibration.call_kwargs))}
     return found | names | values | {"schedulers": schedulers}
+
+
+def _settings(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """A scheduler's settings without diffusers' own notes, some of which stand in another order in each process."""
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
 
 
 def _weights(model: nn.Module) -> str:
