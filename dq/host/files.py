@@ -160,7 +160,9 @@ def headers(paths: list[str | Path]) -> tuple[set[str], dict[str, str]]:
         try:
             sums |= json.loads(metadata.get(CHECKSUMS, "{}"))
         except (ValueError, TypeError):
-            raise DQError(f"weights file {str(path)!r} is damaged: {CHECKSUMS} is no JSON object; copy it again") from None
+            raise DQError(
+                f"weights file {str(path)!r} is damaged: {CHECKSUMS} is no JSON object; copy it again"
+            ) from None
     return names, sums
 
 

@@ -92,7 +92,9 @@ def _plan(folder: Path, checked: bool) -> Plan | None:
     except ValueError:
         plan = None
     if not isinstance(plan, dict):
-        raise DQError(f"{str(folder / MODEL)!r} has no plan in its quantization_config; save or download the model again")
+        raise DQError(
+            f"{str(folder / MODEL)!r} has no plan in its quantization_config; save or download the model again"
+        )
     return Plan.from_dict(plan, checked)
 
 
