@@ -24,6 +24,7 @@ from eval.runs import Run
 from eval.score import score
 from eval.suite import Suite
 from pipelines import tiny
+from tests.lines import told_by
 
 PICTURES = {
     "name": "pictures",
@@ -298,7 +299,7 @@ def told(monkeypatch, capsys, *words):
     monkeypatch.setattr(sys, "argv", ["eval", *map(str, words)])
     with pytest.raises(SystemExit) as left:
         command.main()
-    return left.value.code, capsys.readouterr().err.strip()
+    return left.value.code, told_by("eval", capsys.readouterr().err)
 
 
 def test_the_command_line_leaves_with_2_and_one_line_for_wrong_use(monkeypatch, capsys, tmp_path):
