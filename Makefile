@@ -1,12 +1,13 @@
 # make demo   a trained pipeline, quantized, saved, reloaded and compared: out/demo.png and a table
 # make eval   pipelines x recipes, metrics and a report: out/eval/tiny/report.html      make app   the page of the demo
 # make test   install and run all tests      make lint   style      make table   README's results from eval/results
+# make docs   the pages: out/site/index.html
 PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.installed .venv/.native
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint table eval app
+.PHONY: demo test lint table eval app docs
 
 demo: $(READY)
 	$(PY) -m pipelines.first_pictures
@@ -29,12 +30,19 @@ app: $(READY)
 table: $(READY)
 	$(PY) -m eval.experiments.tables --write
 
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 # torch alone comes first, pinned, so that pip settles on the build its configuration offers before anything needs it
 .venv/.installed: pyproject.toml constraints.txt hatch_build.py
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "dq needs Python 3.11 or newer; make PYTHON=python3.12 " + "names another one")'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q -c constraints.txt torch
 	$(PY) -m pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+.venv/.docs: .venv/.installed
+	$(PY) -m pip install -q -c constraints.txt -e ".[docs]"
 	@touch $@
 
 # after a change to the sources; without a compiler dq runs on torch's own ops
