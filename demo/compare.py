@@ -109,7 +109,7 @@ def kernel_table(report) -> pd.DataFrame:
     groups: dict[tuple, list[str]] = {}
     for row in report.layers:
         refusals = "; ".join(f"{backend}: {reason}" for backend, reason in row.why_not)
-        kernel = row.kernel.partition(": ")[2] or row.kernel or "torch, full precision"
+        kernel = row.kernel or "torch, full precision"
         key = (row.weight is None, row.weight or "kept", row.act or "", kernel, refusals or row.reason)
         groups.setdefault(key, []).append(row.name)
     ordered = sorted(groups.items(), key=lambda item: (item[0][0], -len(item[1])))

@@ -183,7 +183,7 @@ def result(folder: Path) -> tuple[str, str, str, pd.DataFrame]:
             row["rank"] or "",
             round(row["bytes"] / 1024, 1),
             "" if row["error_db"] is None else round(row["error_db"], 1),
-            row["kernel"].partition(": ")[2],
+            row["kernel"],
         ]
         for row in report["layers"]
     ]

@@ -58,12 +58,14 @@ def quantize(
     keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
     plans = _plan_all(models, keep)
     before = parameter_bytes(*(model for model, _ in models.values()))
-    packed, errors, notes = {}, {}, []
+    packed, errors, notes, candidates = {}, {}, [], None
     if calibration is not None or budget is not None:
         from dq import stages
 
         mine = {part: entry[0] for part, entry in models.items() if entry[1] is wanted}
-        packed, errors, notes = stages.Stages(target, mine, plans, wanted, calibration, budget, progress).done()
+        work = stages.Stages(target, mine, plans, wanted, calibration, budget, progress)
+        packed, errors, notes = work.done()
+        candidates = work.candidates
     for part, (model, _) in models.items():
         if part not in packed:
             packed[part], errors[part] = _pack_all(part, model, plans[part], progress)
@@ -77,7 +79,8 @@ def quantize(
     after = parameter_bytes(*(model for model, _ in models.values()))
     name = getattr(wanted, "name", None) or getattr(wanted, "recipe", "")
     notes += _step_notes(plans)
-    return Report(explaining.with_kernels(rows, models), before, after, time.perf_counter() - start, name, notes=notes)
+    seconds = time.perf_counter() - start
+    return Report(explaining.with_kernels(rows, models), before, after, seconds, name, notes, candidates)
 
 
 def explore(target, recipe: str | Recipe, calibration=None, *, wish=None, keep=(), progress: bool = True):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from dq.kernels import Choice
 from dq.layers import PackedStack, kind_of, packed_layers, parameter_bytes
 from dq.plan import LayerPlan, Plan
 from dq.report import Row
@@ -61,11 +63,16 @@ def _with_kernel(row: Row, layer: nn.Module | None) -> Row:
     if layer is None:
         return row
     if isinstance(layer, PackedStack):
-        return Row(**{**vars(row), "kernel": f"decode {layer.plan.weight.format} when used"})
+        return replace(row, backend="decode", kernel=f"decode {layer.plan.weight.format} when used")
     if layer.choice is None:
         layer.bind(layer.weight.device.type)
-    choice = layer.choice
-    return Row(**{**vars(row), "kernel": f"{choice.backend}: {choice.label}", "why_not": choice.refusals})
+    return served(row, layer.choice)
+
+
+def served(row: Row, choice: Choice) -> Row:
+    """A row with the kernel that was chosen for its layer."""
+    facts = {"backend": choice.backend, "kernel": choice.label, "emulated": choice.emulated}
+    return replace(row, **facts, why_not=choice.refusals)
 
 
 def dense_bytes(model: nn.Module) -> int:

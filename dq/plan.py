@@ -22,6 +22,7 @@ from dq.errors import DQError, nearest
 PLAN_VERSION = 1
 ATTENTION = ("", "int8")
 SCALES = ("dynamic", "static", "table")
+ROLES = ("time", "edge", "block")
 KINDS = ("linear", "conv1d", "conv2d", "conv3d", "stack")
 
 
@@ -77,6 +78,8 @@ class LayerPlan:
     rank    columns of the low-rank branch y += up @ (down @ x)
     splits  input channels at which the input is cut; each part has its own activation and weight scales
     steps   rows of the activation scale table (1 unless act.scale is "table")
+    role    where the layer stands: "time" (sees one token per sample: modulation, projections of the timestep), "edge"
+            (embedder or final layer) or "block"
     start   the output for one first token that comes again in every call (a text's start token) is stored, exact
     """
 
@@ -90,6 +93,7 @@ class LayerPlan:
     splits: tuple[int, ...] = ()
     steps: int = 1
     start: bool = False
+    role: str = "block"
     reason: str = ""
 
     @property
@@ -128,6 +132,8 @@ class LayerPlan:
         """Raise DQError, naming the layer, when the fields contradict each other."""
         if self.kind not in KINDS:
             raise DQError(f"layer {name!r}: kind is {self.kind!r}, {nearest(self.kind, KINDS)}")
+        if self.role not in ROLES:
+            raise DQError(f"layer {name!r}: role is {self.role!r}, {nearest(self.role, ROLES)}")
         inside = all(0 < split < self.shape[1] for split in self.splits)
         if not inside or list(self.splits) != sorted(set(self.splits)):
             raise DQError(f"layer {name!r}: splits {self.splits} must rise strictly inside its {self.shape[1]} inputs")

@@ -126,8 +126,9 @@ def _keep_edges(weights: dict[str, _Weight], roles: dict[str, str]) -> dict[str,
 def _layer_plan(recipe: Recipe, role: str, weight: _Weight) -> LayerPlan | str:
     """The LayerPlan of one layer, or the reason why it stays in full precision."""
 
-    def only(text: str, reason: str) -> LayerPlan:
-        return LayerPlan(weight.kind, weight.shape, TensorPlan.parse(text), reason=f"{reason}: weight-only")
+    def only(text: str, reason: str, stands: str = "block") -> LayerPlan:
+        form = TensorPlan.parse(text)
+        return LayerPlan(weight.kind, weight.shape, form, role=stands, reason=f"{reason}: weight-only")
 
     if weight.groups > 1:
         return only(recipe.edge, "grouped convolution")
@@ -136,9 +137,9 @@ def _layer_plan(recipe: Recipe, role: str, weight: _Weight) -> LayerPlan | str:
     if weight.kind == "stack":
         return only(recipe.linear[0], "stacked experts")
     if role == "modulation" and weight.kind == "linear":
-        return only(recipe.modulation, "one token per sample")
+        return only(recipe.modulation, "one token per sample", "time")
     if role == "edge":
-        return only(recipe.edge, "large embedder or final layer")
+        return only(recipe.edge, "large embedder or final layer", "edge")
     form, act = recipe.linear if weight.kind == "linear" else recipe.conv
     if role == "weight_only" and act:
         return only(form, "sensitive activations, named by the family")

@@ -16,6 +16,9 @@ class Row:
     act       format and granularity of the activations, None when they stay in the compute dtype
     bytes     stored parameters
     error_db  SQNR of the rounded weight in dB, None when not measured
+    backend   what runs the layer: a kernel backend's name, "" for a layer kept in full precision
+    kernel    the backend's name for its kernel
+    emulated  the kernel rounds activations but multiplies in floating point: its time is not the format's
     why_not   (backend, reason) of every preferred kernel that refused
     """
 
@@ -27,13 +30,18 @@ class Row:
     bytes: int
     error_db: float | None
     reason: str
+    backend: str = ""
     kernel: str = ""
+    emulated: bool = False
     why_not: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
 class Report:
-    """Rows of a quantized model or pipeline, with its parameter bytes before and after and the seconds it took."""
+    """Rows of a quantized model or pipeline, with its parameter bytes before and after and the seconds it took.
+
+    candidates   mean number of candidates that a method tried for a layer, None where nothing was fitted
+    """
 
     layers: list[Row]
     bytes_before: int
@@ -41,6 +49,7 @@ class Report:
     seconds: float = 0.0
     recipe: str = ""
     notes: list[str] = field(default_factory=list)
+    candidates: float | None = None
 
     def to_json(self) -> str:
         """The whole report as a JSON object; an infinite error_db (an exact weight) becomes null."""
@@ -61,7 +70,7 @@ class Report:
             act = f" x {row.act}" if row.act else ""
             rank = f" + rank {row.rank}" if row.rank else ""
             parts = [f"  {name}" + (f" ({count} layers)" if count > 1 else ""), f"{row.weight or 'kept'}{act}{rank}"]
-            parts += [row.kernel] if row.kernel else []
+            parts += [f"{row.backend}: {row.kernel}"] if row.kernel else []
             parts += [f"{decibels:.1f} dB"] if decibels is not None else []
             parts += [row.reason] if row.reason else []
             parts += [f"not {backend}: {reason}" for backend, reason in row.why_not]
@@ -73,7 +82,9 @@ class Report:
         groups: dict[tuple, list[Row]] = {}
         for row in self.layers:
             shape = re.sub(r"\d+", "#", row.name)
-            groups.setdefault((shape, row.weight, row.act, row.rank, row.kernel, row.reason), []).append(row)
+            groups.setdefault((shape, row.weight, row.act, row.rank, row.backend, row.kernel, row.reason), []).append(
+                row
+            )
         for rows in groups.values():
             measured = [row.error_db for row in rows if row.error_db is not None]
             yield _span([row.name for row in rows]), len(rows), rows[0], min(measured, default=None)

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class Stages:
     calibration: Calibration | None
     budget: Budget | None
     progress: bool
+    candidates: float | None = field(default=None, init=False)  # tried a layer by a method, on average
 
     def done(self) -> tuple[dict, dict, list[str]]:
         """-> packed layers and errors by part, notes for the report."""
@@ -91,7 +92,7 @@ class Stages:
         return [*notes, f"sensitivity and cost measured in {time.perf_counter() - begun:.0f} s"]
 
     def _fitted(self, folder: Path) -> tuple[dict, dict, list[str]]:
-        packed, errors, notes = {}, {}, []
+        packed, errors, notes, tried = {}, {}, [], 0
         recipe = self.recipe if self.budget is None else methods.for_budget(self.recipe)
         identity = json.dumps([version("dq-diffusion"), recipe.to_dict()], sort_keys=True)
         method = methods.files()[recipe.method]
@@ -103,4 +104,6 @@ class Stages:
             self.plans[part] = walk.finish(model, self.plans[part], trace, fitted)
             packed[part], errors[part] = fitted.packed, fitted.error_db
             notes += fitted.notes(trace)
+            tried += fitted.tried
+        self.candidates = tried / max(sum(map(len, errors.values())), 1)
         return packed, errors, notes

@@ -132,7 +132,7 @@ def _rows(a: Run, b: Run, pair: tuple[tuple[str, str], tuple[str, str]]) -> list
         if None not in (mine[name].get("value"), theirs.get(name, {}).get("value"))
     ]
     costs = a.figures(*pair[0]), b.figures(*pair[1])
-    emulated = any("emulated" in kernel for cost in costs for kernel in cost.get("kernels") or {})
+    emulated = any(cost.get("emulated") for cost in costs)
     for name, unit in COSTS.items():
         values = [cost.get(name) for cost in costs]
         if None not in values and not (emulated and name == "ms_per_step"):  # that time would not be of the format

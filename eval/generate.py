@@ -207,9 +207,11 @@ def contents(pipe) -> dict[str, Any]:
     except DQError:  # nothing is quantized
         layers = [layer for model in models for layer in model.modules() if isinstance(layer, LAYERS)]
         names = Counter(f"torch {type(layer).__name__}" for layer in layers)
-        return {"kernels": dict(sorted(names.items())), "bytes": size, "full_bytes": size}
-    names = Counter(row.kernel.partition(": ")[2] or row.kernel for row in report.layers if row.weight is not None)
-    return {"kernels": dict(sorted(names.items())), "bytes": report.bytes_after, "full_bytes": report.bytes_before}
+        return {"kernels": dict(sorted(names.items())), "emulated": False, "bytes": size, "full_bytes": size}
+    names = Counter(row.kernel for row in report.layers if row.weight is not None)
+    emulated = any(row.emulated for row in report.layers)
+    sizes = {"bytes": report.bytes_after, "full_bytes": report.bytes_before}
+    return {"kernels": dict(sorted(names.items())), "emulated": emulated, **sizes}
 
 
 def _save(pipe, report: dq.Report, folder: Path) -> None:

@@ -51,7 +51,7 @@ def _entry(run: Run, pipeline: str, entry: str) -> dict[str, Any]:
         "unfinished": f"{drawn} of {len(run.items)} pictures drawn; run the suite again" if waits else None,
         "drawn": drawn,
         "figures": {key: _finite(value) for key, value in given.items() if key != "missing"},
-        "emulated": any("emulated" in kernel for kernel in given.get("kernels") or {}),
+        "emulated": bool(given.get("emulated")),
         "scores": {name: {key: _finite(score[key]) for key in keep if key in score} for name, score in scores.items()},
         "worst": None if entry == FULL else _worst(run, scores),
     }

@@ -135,7 +135,7 @@ def right(images: torch.Tensor, scenes) -> float:
 
 def kernels(report: dq.Report) -> str:
     """Which kernels serve how many layers, most used first; layers left alone last."""
-    names = [row.kernel.partition(": ")[2] or row.kernel for row in report.layers if row.weight is not None]
+    names = [row.kernel for row in report.layers if row.weight is not None]
     lines = [f"{name} ({names.count(name)})" for name in sorted(set(names), key=names.count, reverse=True)]
     kept = sum(row.weight is None for row in report.layers)
     return "\n".join([*lines, f"kept in full precision ({kept})"])

@@ -28,9 +28,6 @@ from dq.timing import in_turn, wait
 SHAPES = ((256, 384, 384), (1024, 1152, 1152), (1024, 1152, 4608), (4096, 1536, 1536), (4096, 3072, 3072))
 
 
-OURS = "cpu_attention"  # the op of dq.kernels.cpu.attention; its last argument tells bytes from bf16
-
-
 @dataclass(frozen=True)
 class Timing:
     """One row. full_ms, quantized_ms: medians per call; dtype: of the full-precision layer and of all activations.
@@ -45,6 +42,7 @@ class Timing:
     full_ms: float
     quantized_ms: float
     rounds: int
+    emulated: bool = False
     lines: tuple[roofline.Line, ...] = ()
 
     @property
@@ -68,7 +66,7 @@ def linears(recipe: str, device: str, dtype: torch.dtype = torch.bfloat16, secon
         what = f"linear {count} x {inputs} -> {outputs}"
         timing = _timing(what, full, packed, lambda layer, x=x: layer(x), seconds, packed.choice.label)
         line = roofline.Line(timing.kernel, 1, timing.quantized_ms, layer_work(packed, x, packed(x)))
-        rows.append(replace(timing, lines=(line,)))
+        rows.append(replace(timing, emulated=packed.choice.emulated, lines=(line,)))
     return rows
 
 
@@ -88,15 +86,17 @@ def denoiser(pipe, name: str, prompt: str = "a red circle", seconds: float = 5.0
     full = copy.deepcopy(quantized)
     dequantize(full)
     inputs = recorded_inputs(pipe, name, prompt, **call)
-    labels = dict.fromkeys(layer.choice.label for layer in found.values() if getattr(layer, "choice", None))
+    choices = [layer.choice for layer in found.values() if getattr(layer, "choice", None)]
+    labels = dict.fromkeys(choice.label for choice in choices)
     run = lambda model: model(*inputs[0], **inputs[1])  # noqa: E731
     timing = _timing(f"{type(quantized).__name__} step", full, quantized, run, seconds, ", ".join(labels))
-    return replace(timing, lines=tuple(kernel_lines(quantized, lambda: run(quantized))))
+    lines = tuple(kernel_lines(quantized, lambda: run(quantized)))
+    return replace(timing, emulated=any(choice.emulated for choice in choices), lines=lines)
 
 
 def layer_work(layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> roofline.Work:
     """What one call of a packed linear or convolution has to move and compute."""
-    unit = roofline.unit_of(layer.plan, layer.choice.label, x.dtype)
+    unit = roofline.unit_of(layer.plan, layer.choice.emulated, x.dtype)
     width, bias = x.element_size(), layer.bias is not None
     if layer.op == "linear":
         return roofline.linear(layer.plan, x.numel() // layer.plan.columns, unit, width, bias)
@@ -139,7 +139,7 @@ class _Kernels(TorchFunctionMode):
         super().__exit__(*error)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        ours = OURS in str(function)
+        ours = function is torch.ops.dq.cpu_attention  # its last argument tells bytes from bf16
         if not ours and function is not F.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
         self._before()

@@ -177,9 +177,8 @@ class Runner:
             if why := _missing(contender):
                 return {"skipped": why}
             model = self._quantized(contender.scheme)
-            emulated = [text for text in _labels(model) if "emulated" in text]
-            if emulated:
-                return {"skipped": f"emulated here, which no table of speeds shows: {emulated[0]}"}
+            if emulated := _emulated(model):
+                return {"skipped": f"emulated here, which no table of speeds shows: {emulated}"}
             call = self._call(torch.compile(model, dynamic=False) if contender.compiled else model)
             self.runs[contender.name] = call
             self.around[contender.name] = functools.partial(attended, model, contender.attention)
@@ -326,6 +325,14 @@ def _labels(model: nn.Module) -> list[str]:
         if layer.plan.act is not None:
             counts[layer.choice.label] += 1
     return [label for label, _ in counts.most_common()]
+
+
+def _emulated(model: nn.Module) -> str | None:
+    """The first kernel that only emulates what its layer's plan asks for."""
+    found = layers.packed_layers(model).values()
+    return next(
+        (layer.choice.label for layer in found if getattr(layer, "choice", None) and layer.choice.emulated), None
+    )
 
 
 def _products(run: Callable) -> str:

@@ -106,9 +106,9 @@ def dense(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> Work:
     return Work(moved, 2 * rows * inputs * outputs, NAMES.get(dtype, str(dtype)))
 
 
-def unit_of(plan: LayerPlan, label: str, dtype: torch.dtype) -> str:
-    """The matrix unit a packed layer's kernel runs on, by its plan and label."""
-    if plan.act is None or "emulated" in label:
+def unit_of(plan: LayerPlan, emulated: bool, dtype: torch.dtype) -> str:
+    """The matrix unit a packed layer's kernel runs on, by its plan and whether activations are only emulated."""
+    if plan.act is None or emulated:
         return NAMES.get(dtype, str(dtype))
     return "int8" if isinstance(plan.act.spec, Integer) else plan.act.format
 

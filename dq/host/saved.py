@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from dq import kernels
 from dq.errors import DQError
+from dq.explaining import served
 from dq.kernels import Conv
 from dq.plan import LayerPlan, Plan, read_json
 from dq.report import Report, Row
@@ -138,14 +140,12 @@ def _own(name: str, tensors: dict) -> dict[str, tuple[tuple[int, ...], int]]:
 def _row(part: str, name: str, plan: LayerPlan, own: dict, device: str) -> Row:
     full, act = f"{part}.{name}" if part else name, str(plan.act) if plan.act else None
     size = sum(size for _, size in own.values())
+    found = Row(full, plan.kind, str(plan.weight), act, plan.rank, size, None, plan.reason)
     if plan.kind == "stack":
-        kernel, why_not = f"decode {plan.weight.format} when used", ()
-    else:
-        space = len(plan.shape) - 2
-        conv = Conv((1,) * space, (0,) * space, (1,) * space, 1) if plan.kind != "linear" else None
-        choice = kernels.choose("conv" if conv else "linear", plan, device, conv)
-        kernel, why_not = f"{choice.backend}: {choice.label}", choice.refusals
-    return Row(full, plan.kind, str(plan.weight), act, plan.rank, size, None, plan.reason, kernel, why_not)
+        return replace(found, backend="decode", kernel=f"decode {plan.weight.format} when used")
+    space = len(plan.shape) - 2
+    conv = Conv((1,) * space, (0,) * space, (1,) * space, 1) if plan.kind != "linear" else None
+    return served(found, kernels.choose("conv" if conv else "linear", plan, device, conv))
 
 
 def _kept(part: str, name: str, reason: str, own: dict) -> Row:

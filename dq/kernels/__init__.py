@@ -4,6 +4,8 @@ A backend is one module (or package) here that exports
     RANK                            smaller is preferred; `reference` is last and accepts everything
     why_not(op, plan, device, conv) None when it can run the layer on that device type, else the reason in one line
     label(op, plan)                 the name of the kernel, shown by `dq.explain`
+    emulated(op, plan)              optional: whether activations are rounded as a kernel would, but multiplied in floating
+                                    point; a backend without it never does
     build(op, plan, conv)           -> run(x, tensors) -> y; everything constant is resolved here, so that the returned
                                     callable is plain tensor code that `torch.compile` can trace
     build_gelu(plan)                optional: the same for a linear followed by a tanh GELU, None when it has none
@@ -59,10 +61,16 @@ class Conv(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel of one layer. refusals: (backend, reason) of each preferred backend that said no; gelu: see above."""
+    """The kernel of one layer.
+
+    emulated   the arithmetic is not the format's own: no time of it says anything about the format
+    refusals   (backend, reason) of each preferred backend that said no
+    gelu       as `build_gelu` gives it
+    """
 
     backend: str
     label: str
+    emulated: bool
     run: Callable[[torch.Tensor, Tensors], torch.Tensor]
     refusals: tuple[tuple[str, str], ...]
     gelu: Callable[[torch.Tensor, Tensors], torch.Tensor] | None = None
@@ -105,6 +113,8 @@ def choose(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> C
         reason = module.why_not(op, plan, device, conv)
         if reason is None:
             gelu = module.build_gelu(plan) if op == "linear" and hasattr(module, "build_gelu") else None
-            return Choice(name, module.label(op, plan), module.build(op, plan, conv), tuple(refusals), gelu)
+            emulated = hasattr(module, "emulated") and module.emulated(op, plan)
+            run = module.build(op, plan, conv)
+            return Choice(name, module.label(op, plan), emulated, run, tuple(refusals), gelu)
         refusals.append((name, reason))
     raise AssertionError("the reference backend accepts every layer")

@@ -37,6 +37,11 @@ def low_rank(x: torch.Tensor, t: Tensors, plan: LayerPlan, conv: Conv | None) ->
     return CONVS[space](low, up.reshape(*up.shape, *[1] * space))
 
 
+def emulated(op: str, plan: LayerPlan) -> bool:
+    """Whether the plan's activations are rounded and then multiplied in floating point."""
+    return plan.act is not None
+
+
 def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
     """See the package docstring."""
     decode, rounded = weight_decoder(plan), input_rounder(plan, -1 if op == "linear" else 1)

@@ -97,6 +97,11 @@ def input_rounder(plan: LayerPlan, dim: int) -> Callable[[torch.Tensor, torch.Te
     return rounded
 
 
+def emulated(op: str, plan: LayerPlan) -> bool:
+    """Whether the plan's activations are rounded and then multiplied in floating point."""
+    return plan.act is not None
+
+
 def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
     """See the package docstring."""
     decode = weight_decoder(plan)

@@ -43,7 +43,7 @@ def prepare(model: nn.Module, plan: Plan, family: Family, options: Mapping) -> P
 
 def temporal(plan: LayerPlan) -> bool:
     """Whether a layer sees one token per sample: it depends on the timestep (and pooled conditions) alone."""
-    return plan.reason.startswith("one token per sample")
+    return plan.role == "time"
 
 
 def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:

@@ -181,7 +181,7 @@ def measure(model: str, entry: Entry, options) -> dict:
     else:
         report = dq.quantize(pipe, plan, progress=False)
     layers = packed_layers(getattr(pipe, denoiser(pipe)))
-    figures |= {"seconds": round(report.seconds, 1), "candidates": candidates(report.notes), "notes": report.notes}
+    figures |= {"seconds": round(report.seconds, 1), "candidates": report.candidates, "notes": report.notes}
     figures |= {"bits": bits({name: layer.plan for name, layer in layers.items()})}
     figures |= {"bytes": report.bytes_after, "fp32_bytes": report.bytes_before, "branch_share": branch_share(layers)}
     figures |= {"kernels": kernels(pipe), "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 2)}
@@ -315,12 +315,6 @@ def branch_share(layers: Mapping[str, torch.nn.Module]) -> float:
         for name, value in layer.named_parameters(recurse=False):
             sizes[name in ("proj_down", "proj_up")] += value.numel() * value.element_size()
     return sizes[True] / sizes.total()
-
-
-def candidates(notes: list[str]) -> float | None:
-    """Candidates tried a layer, where a report's notes tell it."""
-    found = re.search(r"([\d.]*\d) candidates", "\n".join(notes))
-    return float(found[1]) if found else None
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ predicted and measured milliseconds per step of budgets in time; let nothing els
 import argparse
 import statistics
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from dq import api, cookbook, timing
 from dq.budget import charts, search, sensing
 from dq.budget.predictions import Predictions
 from dq.host import mark
+from dq.plan import Plan
 from dq.trace.records import Store
 from eval.experiments import methods, rows
 from eval.experiments.quality import denoiser, fingerprint
@@ -106,7 +108,7 @@ def measure(model: str, entry: Entry, options) -> dict:
     figures = psnr.score(images, truth) | feature_distance.score(images, truth)
     figures["psnr_db_median"] = float(psnr.per_picture(images, truth).median())
     figures |= {"bytes": report.bytes_after, "limit": limit, "metric": found.metric, "trust": found.trust}
-    figures |= {"formats": _formats(pipe)}
+    figures |= {"formats": _formats(pipe, plans)}
     if not entry.way.endswith("GPTQ"):
         figures["predicted_db"] = found.sqnr_db(chosen)
     return {key: round(value, 5) if isinstance(value, float) else value for key, value in figures.items()}
@@ -155,10 +157,12 @@ def explored(model: str, seed: int, count: int, evaluated: int, timed: bool = Fa
         return api.explore(tiny.load(model), RECIPE, given, wish=sensing.Wish(timed=timed), progress=False)
 
 
-def _formats(pipe) -> dict[str, int]:
+def _formats(pipe, plans: Mapping[str, Plan]) -> dict[str, int]:
+    """Layers of each format, and those the budget kept although the recipe's own plan has them."""
+    (base,) = plans.values()
     plan = mark.plan_of(getattr(pipe, denoiser(pipe)))
     counts = Counter(str(layer.weight) for layer in plan.layers.values())
-    return dict(counts) | {"kept": sum(reason.startswith("budget") for reason in plan.kept.values())}
+    return dict(counts) | {"kept": len(plan.kept.keys() - base.kept.keys())}
 
 
 def time_rows(model: str) -> list[dict]:
@@ -176,7 +180,7 @@ def time_rows(model: str) -> list[dict]:
         row = {"model": model, "budget": f"ms {share}", "way": "mixed", "calibration_seed": 0, "limit_ms": limit}
         row |= {"predicted_ms": found.ms_of(chosen), "measured_ms": ms, "threads": torch.get_num_threads()}
         print(f"{model}: limit {limit:.1f}, predicted {row['predicted_ms']:.1f}, measured {ms:.1f} ms")
-        made.append(row | {"formats": _formats(pipe)})
+        made.append(row | {"formats": _formats(pipe, plans)})
     return made
 
 

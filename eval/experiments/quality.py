@@ -101,7 +101,7 @@ def fingerprint(name: str) -> str:
 
 def kernels(pipe) -> dict[str, int]:
     """How many layers each kernel serves."""
-    names = [row.kernel.partition(": ")[2] or row.kernel for row in dq.explain(pipe).layers if row.weight is not None]
+    names = [row.kernel for row in dq.explain(pipe).layers if row.weight is not None]
     return {name: names.count(name) for name in sorted(set(names))}
 
 

@@ -38,7 +38,7 @@ def speed(found: list[dict]) -> list[str]:
     head = ["one call", "machine", "full precision", "quantized", "times as fast", "kernels"]
     lines = [line(head), "|---|---|---|---|---|---|"]
     for row in found:
-        if "emulated" not in row["kernel"]:
+        if not row.get("emulated"):
             full = f"{row['full_ms']:.2f} ms {SHORT[row['dtype']]}"
             quantized = f"{row['quantized_ms']:.2f} ms `{row['recipe']}`"
             ratio = f"{row['full_ms'] / row['quantized_ms']:.2f}"
@@ -88,7 +88,7 @@ def kernels(found: list[dict]) -> list[str]:
     lines, chosen = [line(head), "|---" * len(head) + "|"], [row for row in found if row["kind"] == "speed"]
     models = list(dict.fromkeys(row["model"] for row in chosen))
     for row in sorted(chosen, key=lambda row: (models.index(row["model"]), row["contender"] != "bf16")):
-        if "emulated" not in row["kernel"]:
+        if not row.get("emulated"):
             figures = [f"{row['ms']:.2f}", f"{row['times_bf16']:.2f}"]
             lines.append(line([row["shown"], f"`{row['contender']}`", *figures, row["kernel"]]))
     return lines
