@@ -20,7 +20,7 @@ _HOMES = {
     "Calibration": "trace.calibration",
     "Budget": "budget.limits",
     "Report": "report",
-    "set_backend": "layers",
+    "set_backend": "api",
     "save": "host.store",
     "load": "host.store",
     "DQConfig": "host.config",

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dq import cookbook, explaining, fusions, layers, planning
+from dq import cookbook, explaining, fusions, kernels, layers, planning
 from dq.errors import DQError, nearest
 from dq.host import mark, peft
-from dq.layers import packed_layers, parameter_bytes
+from dq.layers import PackedStack, packed_layers, parameter_bytes
 from dq.model import check_fit, put, to_dense
 from dq.plan import LayerPlan, Plan, Recipe
 from dq.report import Report
@@ -64,8 +64,7 @@ def quantize(
 
         mine = {part: entry[0] for part, entry in models.items() if entry[1] is wanted}
         work = stages.Stages(target, mine, plans, wanted, calibration, budget, progress)
-        packed, errors, notes = work.done()
-        candidates = work.candidates
+        (packed, errors, notes), candidates = work.done(), work.candidates
     for part, (model, _) in models.items():
         if part not in packed:
             packed[part], errors[part] = _pack_all(part, model, plans[part], progress)
@@ -76,11 +75,9 @@ def quantize(
         for name, layer in packed[part].items():
             put(model, name, layer)
         mark.mark(model, plans[part])
-    after = parameter_bytes(*(model for model, _ in models.values()))
-    name = getattr(wanted, "name", None) or getattr(wanted, "recipe", "")
-    notes += _step_notes(plans)
-    seconds = time.perf_counter() - start
-    return Report(explaining.with_kernels(rows, models), before, after, seconds, name, notes, candidates)
+    after, rows = parameter_bytes(*(model for model, _ in models.values())), explaining.with_kernels(rows, models)
+    seconds, notes = time.perf_counter() - start, notes + _step_notes(plans)
+    return Report(rows, before, after, seconds, wanted.name, notes, candidates)
 
 
 def explore(target, recipe: str | Recipe, calibration=None, *, wish=None, keep=(), progress: bool = True):
@@ -140,6 +137,26 @@ def dequantize(target) -> None:
         mark.unmark(model)
 
 
+def set_backend(name: str, target=None) -> None:
+    """Choose who runs packed layers: "auto", the best kernel backend that accepts a layer, or one backend by name.
+
+    target  a quantized pipeline or model, which keeps the choice whatever the default is; None: the default of all
+            models without a choice of their own
+    Layers that the backend refuses run on `reference`; `dq.explain` says why. Raises DQError for an unknown name, and
+    for a target in which nothing is quantized.
+    """
+    kernels.known(name)
+    if target is None:
+        kernels.select(name)
+        return
+    for model in _quantized_models(target).values():
+        for layer in packed_layers(model).values():
+            if not isinstance(layer, PackedStack):
+                layer.backend = name
+                layer.bind(layer.weight.device.type)
+        fusions.set_backend(model, name)
+
+
 def find_denoisers(target) -> dict[str, nn.Module]:
     """Denoisers of a pipeline by component name; a bare model is one denoiser under the name "".
 
@@ -173,7 +190,7 @@ def _named_components(target, components: Mapping) -> dict[str, tuple[nn.Module,
         if not isinstance(part, nn.Module):
             raise DQError(f"component {name!r} is not a model of {type(target).__name__}, {nearest(name, known)}")
         wanted = cookbook.get(recipe)
-        if getattr(wanted, "needs_calibration", False):
+        if wanted.needs_calibration:
             raise DQError(f"component {name!r}: {wanted.name!r} needs calibration; components take data-free recipes")
         found[name] = (part, wanted)
     return found
@@ -181,10 +198,10 @@ def _named_components(target, components: Mapping) -> dict[str, tuple[nn.Module,
 
 def _resolve(target, wanted: Recipe | Plan, calibration, budget):
     """The Calibration a recipe is fitted with, None for a data-free one. DQError when the two do not go together."""
-    name = getattr(wanted, "name", None) or getattr(wanted, "recipe", "")
+    name = wanted.name
     if budget is not None:
         _check_budget(budget, wanted)
-    if not getattr(wanted, "needs_calibration", False):
+    if not wanted.needs_calibration:
         return _for_budget(target, name, calibration, budget)
     from dq import methods
     from dq.trace import calibration as capturing

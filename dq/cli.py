@@ -90,7 +90,7 @@ def quantize(
     wanted, budget = cookbook.get(recipe or plan), _budget(budget_gib, budget_bits, budget_ms)
     asked = {"prompts": prompts, "steps": steps, "samples": samples, "seed": seed, "policy": policy, "work": work}
     asked = {name: value for name, value in asked.items() if value is not None}
-    fitted = getattr(wanted, "needs_calibration", False) or budget is not None
+    fitted = wanted.needs_calibration or budget is not None
     if not fitted and (asked or extra):
         option = next(iter(asked), "set")
         raise DQError(f"recipe {recipe or str(plan)!r} is data-free and runs nothing; leave --{option} out")

@@ -64,8 +64,6 @@ def _with_kernel(row: Row, layer: nn.Module | None) -> Row:
         return row
     if isinstance(layer, PackedStack):
         return replace(row, backend="decode", kernel=f"decode {layer.plan.weight.format} when used")
-    if layer.choice is None:
-        layer.bind(layer.weight.device.type)
     return served(row, layer.choice)
 
 

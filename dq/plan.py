@@ -14,7 +14,7 @@ from functools import cache
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dq import formats
 from dq.errors import DQError, nearest
@@ -189,6 +189,12 @@ class Plan:
     edges: tuple[float, ...] = ()
     compute_dtype: str | None = None
     attention: str = ""
+    needs_calibration: ClassVar[bool] = False  # as of a Recipe: every layer is decided
+
+    @property
+    def name(self) -> str:
+        """The recipe's name."""
+        return self.recipe
 
     def to_dict(self) -> dict:
         return {

@@ -121,7 +121,7 @@ class _Making:
                 if name not in known:
                     raise DQError(f"budget: unknown limit {name!r}, {nearest(name, known)}")
             budget = dq.Budget(**self.entry.budget)
-        if budget is None and not getattr(wanted, "needs_calibration", False):
+        if budget is None and not wanted.needs_calibration:
             return wanted, None, None
         usual = {"prompts": prompts.others(self.suite), "steps": self.suite.steps}
         given = usual | dict(self.entry.calibration)

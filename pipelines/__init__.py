@@ -1,1 +1,1 @@
-"""Runnable pipelines: one file per model family, and `tiny/`, the embedded trained models."""
+"""Runnable pipelines: one file per model family to copy from, and `tiny/`, the embedded trained models."""

@@ -212,12 +212,12 @@ def test_set_backend_changes_the_kernel_of_every_layer_and_not_the_output():
     dq.set_backend("reference")
     try:
         slow = zoo.call(model, zoo.ENTRIES[PIXART], dtype=torch.float32)
-        kernels = {row.kernel.split(":")[0] for row in dq.explain(model).layers if row.weight}
+        kernels = {row.backend for row in dq.explain(model).layers if row.weight}
     finally:
         dq.set_backend("auto")
     assert kernels == {"reference"}
     assert 10 * torch.log10(slow.square().sum() / (slow - fast).square().sum()) > 60
-    assert any(row.kernel.startswith(("cpu", "torchops")) for row in dq.explain(model).layers)
+    assert any(row.backend in ("cpu", "torchops") for row in dq.explain(model).layers)
 
 
 def test_unknown_backends_are_refused_with_the_nearest_name():
@@ -326,3 +326,26 @@ def test_targets_that_are_no_models_are_refused(target, message):
 def test_a_pipeline_without_a_denoiser_is_refused():
     with pytest.raises(DQError, match="Pipeline has no denoiser among transformer, transformer_2, vae, scheduler"):
         dq.quantize(Pipeline(None, None, nn.Linear(4, 4), DDIMScheduler()), "int8", progress=False)
+
+
+@torch.no_grad()
+def test_a_model_may_have_a_backend_of_its_own_whatever_the_default_is():
+    one, other = (zoo.build(PIXART) for _ in range(2))
+    for model in (one, other):
+        dq.quantize(model, "int8", progress=False)
+
+    def backends(model):
+        return {row.backend for row in dq.explain(model).layers if row.weight}
+
+    dq.set_backend("reference", one)
+    assert backends(one) == {"reference"} and backends(other) != {"reference"}
+    copied = copy.deepcopy(one)
+    dq.set_backend("reference")
+    try:
+        dq.set_backend("auto", one)
+        assert backends(one) != {"reference"} and backends(other) == backends(copied) == {"reference"}
+    finally:
+        dq.set_backend("auto")
+    assert backends(copied) == {"reference"} != backends(other)
+    with pytest.raises(DQError, match="no quantized layer"):
+        dq.set_backend("reference", zoo.build(PIXART))

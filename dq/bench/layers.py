@@ -86,7 +86,7 @@ def denoiser(pipe, name: str, prompt: str = "a red circle", seconds: float = 5.0
     full = copy.deepcopy(quantized)
     dequantize(full)
     inputs = recorded_inputs(pipe, name, prompt, **call)
-    choices = [layer.choice for layer in found.values() if getattr(layer, "choice", None)]
+    choices = [layer.choice for layer in found.values() if hasattr(layer, "op")]
     labels = dict.fromkeys(choice.label for choice in choices)
     run = lambda model: model(*inputs[0], **inputs[1])  # noqa: E731
     timing = _timing(f"{type(quantized).__name__} step", full, quantized, run, seconds, ", ".join(labels))

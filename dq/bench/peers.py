@@ -292,7 +292,7 @@ def attended(model: nn.Module, attention: str) -> Iterator[None]:
     """Attention of "torch", or dq's own in "bf16" or "int8", inside the block; "" leaves what the model has."""
     before = set(ours.attached(model).values())
     if attention in ("bf16", "int8") and not ours.attach(model, int8=attention == "int8"):
-        raise RuntimeError(f"no attention of dq's own: {ours.why_not() or 'no module of the model has any'}")
+        raise RuntimeError(f"no attention of dq's own: {ours.why_not(model) or 'no module of the model has any'}")
     if attention == "torch":
         ours.detach(model)
     try:
@@ -317,11 +317,9 @@ def _missing(contender: Contender) -> str | None:
 def _labels(model: nn.Module) -> list[str]:
     """Kernels of the layers with quantized activations, most used first."""
     found = layers.packed_layers(model).values()
-    chosen = [layer for layer in found if getattr(layer, "choice", None) or hasattr(layer, "bind")]
+    chosen = [layer for layer in found if hasattr(layer, "op")]
     counts: Counter[str] = Counter()
     for layer in chosen:
-        if layer.choice is None:
-            layer.bind(layer.weight.device.type)
         if layer.plan.act is not None:
             counts[layer.choice.label] += 1
     return [label for label, _ in counts.most_common()]
@@ -330,9 +328,7 @@ def _labels(model: nn.Module) -> list[str]:
 def _emulated(model: nn.Module) -> str | None:
     """The first kernel that only emulates what its layer's plan asks for."""
     found = layers.packed_layers(model).values()
-    return next(
-        (layer.choice.label for layer in found if getattr(layer, "choice", None) and layer.choice.emulated), None
-    )
+    return next((layer.choice.label for layer in found if hasattr(layer, "op") and layer.choice.emulated), None)
 
 
 def _products(run: Callable) -> str:

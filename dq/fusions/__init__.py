@@ -6,11 +6,10 @@ attention   attention modules on dq's CPU kernels
 
 from __future__ import annotations
 
-from collections import Counter
-
 from torch import nn
 
 from dq.fusions import attention, gelu
+from dq.layers import notes as written
 from dq.plan import Plan
 
 
@@ -27,15 +26,16 @@ def detach(model: nn.Module) -> None:
     gelu.detach(model)
 
 
+def set_backend(model: nn.Module, name: str) -> None:
+    """Tell attached modules of a model the backend that was set for it alone."""
+    for module in model.modules():
+        if written.read(module).attention:
+            written.write(module, backend=name)
+
+
 def notes(model: nn.Module) -> list[str]:
     """Lines for `dq.explain`: what is fused, and what is not."""
     lines, count = [], gelu.attached(model)
     if count:
         lines.append(f"GELU runs in the product before it in {count} modules")
-    kinds = Counter(attention.attached(model).values())
-    if kinds:
-        each = ", ".join(f"{count} modules in {kind}" for kind, count in kinds.items())
-        lines.append(f"attention on dq's CPU kernels where the inputs allow it (bf16): {each}")
-    elif any(True for _ in attention.attention_modules(model)) and (reason := attention.why_not()):
-        lines.append(f"attention is torch's: {reason}")
-    return lines
+    return lines + attention.lines(model)

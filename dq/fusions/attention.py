@@ -9,6 +9,7 @@ so state dicts, saving, copies and hooks are as before.
 from __future__ import annotations
 
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from dq import kernels
 from dq.fusions import takeover
 from dq.kernels.cpu import attention as cpu
+from dq.layers import notes
 
 REACH = frozenset(("scaled_dot_product_attention", "dispatch_attention_fn", "ALL_ATTENTION_FUNCTIONS"))
 ROLE = "attention"
@@ -42,9 +44,10 @@ class _Attention(TorchFunctionMode):
 
 def _attend(module: nn.Module, inner: Callable, *args, **kwargs):
     """The role of an attached module (see `takeover`)."""
-    if kernels.selected() not in ("auto", "cpu"):
+    own = notes.read(module)
+    if (own.backend or kernels.selected()) not in ("auto", "cpu"):
         return inner(*args, **kwargs)
-    with _Attention(module._dq_attention == "int8"):
+    with _Attention(own.attention == "int8"):
         return inner(*args, **kwargs)
 
 
@@ -68,18 +71,17 @@ def _reached(kind: type) -> set[str]:
 
 
 def attach(model: nn.Module, int8: bool = False) -> list[str]:
-    """Run the attention of a model on dq's CPU kernels; -> names of the modules, [] where there are no kernels.
+    """Run the attention of a model on dq's CPU kernels; -> names of the modules that can (see `why_not`).
 
-    int8  products of bytes instead of bf16. Calls the kernel cannot take (see `why_not`) run on torch's attention.
+    int8  products of bytes instead of bf16. Calls the kernel cannot take run on torch's attention.
     """
     detach(model)
-    if why_not() is not None:
-        return []
     names = []
     for name, module in attention_modules(model):
-        names.append(name)
-        vars(module)["_dq_attention"] = "int8" if int8 else "bf16"
-        takeover.take(module, ROLE, _attend)
+        if why_not(module, model) is None:
+            names.append(name)
+            notes.write(module, attention="int8" if int8 else "bf16")
+            takeover.take(module, ROLE, _attend)
     return names
 
 
@@ -87,15 +89,46 @@ def detach(model: nn.Module) -> None:
     """Undo `attach`; a model that is not attached stays as it is."""
     for module in model.modules():
         takeover.give_back(module, ROLE)
-        vars(module).pop("_dq_attention", None)
+        if notes.read(module).attention:
+            notes.write(module, attention="")
 
 
 def attached(model: nn.Module) -> dict[str, str]:
     """Precision ("bf16" or "int8") of every attached module by name."""
-    kinds = ((name, vars(module).get("_dq_attention")) for name, module in model.named_modules())
+    kinds = ((name, notes.read(module).attention) for name, module in model.named_modules())
     return {name: kind for name, kind in kinds if kind}
 
 
-def why_not() -> str | None:
-    """Why no attention can run on dq's kernels here, in one line; None when some can."""
-    return cpu.missing()
+def why_not(*modules: nn.Module) -> str | None:
+    """Why attention cannot run on dq's kernels, in one line; None when it can.
+
+    modules  a module, then what it is part of: the first with parameters says where they run; without any, here
+    """
+    places = next(filter(None, map(_places, modules)), {"cpu"})
+    return cpu.missing() if "cpu" in places else f"its weights are on {', '.join(sorted(places))}"
+
+
+def lines(model: nn.Module) -> list[str]:
+    """Lines for `dq.explain`: which kernels attention runs on now, and why not on dq's."""
+    kinds, reasons = Counter(), Counter()
+    for _, module in attention_modules(model):
+        kind, reason = notes.read(module).attention, why_not(module, model)
+        if kind and not reason:
+            kinds[kind] += 1
+        else:
+            reasons[reason or "dq's was not attached where the model was when it was quantized or loaded"] += 1
+    inputs = {"bf16": "in bf16 where the inputs are", "int8": "in int8"}
+    found = [f"attention runs on dq's CPU kernels: {count} modules {inputs[kind]}" for kind, count in kinds.items()]
+    return found + [f"attention is torch's in {count} modules: {reason}" for reason, count in reasons.items()]
+
+
+def _places(module: nn.Module) -> set[str]:
+    """Types of the devices where a module's parameters are, or where accelerate brings them for a call."""
+    found = set()
+    for part in module.modules():
+        brought = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if brought is not None and part._parameters:
+            found.add("cuda" if isinstance(brought, int) else torch.device(brought).type)
+        else:
+            found |= {parameter.device.type for parameter in part.parameters(recurse=False)}
+    return found

@@ -34,8 +34,8 @@ def detach(model: nn.Module) -> None:
 
 
 def attached(model: nn.Module) -> int:
-    """Number of fused modules."""
-    return sum(takeover.has(module, ROLE) for module in model.modules())
+    """Number of fused modules whose linear has a kernel with the epilogue."""
+    return sum(takeover.has(module, ROLE) and _has_kernel(_linear_of(module)) for module in model.modules())
 
 
 def _linear_of(module: nn.Module) -> PackedLinear | None:
@@ -66,13 +66,17 @@ def _is_activation(module: nn.Module) -> bool:
             vars(linear)["forward"] = hooked
 
 
+def _has_kernel(linear: PackedLinear | None) -> bool:
+    """Whether the kernel of a linear ends in a GELU, and nothing comes between: a stored output has none yet."""
+    return linear is not None and linear.start_in is None and linear.choice.gelu is not None
+
+
 def _can_fuse(linear: nn.Module, x: torch.Tensor) -> bool:
     """Nothing has come between the module and its packed linear, and the linear's kernel has the epilogue."""
     if not isinstance(linear, PackedLinear) or linear._forward_hooks or linear._forward_pre_hooks:
         return False
-    if linear.choice is None or x.device.type != linear._device:
-        linear.bind(x.device.type)
-    return linear.choice.gelu is not None and not (torch.is_grad_enabled() and x.requires_grad)
+    linear.ready(x.device.type)
+    return _has_kernel(linear) and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def _activate(module: nn.Module, inner: Callable, *args, **kwargs):

@@ -12,14 +12,14 @@ from dq.host import base
 from dq.host.config import DQConfig, DQMethod
 from dq.host.diffusers import DQQuantizer
 from dq.host.transformers import DQTransformersQuantizer
-from dq.layers import clock, packed_layers
+from dq.layers import clock, notes, packed_layers
 from dq.model import start
 from dq.plan import Plan
 
 
 def plan_of(model: nn.Module) -> Plan | None:
     """The plan a model is quantized with, up to date with its layers (fused adapters add rank), else None."""
-    plan = getattr(model, "_dq_plan", None)
+    plan = notes.read(model).plan
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, base.QuantizerBase):
         plan = quantizer.plan
@@ -39,7 +39,7 @@ def mark(model: nn.Module, plan: Plan) -> None:
     start(model, plan)
     kind = quantizer_class(model)
     if kind is None:
-        model._dq_plan = plan
+        notes.write(model, plan=plan)
         return
     config = DQConfig(plan.recipe or "int8", plan=plan, compute_dtype=plan.compute_dtype)
     model.hf_quantizer = kind(config, pre_quantized=True)
@@ -52,7 +52,7 @@ def unmark(model: nn.Module) -> None:
     clock.detach(model)
     kind = quantizer_class(model)
     if kind is None:
-        model.__dict__.pop("_dq_plan", None)
+        notes.write(model, plan=None)
     elif kind is DQTransformersQuantizer:
         model.hf_quantizer.remove_quantization_config(model)
     else:

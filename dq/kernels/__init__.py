@@ -5,8 +5,8 @@ A backend is one module (or package) here that exports
     STATUS                          "stable", or "experimental" for kernels that were never timed on what they are for
     why_not(op, plan, device, conv) None when it can run the layer on that device type, else the reason in one line
     label(op, plan)                 the name of the kernel, shown by `dq.explain`
-    emulated(op, plan)              optional: whether activations are rounded as a kernel would, but multiplied in floating
-                                    point; a backend without it never does
+    emulated(op, plan)              optional: whether activations are rounded as a kernel would and then multiplied in
+                                    floating point; a backend without it never does that
     build(op, plan, conv)           -> run(x, tensors) -> y; everything constant is resolved here, so that the returned
                                     callable is plain tensor code that `torch.compile` can trace
     build_gelu(plan)                optional: the same for a linear followed by a tanh GELU, None when it has none
@@ -62,6 +62,9 @@ class Conv(NamedTuple):
     groups: int
 
 
+Refusals = tuple[tuple[str, str], ...]  # (backend, reason)
+
+
 @dataclass(frozen=True)
 class Choice:
     """The kernel of one layer.
@@ -75,7 +78,7 @@ class Choice:
     label: str
     emulated: bool
     run: Callable[[torch.Tensor, Tensors], torch.Tensor]
-    refusals: tuple[tuple[str, str], ...]
+    refusals: Refusals
     gelu: Callable[[torch.Tensor, Tensors], torch.Tensor] | None = None
 
 
@@ -128,29 +131,36 @@ def backends() -> dict[str, ModuleType]:
     return dict(sorted(found.items(), key=lambda item: item[1].RANK))
 
 
-_selected = "auto"
+_selected = "auto"  # of layers whose model has no backend of its own
 
 
 def select(name: str) -> None:
-    """Restrict `choose` to one backend ("auto" lifts it). Raises DQError for unknown names."""
+    """The default that `choose` keeps to ("auto": the best backend). Raises DQError for unknown names."""
     global _selected
-    known = ("auto", *backends())
-    if name not in known:
-        raise DQError(f"backend {name!r} is unknown, {nearest(name, known)}")
-    _selected = name
+    _selected = known(name)
+
+
+def known(name: str) -> str:
+    """The name itself, if it is "auto" or a backend's. Raises DQError for others."""
+    names = ("auto", *backends())
+    if name not in names:
+        raise DQError(f"backend {name!r} is unknown, {nearest(name, names)}")
+    return name
 
 
 def selected() -> str:
-    """The backend `choose` is restricted to, or "auto"."""
+    """The default backend, or "auto"."""
     return _selected
 
 
-def chosen(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """Name of the best backend that accepts the layer on a device type, and each refusal of a preferred one."""
-    refusals = []
+def chosen(
+    op: str, plan: LayerPlan, device: str, conv: Conv | None = None, backend: str | None = None
+) -> tuple[str, Refusals]:
+    """Name of the backend that `choose` takes, and what each one preferred to it said. Arguments as there."""
+    refusals, wanted = [], backend or _selected
     for name, module in backends().items():
-        if _selected not in ("auto", name) and name != "reference":
-            refusals.append((name, f"backend {_selected!r} was selected with dq.set_backend"))
+        if wanted not in ("auto", name) and name != "reference":
+            refusals.append((name, f"backend {wanted!r} was selected with dq.set_backend"))
             continue
         reason = module.why_not(op, plan, device, conv)
         if reason is None:
@@ -159,19 +169,20 @@ def chosen(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> t
     raise AssertionError("the reference backend accepts every layer")
 
 
-def emulated(name: str, op: str, plan: LayerPlan) -> bool:
+def emulates(backend: str, op: str, plan: LayerPlan) -> bool:
     """Whether a backend rounds the layer's activations and multiplies in floating point all the same."""
-    module = backends()[name]
+    module = backends()[backend]
     return hasattr(module, "emulated") and module.emulated(op, plan)
 
 
-def choose(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> Choice:
+def choose(op: str, plan: LayerPlan, device: str, conv: Conv | None = None, backend: str | None = None) -> Choice:
     """The best backend that accepts the layer on a device type ("cpu", "cuda", "meta").
 
-    A selected backend that refuses falls back to `reference`; the refusal stays visible in the choice.
+    backend  the only one to take, "auto" for any; None: the process's default
+    A wanted backend that refuses falls back to `reference`; the refusal stays visible in the choice.
     """
-    name, refusals = chosen(op, plan, device, conv)
+    name, refusals = chosen(op, plan, device, conv, backend)
     module = backends()[name]
     gelu = module.build_gelu(plan) if op == "linear" and hasattr(module, "build_gelu") else None
     run = module.build(op, plan, conv)
-    return Choice(name, module.label(op, plan), emulated(name, op, plan), run, refusals, gelu)
+    return Choice(name, module.label(op, plan), emulates(name, op, plan), run, refusals, gelu)

@@ -18,7 +18,6 @@ from dq.layers.packed import (
     packed_layers,
     parameter_bytes,
     per_channel,
-    set_backend,
     tensor_shapes,
 )
 
@@ -40,6 +39,5 @@ __all__ = [
     "packed_layers",
     "parameter_bytes",
     "per_channel",
-    "set_backend",
     "tensor_shapes",
 ]

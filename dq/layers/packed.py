@@ -10,7 +10,6 @@ weights are int8 bytes, never uint8. Their differentiable counterparts, for fitt
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,7 +19,7 @@ from torch import nn
 from dq import kernels
 from dq.errors import DQError
 from dq.formats.base import FormatError, Scales, check_finite
-from dq.kernels import Conv, Tensors, reference
+from dq.kernels import Choice, Conv, Tensors, reference
 from dq.layers import hadamard
 from dq.plan import LayerPlan
 
@@ -95,19 +94,6 @@ def per_channel(vector: torch.Tensor, x: torch.Tensor, conv: bool) -> torch.Tens
     return vector.reshape(-1, *[1] * (x.dim() - 2)) if conv else vector
 
 
-_live: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-def set_backend(name: str) -> None:
-    """Run every packed layer on one kernel backend ("auto": the best that accepts the layer).
-
-    Raises DQError for an unknown name. Layers the backend refuses run on `reference`; `dq.explain` says why.
-    """
-    kernels.select(name)
-    for layer in list(_live):
-        layer.bind(layer.weight.device.type)
-
-
 class _Frozen:
     """Frozen Parameters whose dtypes belong to the format."""
 
@@ -132,7 +118,8 @@ class _Packed(_Frozen):
 
     def _allocate(self, plan: LayerPlan, has_bias: bool, compute_dtype: torch.dtype, device: str) -> None:
         self.plan, self.compute_dtype, self.clock = plan, compute_dtype, None
-        self.choice, self._device, self._turn = None, None, None
+        self.backend = None  # one of its own, set by dq.set_backend for its model
+        self._choice = self._bound = self._turn = None
         for name, (shape, dtype) in tensor_shapes(plan).items():
             self.put(name, torch.empty(shape, dtype=dtype or compute_dtype, device=device))
         for name in OPTIONAL:
@@ -141,16 +128,23 @@ class _Packed(_Frozen):
         self.register_parameter("bias", None)
         if has_bias:
             self.put("bias", torch.empty(plan.shape[0], dtype=compute_dtype, device=device))
-        _live.add(self)
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        _live.add(self)
 
     def bind(self, device: str) -> None:
-        """Choose the kernel for a device type."""
-        self.choice, self._device = kernels.choose(self.op, self.plan, device, self._conv()), device
+        """Choose the kernel for a device type, among those of the layer's backend if it has one of its own."""
+        self._choice = kernels.choose(self.op, self.plan, device, self._conv(), self.backend)
+        self._bound = (device, self.backend or kernels.selected())
         self._turn = hadamard.hadamard(self.plan.rotate).to(device) if self.plan.rotate else None
+
+    def ready(self, device: str) -> Choice:
+        """The kernel for a device type; chosen anew where the device or the wanted backend is another than before."""
+        if self._bound != (device, self.backend or kernels.selected()):
+            self.bind(device)
+        return self._choice
+
+    @property
+    def choice(self) -> Choice:
+        """The kernel that serves the layer where its weights are."""
+        return self.ready(self.weight.device.type)
 
     def _conv(self) -> Conv | None:
         return None
@@ -166,17 +160,16 @@ class _Packed(_Frozen):
 
     def run(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
         """smooth, rotate, then the chosen kernel: quantize, multiply, branch, bias; with `gelu` a tanh GELU last."""
-        if x.device.type != self._device:
-            self.bind(x.device.type)
+        choice = self.ready(x.device.type)
         if self.smooth is not None:
             x = x * per_channel(self.smooth, x, self.op == "conv")
         if self.plan.rotate:
             x = hadamard.rotate(x, self.plan.rotate, 1 if self.op == "conv" else -1, matrix=self._turn)
         if not gelu:
-            return self.choice.run(x, self.tensors())
-        if self.choice.gelu is None:
-            return F.gelu(self.choice.run(x, self.tensors()), approximate="tanh")
-        return self.choice.gelu(x, self.tensors())
+            return choice.run(x, self.tensors())
+        if choice.gelu is None:
+            return F.gelu(choice.run(x, self.tensors()), approximate="tanh")
+        return choice.gelu(x, self.tensors())
 
     @torch.no_grad()
     def dense_weight(self) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 import dq
 from dq import fusions, layers
 from dq.errors import DQError
+from dq.fusions import takeover
 from dq.host import mark
 from dq.kernels.cpu import library
 from dq.model import _page_out
@@ -19,7 +21,7 @@ from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 from tests import zoo
 
 PIXART, FLUX = "PixArtTransformer2DModel", "FluxTransformer2DModel"
-pytestmark = pytest.mark.skipif(library.library() is None, reason=str(library.missing()))
+native = pytest.mark.skipif(library.library() is None, reason=str(library.missing()))
 
 
 class Activated(nn.Module):
@@ -49,13 +51,14 @@ def launches(module, x):
     """How often the linear's own GELU kernel ran in a call, and the output."""
     choice, seen = module.proj.choice, []
     record = lambda x, t: seen.append(1) or choice.gelu(x, t)  # noqa: E731
-    module.proj.choice = type(choice)(choice.backend, choice.label, choice.run, choice.refusals, record)
+    module.proj._choice = dataclasses.replace(choice, gelu=record)
     try:
         return len(seen), module(x), len(seen)
     finally:
-        module.proj.choice = choice
+        module.proj._choice = choice
 
 
+@native
 @torch.no_grad()
 def test_a_tanh_gelu_runs_in_the_product():
     module, x = packed(tanh_gelu), torch.randn(7, 32)
@@ -71,6 +74,7 @@ def test_other_functions_stay_as_they_are(function):
     assert count == 0 and torch.equal(y, function(module.proj(x))) and "forward" not in vars(module)
 
 
+@native
 def test_hooks_gradients_and_backends_undo_it():
     module, x = packed(tanh_gelu), torch.randn(7, 32)
     handle = module.proj.register_forward_hook(lambda module, args, output: output * 0)
@@ -85,6 +89,28 @@ def test_hooks_gradients_and_backends_undo_it():
         dq.set_backend("auto")
 
 
+@native
+@torch.no_grad()
+def test_an_output_stored_before_the_gelu_gets_one():
+    module, x = packed(tanh_gelu), torch.randn(2, 7, 32)
+    layer = module.proj
+    layer.put("start_in", x[0, 0].clone())
+    layer.put("start_out", torch.full((48,), 2.0))
+    assert torch.equal(module(x), tanh_gelu(layer(x))) and torch.equal(module(x)[0, 0], tanh_gelu(layer.start_out))
+
+
+@native
+def test_the_note_counts_the_modules_whose_kernel_has_a_gelu_now():
+    module = packed(tanh_gelu)
+    assert fusions.notes(module) == ["GELU runs in the product before it in 1 modules"]
+    dq.set_backend("reference")
+    try:
+        assert fusions.notes(module) == []
+    finally:
+        dq.set_backend("auto")
+
+
+@native
 @torch.no_grad()
 def test_copies_are_fused_and_detaching_gives_the_module_back():
     module, x = packed(tanh_gelu), torch.randn(7, 32)
@@ -95,6 +121,7 @@ def test_copies_are_fused_and_detaching_gives_the_module_back():
     assert launches(other, x)[2] == 1 and other.state_dict().keys() == module.state_dict().keys()
 
 
+@native
 @torch.no_grad()
 @pytest.mark.parametrize("name", [PIXART, FLUX])
 def test_models_draw_the_same_fused_or_not(name):
@@ -112,6 +139,7 @@ def test_models_draw_the_same_fused_or_not(name):
     assert (fused - plain).norm() / plain.norm() < 2e-3  # a code of the next layer may fall the other way
 
 
+@native
 @torch.no_grad()
 def test_the_reference_backend_runs_torchs_attention(monkeypatch):
     model = zoo.build(PIXART, dtype=torch.bfloat16)
@@ -128,6 +156,7 @@ def test_the_reference_backend_runs_torchs_attention(monkeypatch):
     assert calls
 
 
+@native
 def test_a_plan_may_ask_for_attention_in_bytes():
     model = zoo.build(PIXART, dtype=torch.float32)
     dq.quantize(model, "sageattention-int8", progress=False)
@@ -136,6 +165,13 @@ def test_a_plan_may_ask_for_attention_in_bytes():
     assert plan.attention == "int8" and Plan.from_dict(plan.to_dict()).attention == "int8"
     dq.dequantize(model)
     assert fusions.notes(model) == [] or "in int8" not in str(fusions.notes(model))
+
+
+def test_without_kernels_the_note_says_why_attention_is_torchs(monkeypatch):
+    monkeypatch.setattr(fusions.attention.cpu, "missing", lambda: "hidden")
+    model = zoo.build(PIXART, dtype=torch.bfloat16)
+    dq.quantize(model, "sageattention-int8", progress=False)
+    assert "attention is torch's in 4 modules: hidden" in fusions.notes(model)
 
 
 def test_an_unknown_attention_is_refused():
@@ -153,3 +189,14 @@ def test_pages_of_a_mapped_file_can_be_given_back(tmp_path):
     weight = load_file(tmp_path / "a.safetensors")["weight"]
     _page_out(weight)
     assert torch.equal(weight, torch.arange(100_000))  # read again from the file
+
+
+def test_a_module_may_have_several_roles():
+    module, said = nn.Linear(2, 2), []
+    for name in ("inner", "outer"):
+        takeover.take(module, name, lambda module, inner, x, name=name: (said.append(name), inner(x))[1])
+    module(torch.zeros(1, 2))
+    takeover.give_back(module, "outer")
+    module(torch.zeros(1, 2))
+    takeover.give_back(module, "inner")
+    assert said == ["outer", "inner", "inner"] and "forward" not in vars(module)

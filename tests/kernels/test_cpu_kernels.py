@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dq import kernels, layers
@@ -39,14 +38,11 @@ def tensors(p, bias=None, seed=0):
 
 
 def linear(x, t, p, **more):
-    """The linear op with everything it takes."""
-    grains = [grain.size if grain.kind == "group" else 0 for grain in (p.weight.grain, p.act.grain)]
-    act = [p.act.spec.min_code, p.act.spec.max_code, int(p.act.spec.affine)]
-    given = {"act_scale": t.act_scale, "low": None, "up": None, "gelu": False, "residual": None, "gate": None}
-    given |= {"norm": "", "eps": 0.0, "mod_scale": None, "mod_shift": None, "key": 0} | more
-    head = (x, t.weight, t.scale, t.bias, given["act_scale"], given["low"], given["up"], p.weight.spec.bits, *grains)
-    tail = [given[key] for key in ("gelu", "residual", "gate", "norm", "eps", "mod_scale", "mod_shift", "key")]
-    return torch.ops.dq.cpu_linear(*head, act, p.act.shift, *tail)
+    """The linear op on the tensors of a layer."""
+    groups = [grain.size if grain.kind == "group" else 0 for grain in (p.weight.grain, p.act.grain)]
+    fixed = {"weight_bits": p.weight.spec.bits, "act_bits": p.act.spec.bits, "act_affine": p.act.spec.affine}
+    fixed |= {"weight_group": groups[0], "act_group": groups[1], "shift": p.act.shift, "bias": t.bias}
+    return torch.ops.dq.cpu_linear(x, t.weight, t.scale, **fixed, **more)
 
 
 def ulps(ours, truth):
@@ -116,8 +112,7 @@ ACTS = ("int8/token", "int8a/token", "int4/group:64", "int4a/group:64", "int4/gr
 )
 def test_layers_follow_the_reference(weight, act, rows, columns, outputs, rank, dtype):
     p = plan((outputs, columns), weight, act, rank=rank)
-    if kernels.cpu.why_not("linear", p, "cpu"):
-        return
+    assume(kernels.cpu.why_not("linear", p, "cpu") is None)
     make = generator(rows)
     bias = torch.randn(outputs, generator=make).to(dtype)
     factors = [torch.randn(*size, generator=make).to(dtype) for size in ((rank, columns), (outputs, rank))]
@@ -140,53 +135,23 @@ def test_thin_linears_follow_the_reference(rows, columns, outputs, weight):
     assert (ours - truth).abs().max() <= 2e-6 * columns**0.5 * truth.abs().max() + 1e-6
 
 
-@few
-@given(
-    rows=st.integers(1, 50),
-    columns=st.integers(2, 200),
-    outputs=sizes,
-    batch=st.integers(1, 3),
-    seed=st.integers(0, 99),
-)
-def test_prologue_and_epilogue(rows, columns, outputs, batch, seed):
-    """norm, modulate, multiply, GELU, gate and residual in one call are the same steps in fp32."""
-    make = generator(seed)
-    p = plan((outputs, columns))
-    draw = lambda *size: torch.randn(*size, generator=make)  # noqa: E731
-    x, scale, shift = draw(rows * batch, columns), draw(batch, columns) / 3, draw(batch, columns)
-    residual, gate, t = draw(rows * batch, outputs), draw(batch, outputs), tensors(p, draw(outputs))
-    each = lambda value: value.repeat_interleave(rows, 0)  # noqa: E731
-    norm = F.layer_norm(x, (columns,), eps=1e-6) * each(scale) + each(shift)
-    code_room = (norm.abs().amax(1) / 127)[:, None] * t.scale.t() * 127  # a code next to a tie may fall either way
-    plain = reference.build("linear", p, None)(norm, t)
-    got = {"norm": "layer", "eps": 1e-6, "mod_scale": scale, "mod_shift": shift}
-    y = linear(x, t, p, **got)
-    assert ((y - plain).abs() <= 1.01 * code_room + 1e-4 * plain.abs()).all()
-    fused = linear(x, t, p, gelu=True, residual=residual, gate=gate, **got)
-    assert torch.allclose(fused, residual + each(gate) * F.gelu(y, approximate="tanh"), rtol=1e-5, atol=2e-5)
-
-
-@few
-@given(rows=st.integers(1, 50), outputs=sizes, batch=st.integers(1, 3), gated=st.booleans(), seed=st.integers(0, 99))
-def test_gate_and_residual_keep_the_bits_of_fp32(rows, outputs, batch, gated, seed):
-    make = generator(seed)
-    p = plan((outputs, 40))
-    draw = lambda *size: torch.randn(*size, generator=make)  # noqa: E731
-    x, gate, residual, t = draw(rows * batch, 40), draw(batch, outputs), draw(rows * batch, outputs), tensors(p)
-    y = linear(x, t, p)
-    expected = residual + (gate.repeat_interleave(rows, 0) * y if gated else y)
-    assert torch.equal(linear(x, t, p, gate=gate if gated else None, residual=residual), expected)
-
-
 @pytest.mark.parametrize("act", ["int8/token", "int4a/group:16"])
-def test_a_key_stands_for_the_codes_of_the_call_before(act):
+def test_a_call_does_not_depend_on_the_calls_before(act):
     p, other = plan((40, 64), act=act), plan((24, 64), "int4/channel", act)
     t, u, x, y = tensors(p), tensors(other), *torch.randn(2, 9, 64, generator=generator(0))
-    linear(x, t, p, key=7)
-    assert torch.equal(linear(y, u, other, key=7), linear(x, u, other))  # the call between them has no key
-    assert torch.equal(linear(y, t, p, key=7), linear(y, t, p))
-    linear(x, t, p, key=8)
-    assert torch.equal(linear(y, t, p, key=9), linear(y, t, p))
+    first = linear(x, t, p)
+    linear(y, t, p)
+    linear(x, u, other)
+    assert torch.equal(linear(x, t, p), first)
+
+
+def test_what_follows_the_scale_is_passed_by_name():
+    p = plan((40, 64))
+    t, x = tensors(p), torch.randn(9, 64)
+    with pytest.raises((TypeError, RuntimeError), match="positional"):
+        torch.ops.dq.cpu_linear(x, t.weight, t.scale, None, None, None, None, 8, 8)
+    with pytest.raises(RuntimeError, match="act_bits"):
+        torch.ops.dq.cpu_linear(x, t.weight, t.scale, weight_bits=8)
 
 
 def test_gelu_is_within_two_units_of_bf16():
@@ -283,25 +248,25 @@ def test_convolutions_follow_the_reference(
     assert (ours - truth).abs().max() <= 1e-5 * truth.abs().max() + 1e-6
 
 
-# --- the library itself ----------------------------------------------------------------------------------------------
+# --- the ops --------------------------------------------------------------------------------------------------------
 
 
-def test_avx2_agrees_with_avx512():
-    shared = library.library()
-    pairs = ("int8/channel", "int8/token"), ("int4/group:64", "int4a/group:64"), ("int4/channel", "int8a/token")
-    for weight, act in pairs:
-        p = plan((70, 130), weight, act)
-        for dtype in ops.DTYPES:
-            t = tensors(p, torch.randn(70).to(dtype))
-            x = torch.randn(19, 130, generator=generator(1)).to(dtype)
-            ours = linear(x, t, p)
-            real, shared.dq_linear = shared.dq_linear, shared.dq_linear_avx2
-            try:
-                other = linear(x, t, p)
-            finally:
-                shared.dq_linear = real
-            room = 2e-6 if dtype is torch.float32 else 2 * torch.finfo(dtype).eps
-            assert (ours.float() - other.float()).abs().max() <= room * ours.float().abs().max()
+def test_ops_are_proper_torch_ops():
+    p, conv = (
+        plan((48, 64), "int4/group:64", "int8a/token"),
+        plan((8, 4, 3, 3), "int8/channel", "int8a/tensor", "conv2d"),
+    )
+    t, of_conv, x, image = tensors(p), tensors(conv), torch.randn(5, 64), torch.randn(2, 4, 8, 8)
+    tests, named = ("test_schema", "test_faketensor"), {"weight_bits": 4, "weight_group": 64}
+    low, up = torch.randn(5, 4).bfloat16(), torch.randn(48, 4).bfloat16()
+    check = lambda op, given, named: torch.library.opcheck(op, given, named, test_utils=tests)  # noqa: E731
+    ones = {"kernel_size": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
+    head = t.weight, t.scale
+    check(torch.ops.dq.cpu_linear, (x, *head), named | {"act_bits": 8, "act_affine": True, "low": low, "up": up})
+    check(torch.ops.dq.cpu_thin, (x, *head), named | {"bias": torch.randn(48)})
+    for pixels in (image, image.contiguous(memory_format=torch.channels_last)):
+        given = pixels, of_conv.weight, of_conv.scale
+        check(torch.ops.dq.cpu_conv, given, ones | {"weight_bits": 8, "act_bits": 8, "act_affine": True})
 
 
 def test_ops_compile_to_one_graph():
@@ -321,34 +286,6 @@ def test_ops_compile_to_one_graph():
     x, image = torch.randn(5, 64).bfloat16(), torch.randn(2, 4, 8, 8)
     for eager, compiled in zip(both(x, image), torch.compile(both, fullgraph=True)(x, image), strict=True):
         assert torch.allclose(eager.float(), compiled.float(), rtol=2e-2, atol=2e-2) and eager.dtype == compiled.dtype
-
-
-def test_structures_have_the_sizes_of_the_native_ones():
-    """A field added on one side only shifts all that follow."""
-    for name in ("linear", "conv", "thin"):
-        structure = getattr(ops, f"_{name.title()}")
-        assert getattr(library.library(), f"dq_{name}_size")() == ctypes.sizeof(structure)
-
-
-def test_a_library_of_other_sources_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(source, "fingerprint", lambda: "00000000")
-    library._load.cache_clear()
-    try:
-        assert "other sources" in library.missing()
-        monkeypatch.setattr(source, "LIBRARY", tmp_path / "none.so")
-        library._load.cache_clear()
-        assert "not built" in library.missing()
-        p = plan((48, 64))
-        choice = kernels.choose("linear", p, "cpu")
-        assert choice.backend == "torchops" and "not built" in dict(choice.refusals)["cpu"]
-    finally:
-        library._load.cache_clear()
-
-
-def test_without_a_compiler_the_build_says_so(tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
-    with pytest.raises(RuntimeError, match="cannot be run"):
-        source.build(tmp_path / "out.so")
 
 
 @pytest.mark.slow

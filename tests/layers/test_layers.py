@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+import dq
 from dq import layers
 from dq.errors import DQError
 from dq.fit import drafts
 from dq.kernels import reference
 from dq.layers import PACKED, PackedStack, hadamard
+from dq.layers import packed as packed_module
 from dq.layers.clock import Clock
 from dq.plan import LayerPlan, TensorPlan
 
@@ -67,12 +69,12 @@ def test_a_draft_and_its_packed_layer_give_the_same_output(weight, act, kind):
     module = source(kind)
     draft = fitted(module, plan_of(module, weight, act, smooth=True, rank=2, splits=(3,)))
     packed, x = draft.pack(torch.float32), batch(module)
-    layers.set_backend("reference")
+    dq.set_backend("reference")
     try:
         packed.bind("cpu")
         torch.testing.assert_close(packed(x), draft(x), rtol=1e-5, atol=1e-5)
     finally:
-        layers.set_backend("auto")
+        dq.set_backend("auto")
     torch.testing.assert_close(packed(x), draft(x), rtol=1e-4, atol=1e-4)
 
 
@@ -128,12 +130,12 @@ def test_a_rotated_layer_keeps_given_scales_and_codes_to_the_bit(weight, act, ki
     packed, x = draft.pack(torch.float32), batch(module)
     kept = reference.weight_decoder(packed.plan)(packed.tensors()).reshape(packed.plan.shape)
     assert torch.equal(kept, draft.rounded_weight()) and torch.equal(kept, free) == spec.fixed
-    layers.set_backend("reference")
+    dq.set_backend("reference")
     try:
         packed.bind("cpu")
         assert torch.equal(packed(x), draft(x))
     finally:
-        layers.set_backend("auto")
+        dq.set_backend("auto")
 
 
 @torch.no_grad()
@@ -192,7 +194,7 @@ def test_dense_is_a_plain_layer_with_the_output_of_the_packed_one(kind, dtype):
 def test_a_packed_layer_is_its_parent_with_plain_frozen_parameters(kind):
     module = source(kind)
     packed = layers.pack("layer", module, plan_of(module), torch.bfloat16)
-    assert isinstance(packed, layers.PLAIN[kind]) and isinstance(packed, PACKED[kind])
+    assert isinstance(packed, packed_module.PLAIN[kind]) and isinstance(packed, PACKED[kind])
     assert not list(packed.buffers()) and not packed.training == module.eval().training
     values = dict(packed.named_parameters())
     assert all(type(value) is nn.Parameter and not value.requires_grad for value in values.values())
@@ -216,11 +218,11 @@ def test_casting_moves_but_never_converts():
 def test_a_copied_layer_runs_and_follows_set_backend():
     module = source("linear")
     packed = copy.deepcopy(layers.pack("layer", module, plan_of(module), torch.float32))
-    layers.set_backend("reference")
+    dq.set_backend("reference")
     try:
         assert packed.choice.backend == "reference"
     finally:
-        layers.set_backend("auto")
+        dq.set_backend("auto")
     assert packed.choice.backend != "reference" and packed(batch(module)).shape == (3, 5, 12)
 
 

@@ -21,14 +21,14 @@ from .entry import Entry
 __all__ = ["ENTRIES", "FULL_CONFIGS", "Entry", "build", "call", "default_model", "denoiser_class", "denoiser_classes"]
 
 
-def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, init: str = "unit") -> nn.Module:
-    """The class `name` in its small configuration with seeded weights, in eval mode.
+def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, init: str = "unit", **changes) -> nn.Module:
+    """The class `name` in its small configuration, with `changes` to it, with seeded weights, in eval mode.
 
     `init` is "unit" (every weight gets unit gain, nothing is zero: small errors grow the most) or "own" (what the
     class itself draws, with noise only where it leaves zeros or nothing).
     """
     with unset_is_nan(seed):
-        model = denoiser_class(name)(**copy.deepcopy(ENTRIES[name].config))
+        model = denoiser_class(name)(**copy.deepcopy(ENTRIES[name].config | changes))
     if init == "own":
         complete(model, seed, ENTRIES[name].gains)
     else:

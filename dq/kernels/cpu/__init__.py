@@ -166,7 +166,7 @@ def _pixelwise(plan: LayerPlan) -> Callable[[torch.Tensor, Tensors], torch.Tenso
 
 def _convolution(plan: LayerPlan, conv: Conv) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
     codes, bits = _codes(plan)
-    fixed = {"weight_bits": bits, "kernel": list(plan.shape[2:])} | _act(plan)
+    fixed = {"weight_bits": bits, "kernel_size": list(plan.shape[2:])} | _act(plan)
     fixed |= {"stride": list(conv.stride), "padding": list(conv.padding), "dilation": list(conv.dilation)}
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:

@@ -71,7 +71,7 @@ _ops.define(
 )
 _ops.define(
     "cpu_conv(Tensor x, Tensor weight, Tensor scale, *, Tensor? act_scale=None, Tensor? bias=None, int weight_bits, "
-    "int act_bits, bool act_affine=False, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor"
+    "int act_bits, bool act_affine=False, int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> Tensor"
 )
 _ops.define(
     "cpu_thin(Tensor x, Tensor weight, Tensor scale, *, Tensor? bias=None, int weight_bits, int weight_group=0) "
@@ -111,23 +111,23 @@ def _scale_stride(scale: torch.Tensor) -> int:
 
 
 def _conv(
-    x, weight, scale, *, act_scale=None, bias=None, weight_bits, act_bits, act_affine=False, kernel, stride, padding,
-    dilation,
+    x, weight, scale, *, act_scale=None, bias=None, weight_bits, act_bits, act_affine=False, kernel_size, stride,
+    padding, dilation,
 ):  # fmt: skip
     """y = Q(x) * W + bias, with one activation scale a sample; tensors as `_linear` has them, weight (outputs, bytes).
 
-    kernel, stride, padding, dilation   one entry per spatial dimension of x (batch, channels, *space)
+    kernel_size, stride, padding, dilation   one entry per spatial dimension of x (batch, channels, *space)
     """
     last = _is_channels_last(x)
     x = x if last else x.contiguous()
-    out = out_sizes(x.shape[2:], kernel, (stride, padding, dilation))
+    out = out_sizes(x.shape[2:], kernel_size, (stride, padding, dilation))
     y = x.new_empty((x.shape[0], weight.shape[0], *out))
     y = y.contiguous(memory_format=MEMORY[x.dim()]) if last else y
     arguments = Conv(
         batch=x.shape[0], channels=x.shape[1], outputs=weight.shape[0], row_bytes=weight.shape[1],
-        weight_scale_stride=_scale_stride(scale), size=_three(x.shape[2:]), kernel=_three(kernel), step=_three(stride),
-        pad=_three(padding, 0), gap=_three(dilation), out=_three(out), dtype=DTYPES[x.dtype], weight_bits=weight_bits,
-        act_bits=act_bits, act_affine=act_affine, channels_last=last,
+        weight_scale_stride=_scale_stride(scale), size=_three(x.shape[2:]), kernel=_three(kernel_size),
+        step=_three(stride), pad=_three(padding, 0), gap=_three(dilation), out=_three(out), dtype=DTYPES[x.dtype],
+        weight_bits=weight_bits, act_bits=act_bits, act_affine=act_affine, channels_last=last,
     )  # fmt: skip
     tensors = {"x": x, "weight": weight, "weight_scale": scale, "bias": bias, "act_scale": act_scale, "y": y}
     _run("dq_conv", arguments, tensors)
@@ -160,8 +160,8 @@ def _fake_rows(x, weight, scale, **rest):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _fake_conv(x, weight, scale, *, kernel, stride, padding, dilation, **rest):
-    y = x.new_empty((x.shape[0], weight.shape[0], *out_sizes(x.shape[2:], kernel, (stride, padding, dilation))))
+def _fake_conv(x, weight, scale, *, kernel_size, stride, padding, dilation, **rest):
+    y = x.new_empty((x.shape[0], weight.shape[0], *out_sizes(x.shape[2:], kernel_size, (stride, padding, dilation))))
     return y.contiguous(memory_format=MEMORY[x.dim()]) if _is_channels_last(x) else y
 
 

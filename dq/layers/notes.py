@@ -1,0 +1,51 @@
+"""What dq writes on a user's module, in one place: `vars(module)["_dq"]`, neither saved nor a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from dq.plan import Plan
+
+KEY = "_dq"
+
+
+@dataclass
+class Notes:
+    """What is known of one module; copies of the module take it along.
+
+    plan       of a quantized model that is neither of diffusers nor of transformers
+    forward    the forward that stands below the roles, None while there are none
+    roles      what runs around it, by name, the outermost last
+    attention  "bf16" or "int8" for a module whose attention is dq's, else ""
+    backend    name of the kernel backend that was set for its model alone, None: the process's default
+    """
+
+    plan: Plan | None = None
+    forward: Callable | None = None
+    roles: dict[str, Callable] = field(default_factory=dict)
+    attention: str = ""
+    backend: str | None = None
+
+
+NOTHING = Notes()
+
+
+def read(module: nn.Module) -> Notes:
+    """The notes on a module; empty ones, not to be changed, where there are none."""
+    return vars(module).get(KEY, NOTHING)
+
+
+def write(module: nn.Module, **values) -> Notes:
+    """Set fields of a module's notes; a module whose notes say nothing any more carries none."""
+    own = vars(module)  # not setattr: it looks for parameters and submodules
+    found = own.setdefault(KEY, Notes())
+    for name, value in values.items():
+        setattr(found, name, value)
+    if found == NOTHING:
+        del own[KEY]
+    return found
