@@ -12,8 +12,14 @@ from dq.plan import Plan, Recipe, read_json
 DATA_FREE = (
     Recipe("int8", linear=("int8/channel", "int8/token"), conv=("int8/channel", "int8a/tensor")),
     # SageAttention (Zhang et al., 2410.02367): attention in bytes, on top of int8
-    Recipe("sageattention-int8", ("int8/channel", "int8/token"), ("int8/channel", "int8a/tensor"), attention="int8"),
-    Recipe("fp8", linear=("fp8/channel", "fp8/token"), conv=("fp8/channel", "fp8/tensor")),
+    Recipe(
+        "sageattention-int8",
+        ("int8/channel", "int8/token"),
+        ("int8/channel", "int8a/tensor"),
+        attention="int8",
+        status="experimental",
+    ),
+    Recipe("fp8", linear=("fp8/channel", "fp8/token"), conv=("fp8/channel", "fp8/tensor"), status="experimental"),
     Recipe("int8-weight", linear=("int8/channel", None), conv=("int8/channel", None)),
     Recipe("int4-weight", linear=("int4/group:64", None), conv=("int4/group:64", None)),
     Recipe("nvfp4-weight", linear=("nvfp4", None), conv=("nvfp4", None)),

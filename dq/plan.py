@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PLAN_VERSION = 1
 ATTENTION = ("", "int8")
+STATUS = ("stable", "experimental")
 SCALES = ("dynamic", "static", "table")
 ROLES = ("time", "edge", "block")
 KINDS = ("linear", "conv1d", "conv2d", "conv3d", "stack")
@@ -262,6 +263,8 @@ class Recipe:
     attention          as in Plan
     method             file of dq/methods that fits the layers to calibration data, "" for none
     options            arguments of the method
+    status             "experimental": emulated, or without rows of results; docs/recipes.md has the rule. A fact about
+                       dq and not part of the wish: neither saved nor compared
     """
 
     name: str
@@ -273,13 +276,16 @@ class Recipe:
     attention: str = ""
     method: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    status: str = field(default="stable", compare=False)
 
     @property
     def needs_calibration(self) -> bool:
         return bool(self.method)
 
     def to_dict(self) -> dict:
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+        """JSON form, without the status."""
+        wish = {key: value for key, value in vars(self).items() if key != "status"}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in wish.items()}
 
     @classmethod
     def from_dict(cls, data: dict) -> Recipe:
@@ -287,6 +293,8 @@ class Recipe:
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
         recipe = cls(**values)
         _check_attention(recipe.attention, f"recipe {recipe.name!r}")
+        if recipe.status not in STATUS:
+            raise DQError(f"recipe {recipe.name!r}: status is {recipe.status!r}, {nearest(recipe.status, STATUS)}")
         for text in (*recipe.linear, *recipe.conv, recipe.modulation, recipe.edge):
             if text is not None:
                 TensorPlan.parse(text)

@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin as Tr
 from dq.errors import DQError, nearest
 from dq.plan import Plan, Recipe
 
-OVERRIDES = {field.name for field in dataclasses.fields(Recipe)} - {"name", "keep", "method", "options"}
+OVERRIDES = {field.name for field in dataclasses.fields(Recipe)} - {"name", "keep", "method", "options", "status"}
 
 
 class DQMethod(str, enum.Enum):  # noqa: UP042 - a StrEnum prints differently in the host's messages

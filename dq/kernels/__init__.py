@@ -2,6 +2,7 @@
 
 A backend is one module (or package) here that exports
     RANK                            smaller is preferred; `reference` is last and accepts everything
+    STATUS                          "stable", or "experimental" for kernels that were never timed on what they are for
     why_not(op, plan, device, conv) None when it can run the layer on that device type, else the reason in one line
     label(op, plan)                 the name of the kernel, shown by `dq.explain`
     emulated(op, plan)              optional: whether activations are rounded as a kernel would and then multiplied in
@@ -16,7 +17,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -59,6 +62,9 @@ class Conv(NamedTuple):
     groups: int
 
 
+Refusals = tuple[tuple[str, str], ...]  # (backend, reason)
+
+
 @dataclass(frozen=True)
 class Choice:
     """The kernel of one layer.
@@ -72,8 +78,50 @@ class Choice:
     label: str
     emulated: bool
     run: Callable[[torch.Tensor, Tensors], torch.Tensor]
-    refusals: tuple[tuple[str, str], ...]
+    refusals: Refusals
     gelu: Callable[[torch.Tensor, Tensors], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What backends ask of a machine before they accept a layer; everything that dq can use is installed on it.
+
+    gpu   architecture of its GPU as `architecture` names it, "" without one
+    cpu   why dq's CPU kernels do not run there, None where they do
+    """
+
+    gpu: str = ""
+    cpu: str | None = None
+
+
+_imagined: ContextVar[Machine | None] = ContextVar("machine", default=None)
+
+
+@contextmanager
+def imagined(machine: Machine) -> Iterator[None]:
+    """Let `chosen` and every `why_not` answer for a machine that is not there. Nothing can be run meanwhile."""
+    token = _imagined.set(machine)
+    try:
+        yield
+    finally:
+        _imagined.reset(token)
+
+
+def machine() -> Machine | None:
+    """The machine that is asked about, None for the one at hand."""
+    return _imagined.get()
+
+
+def architecture() -> str:
+    """Of the current GPU: "sm_90", of AMD's "gfx942"; "" without a GPU."""
+    asked = machine()
+    if asked is not None:
+        return asked.gpu
+    if not torch.cuda.is_available():
+        return ""
+    if torch.version.hip:
+        return torch.cuda.get_device_properties().gcnArchName.partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
 
 
 @cache
@@ -105,12 +153,10 @@ def selected() -> str:
     return _selected
 
 
-def choose(op: str, plan: LayerPlan, device: str, conv: Conv | None = None, backend: str | None = None) -> Choice:
-    """The best backend that accepts the layer on a device type ("cpu", "cuda", "meta").
-
-    backend  the only one to take, "auto" for any; None: the process's default
-    A wanted backend that refuses falls back to `reference`; the refusal stays visible in the choice.
-    """
+def chosen(
+    op: str, plan: LayerPlan, device: str, conv: Conv | None = None, backend: str | None = None
+) -> tuple[str, Refusals]:
+    """Name of the backend that `choose` takes, and what each one preferred to it said. Arguments as there."""
     refusals, wanted = [], backend or _selected
     for name, module in backends().items():
         if wanted not in ("auto", name) and name != "reference":
@@ -118,9 +164,25 @@ def choose(op: str, plan: LayerPlan, device: str, conv: Conv | None = None, back
             continue
         reason = module.why_not(op, plan, device, conv)
         if reason is None:
-            gelu = module.build_gelu(plan) if op == "linear" and hasattr(module, "build_gelu") else None
-            emulated = hasattr(module, "emulated") and module.emulated(op, plan)
-            run = module.build(op, plan, conv)
-            return Choice(name, module.label(op, plan), emulated, run, tuple(refusals), gelu)
+            return name, tuple(refusals)
         refusals.append((name, reason))
     raise AssertionError("the reference backend accepts every layer")
+
+
+def emulates(backend: str, op: str, plan: LayerPlan) -> bool:
+    """Whether a backend rounds the layer's activations and multiplies in floating point all the same."""
+    module = backends()[backend]
+    return hasattr(module, "emulated") and module.emulated(op, plan)
+
+
+def choose(op: str, plan: LayerPlan, device: str, conv: Conv | None = None, backend: str | None = None) -> Choice:
+    """The best backend that accepts the layer on a device type ("cpu", "cuda", "meta").
+
+    backend  the only one to take, "auto" for any; None: the process's default
+    A wanted backend that refuses falls back to `reference`; the refusal stays visible in the choice.
+    """
+    name, refusals = chosen(op, plan, device, conv, backend)
+    module = backends()[name]
+    gelu = module.build_gelu(plan) if op == "linear" and hasattr(module, "build_gelu") else None
+    run = module.build(op, plan, conv)
+    return Choice(name, module.label(op, plan), emulates(name, op, plan), run, refusals, gelu)

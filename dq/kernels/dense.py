@@ -16,6 +16,7 @@ from dq.kernels.reference import CONVS, input_rounder, weight_decoder
 from dq.plan import LayerPlan
 
 RANK = 90
+STATUS = "stable"
 
 
 def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> str | None:

@@ -18,6 +18,7 @@ from dq.kernels import Conv, Tensors
 from dq.plan import LayerPlan, TensorPlan
 
 RANK = 1000
+STATUS = "stable"
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 PER_ROW = Granularity("token")
 

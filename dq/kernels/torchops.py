@@ -17,6 +17,7 @@ from math import prod
 import torch
 import torch.nn.functional as F
 
+from dq import kernels
 from dq.formats.base import SCALE_FLOOR, Format
 from dq.formats.integer import Integer
 from dq.kernels import Conv, Tensors, dense
@@ -24,6 +25,8 @@ from dq.kernels.reference import PER_ROW, out_sizes, scale_columns
 from dq.plan import LayerPlan
 
 RANK = 50
+STATUS = "stable"
+FP8_SINCE = 89  # compute capability of the first NVIDIA GPUs with fp8 units
 
 
 def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> str | None:
@@ -58,7 +61,8 @@ def _symmetric(spec: Format) -> bool:
 def _why_not_fp8(op: str, plan: LayerPlan, device: str) -> str | None:
     if op != "linear" or device != "cuda":
         return f"torch's fp8 matrix product is for linears on CUDA, this is a {op} on {device}"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+    arch = kernels.architecture()
+    if arch.startswith("sm_") and int(arch[3:]) < FP8_SINCE:
         return "fp8 tensor cores need compute capability 8.9"
     if plan.shape[0] % 16 or plan.shape[1] % 16 or plan.splits or plan.act.scale != "dynamic":
         return f"_scaled_mm needs both sizes in multiples of 16 and one dynamic scale per row, got {plan.shape}"

@@ -36,6 +36,7 @@ RECIPES = (
         ("int4/channel", "int8/token"),
         ("int4/channel", "int8a/tensor"),
         method="mixdq",
+        status="experimental",
         options={"bits": 5.25, "choices": WEIGHTS},  # 5 bits and the scales
     ),
     Recipe(
@@ -43,6 +44,7 @@ RECIPES = (
         ("int4/channel", "int8/token"),
         ("int4/channel", "int8a/tensor"),
         method="mixdq",
+        status="experimental",
         options={"bits": 4.25, "choices": WEIGHTS},
     ),
 )

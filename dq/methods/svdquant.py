@@ -40,7 +40,14 @@ FORMATS = {
 }
 OPTIONS = {"rank": RANK, "share": BRANCH_SHARE}
 RECIPES = tuple(
-    Recipe(f"svdquant-{name}", pair, (pair[0], "int8a/tensor"), method="svdquant", options=OPTIONS)
+    Recipe(
+        f"svdquant-{name}",
+        pair,
+        (pair[0], "int8a/tensor"),
+        method="svdquant",
+        options=OPTIONS,
+        status="experimental" if name == "nvfp4" else "stable",
+    )
     for name, pair in FORMATS.items()
 )
 

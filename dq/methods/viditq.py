@@ -29,12 +29,19 @@ EARLY = 0.25  # share of the steps whose maxima are used
 
 RECIPES = (
     Recipe("viditq-w8a8", ("int8/channel", "int8/token"), ("int8/channel", "int8a/tensor"), method="viditq"),
-    Recipe("viditq-w4a8", ("int4a/channel", "int8/token"), ("int4a/channel", "int8a/tensor"), method="viditq"),
+    Recipe(
+        "viditq-w4a8",
+        ("int4a/channel", "int8/token"),
+        ("int4a/channel", "int8a/tensor"),
+        method="viditq",
+        status="experimental",
+    ),
     Recipe(
         "viditq-mp-w4a8",
         ("int4a/channel", "int8/token"),
         ("int4a/channel", "int8a/tensor"),
         method="viditq",
+        status="experimental",
         options={"bits": MEAN_BITS, "choices": ("int8a/channel", "int6a/channel", "int4a/channel")},
     ),
 )

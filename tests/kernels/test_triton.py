@@ -43,9 +43,9 @@ assert not [name for name in sys.modules if name.startswith("dq.kernels.triton."
 def test_refusals_are_one_line_each(monkeypatch):
     ours = plan("linear", (8, 8))
     assert backend.why_not("linear", ours, "meta") == "Triton kernels run on GPUs, this is meta"
-    monkeypatch.setattr(backend.torch.cuda, "is_available", lambda: False)
-    assert backend.why_not("linear", ours, "cuda") == "no CUDA device is visible"
-    monkeypatch.setattr(backend.torch.cuda, "is_available", lambda: True)
+    with kernels.imagined(kernels.Machine()):
+        assert backend.why_not("linear", ours, "cuda") == "no CUDA device is visible"
+    monkeypatch.setattr(kernels, "architecture", lambda: "sm_90")
     monkeypatch.setattr(backend, "_missing_triton", lambda: "triton is not installed")
     assert backend.why_not("linear", ours, "cuda") == "triton is not installed"
 
@@ -55,15 +55,20 @@ UNITS = {"int8": ("int8/channel", "int8/token"), "fp8": ("fp8", "fp8/token"), "n
 
 @pytest.mark.parametrize(
     "arch, refused",
-    [("sm_75", "int8 fp8 nvfp4"), ("sm_80", "fp8 nvfp4"), ("sm_90", "nvfp4"), ("sm_100", ""), ("gfx950", "nvfp4")],
+    [
+        ("sm_75", "int8 fp8 nvfp4"),
+        ("sm_80", "fp8 nvfp4"),
+        ("sm_86", "fp8 nvfp4"),  # takes the tile sizes of sm_89 and has not its fp8 units
+        ("sm_90", "nvfp4"),
+        ("sm_100", ""),
+        ("sm_121", ""),
+        ("gfx950", "nvfp4"),
+    ],
 )
-def test_matrix_units_decide(monkeypatch, arch, refused):
-    monkeypatch.setattr(backend.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(configs, "architecture", lambda: arch)
-    monkeypatch.setattr(backend, "_missing_triton", lambda: None)
-    reasons = {
-        name: backend.why_not("linear", plan("linear", (64, 64), *pair), "cuda") for name, pair in UNITS.items()
-    }
+def test_matrix_units_decide(arch, refused):
+    plans = {name: plan("linear", (64, 64), *pair) for name, pair in UNITS.items()}
+    with kernels.imagined(kernels.Machine(gpu=arch)):
+        reasons = {name: backend.why_not("linear", each, "cuda") for name, each in plans.items()}
     assert [name for name, reason in reasons.items() if reason] == refused.split()
     assert all(arch in reason for reason in reasons.values() if reason)
 

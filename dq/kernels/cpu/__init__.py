@@ -20,6 +20,7 @@ from dq.kernels.cpu.library import missing
 from dq.plan import LayerPlan
 
 RANK = 20
+STATUS = "stable"
 MOST_COLUMNS = 65_000  # sums of that many products of 255 x 127 fit 31 bits
 THIN = 16  # rows up to which a weight-only linear is bound by reading its weight
 NATIVE_BITS = (4, 8)  # other widths are unpacked by torch first

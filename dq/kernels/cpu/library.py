@@ -18,7 +18,8 @@ import platform
 from functools import cache
 from pathlib import Path
 
-from dq.plan import DQError, nearest
+from dq import kernels
+from dq.errors import DQError, nearest
 
 BUILD = "run `python -m dq.kernels.cpu.compile`"
 LEVELS = ("none", "avx512")  # by what dq_cpu_level returns
@@ -62,5 +63,6 @@ def library() -> ctypes.CDLL | None:
 
 
 def missing() -> str | None:
-    """Why there is no library, in one line; None when there is one."""
-    return _load()[1]
+    """Why there is no library on the machine that is asked about, in one line; None when there is one."""
+    asked = kernels.machine()
+    return _load()[1] if asked is None else asked.cpu

@@ -17,19 +17,24 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from dq import kernels
 from dq.kernels import Conv, Tensors
 from dq.kernels.triton.routes import Route, route
 from dq.plan import LayerPlan
 
 RANK = 30
+STATUS = "experimental"  # no GPU was at hand
 OLDEST = (3, 6)  # of triton
 # gfx942 has an fp8 of its own, and gfx950 block scales that are powers of two
-WITHOUT = {"fp8": ("sm_80", "gfx942"), "nvfp4": ("sm_80", "sm_89", "sm_90", "gfx942", "gfx950")}
+WITHOUT = {
+    "fp8": ("sm_80", "sm_86", "sm_87", "gfx942"),
+    "nvfp4": ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "gfx942", "gfx950"),
+}
 
 
 def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> str | None:
     """None when a kernel here runs the layer on `device`; else why not, in one line."""
-    missing = _missing_device(device) or _missing_triton()
+    missing = _missing_device(device) or (_missing_triton() if kernels.machine() is None else None)
     if missing:
         return missing
     if op != "linear":
@@ -43,7 +48,7 @@ def _missing_device(device: str) -> str | None:
         return None
     if device != "cuda":
         return f"Triton kernels run on GPUs, this is {device}"
-    return None if torch.cuda.is_available() else "no CUDA device is visible"
+    return None if kernels.architecture() else "no CUDA device is visible"
 
 
 @cache
@@ -62,8 +67,8 @@ def _missing_unit(found: Route, device: str) -> str | None:
         return None
     from dq.kernels.triton import configs
 
-    arch = configs.architecture()
-    if arch not in configs.ARCHITECTURES:
+    arch = kernels.architecture()
+    if configs.architecture() not in configs.ARCHITECTURES:
         return f"no Triton tile sizes for {arch}, only for {', '.join(configs.ARCHITECTURES)}"
     return f"{arch} has no {found.unit} matrix unit" if arch in WITHOUT.get(found.unit, ()) else None
 

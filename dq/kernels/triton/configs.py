@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from dq import kernels
 from dq.disk import write_json
 from dq.errors import DQError
 
@@ -41,12 +42,8 @@ def cache_file(arch: str) -> Path:
 
 
 def architecture() -> str:
-    """The name of the running GPU's architecture; without one (interpreter) "sm_100", which has every kernel."""
-    if not torch.cuda.is_available():
-        return "sm_100"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties().gcnArchName.partition(":")[0]
-    name = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    """Whose tile sizes the running GPU takes; without one (interpreter) those of "sm_100", which has every kernel."""
+    name = kernels.architecture() or "sm_100"
     return NEAREST.get(name, name)
 
 

@@ -1,0 +1,74 @@
+"""Backends can be asked for a machine that is not there, and answer as they do on one that is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dq import kernels
+from dq.kernels import Machine
+from dq.kernels.cpu import library
+from dq.kernels.triton import configs
+from tests.kernels.test_kernels import plan
+
+INT8 = plan("linear", (64, 64))
+FP8 = plan("linear", (64, 64), "fp8/channel", "fp8/token")
+
+
+def backend(given, device, machine):
+    with kernels.imagined(machine):
+        return kernels.chosen("linear", given, device)[0]
+
+
+@pytest.mark.parametrize("status", [kernels.backends()[name].STATUS for name in kernels.backends()])
+def test_every_backend_says_whether_it_was_tried(status):
+    assert status in ("stable", "experimental")
+
+
+def test_a_described_machine_decides_who_runs_a_layer():
+    assert backend(INT8, "cpu", Machine()) == "cpu"
+    assert backend(INT8, "cpu", Machine(cpu="an old processor")) == "torchops"
+    assert backend(INT8, "cuda", Machine(gpu="sm_75")) == "torchops"
+    assert backend(INT8, "cuda", Machine(gpu="sm_90")) == "triton"
+    assert backend(FP8, "cuda", Machine(gpu="sm_75")) == "dense"
+    assert backend(FP8, "cuda", Machine(gpu="sm_86")) == "dense"  # the tile sizes of sm_89, but not its fp8 units
+    assert backend(FP8, "cuda", Machine(gpu="sm_89")) == "triton"
+
+
+def test_the_reason_is_the_machines_own():
+    with kernels.imagined(Machine(cpu="an old processor")):
+        assert dict(kernels.chosen("linear", INT8, "cpu")[1])["cpu"] == "an old processor"
+    with kernels.imagined(Machine(gpu="sm_86")):
+        assert dict(kernels.chosen("linear", FP8, "cuda")[1])["triton"] == "sm_86 has no fp8 matrix unit"
+
+
+def test_the_machine_at_hand_is_asked_again_afterwards():
+    before = kernels.choose("linear", INT8, "cpu")
+    with pytest.raises(RuntimeError), kernels.imagined(Machine(cpu="an old processor")):
+        raise RuntimeError
+    after = kernels.choose("linear", INT8, "cpu")
+    assert kernels.machine() is None and (after.backend, after.refusals) == (before.backend, before.refusals)
+    assert library.missing() is library._load()[1]
+
+
+def test_a_described_machine_equals_the_one_it_describes():
+    """This machine, described, answers as this machine."""
+    here = Machine(kernels.architecture(), library.missing())
+    for given in (
+        INT8,
+        FP8,
+        plan("linear", (64, 64), "int4/group:32", None),
+        plan("linear", (64, 64), "nvfp4", "nvfp4"),
+    ):
+        choice = kernels.choose("linear", given, "cpu")
+        with kernels.imagined(here):
+            assert kernels.chosen("linear", given, "cpu") == (choice.backend, choice.refusals)
+
+
+def test_architectures_are_named_as_their_makers_name_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 1))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert kernels.architecture() == "sm_121" and configs.architecture() == "sm_120"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert kernels.architecture() == "" and configs.architecture() == "sm_100"
