@@ -1,7 +1,7 @@
 """dq: quantization for diffusers image and video pipelines.
 
-`import dq` registers the "dq" quantization config with diffusers (and transformers and peft where present); everything
-else is imported when first used.
+`import dq` registers the "dq" quantization config with diffusers, transformers and peft, now where they are imported,
+else when they are. It imports none of them, nor torch; the names below import what they need when first used.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from dq.errors import DQError, nearest
@@ -24,6 +26,7 @@ DATA_FREE = (
     Recipe("mxfp4-weight", linear=("mxfp4", None), conv=("mxfp4", None)),
 )
 RECIPES = {recipe.name: recipe for recipe in DATA_FREE}
+WIDTH = re.compile(r"[a-z]*[-_ ]?(\d)(?:[-_ ]?bits?)?")  # a format or a width in place of a recipe: int4, w4, 4-bit
 
 
 def names() -> list[str]:
@@ -40,7 +43,8 @@ def _all() -> dict[str, Recipe]:
 def get(recipe: str | Path | Recipe | Plan) -> Recipe | Plan:
     """A recipe by name, or a recipe or plan read from a JSON path; objects pass through.
 
-    Raises DQError with the nearest name for an unknown one, and for a broken file.
+    Raises DQError with the nearest names for an unknown one (for a format or width: those of its bits), and for a
+    broken file.
     """
     if isinstance(recipe, Recipe | Plan):
         return recipe
@@ -52,5 +56,12 @@ def get(recipe: str | Path | Recipe | Plan) -> Recipe | Plan:
         return Plan.from_dict(data) if "layers" in data else Recipe.from_dict(data)
     known = _all()
     if text not in known:
-        raise DQError(f"recipe {text!r} is unknown, {nearest(text, known)}")
+        raise DQError(f"recipe {text!r} is unknown, {_of_width(text, known) or nearest(text, known)}")
     return known[text]
+
+
+def _of_width(text: str, known: Iterable[str]) -> str:
+    """For a format or a width, the clause that names the recipes whose name says that their weights have it."""
+    width = WIDTH.fullmatch(text.lower())
+    fits = [name for name in known if width and re.search(rf"(int|fp|w){width[1]}(?!\d)", name)]
+    return f"expected with {width[1]}-bit weights one of {', '.join(fits)}" if fits else ""

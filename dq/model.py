@@ -5,10 +5,6 @@ A plan is checked against the model before anything is changed.
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from mmap import PAGESIZE
-
 import torch
 from diffusers import ModelMixin
 from torch import nn
@@ -16,13 +12,8 @@ from torch import nn
 from dq import fusions, layers
 from dq.errors import DQError
 from dq.layers import PACKED, PackedStack, clock, kind_of, packed_layers
+from dq.layers.memory import align, page_out
 from dq.plan import LayerPlan, Plan
-
-MADV_PAGEOUT = 21  # of Linux 5.4 and later; older ones answer that they do not know it
-
-
-ALIGNMENT = 64  # bytes, what torch's own allocator gives
-
 
 IN_FP32 = (".scale", ".smooth", ".act_scale")  # ends of the names of packed tensors that are fp32 in any model
 
@@ -110,33 +101,8 @@ def start(model: nn.Module, plan: Plan) -> None:
     if isinstance(model, ModelMixin):  # tells diffusers that these do not say what dtype the model has
         kept = type(model)._keep_in_fp32_modules or ()
         model._keep_in_fp32_modules = [*([kept] if isinstance(kept, str) else kept), *IN_FP32]
-    _align(model)
-
-
-def _align(model: nn.Module) -> None:
-    """Copy CPU tensors that were mapped from a file at an odd address to aligned memory.
-
-    Matrix libraries round differently by the alignment of their operands, so a model would not draw the same picture,
-    to the bit, from two files.
-    """
-    for value in (*model.parameters(), *model.buffers()):
-        if value.device.type == "cpu" and value.data_ptr() % ALIGNMENT:
-            mapped = value.data
-            value.data = mapped.clone()
-            _page_out(mapped)
-
-
-def _page_out(tensor: torch.Tensor) -> None:
-    """Let the system take back the whole pages of a tensor that was copied from a mapped file.
-
-    They would stay in the process's memory beside the copy. Nothing is lost: the advice drops clean file pages only.
-    """
-    if sys.platform != "linux":
-        return
-    first = tensor.data_ptr()
-    start, stop = -(-first // PAGESIZE) * PAGESIZE, (first + tensor.nbytes) // PAGESIZE * PAGESIZE
-    if stop > start:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_PAGEOUT)
+    for _, mapped in align([model]):
+        page_out(mapped)
 
 
 @torch.no_grad()

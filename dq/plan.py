@@ -1,7 +1,8 @@
 """What each layer becomes: `LayerPlan` per layer, `Plan` per model, `Recipe` as the wish that leads to a plan.
 
 A plan is JSON that a person can read, edit and diff. It names everything that loading and running need: layer names,
-shapes, formats, the denoiser's timestep argument and the compute dtype. It holds no tensors.
+shapes, formats, the denoiser's timestep argument and the compute dtype. It holds no tensors. Reading one needs
+no torch until it is asked what a format is.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from functools import cache
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from dq import formats
 from dq.errors import DQError, nearest
+
+if TYPE_CHECKING:
+    from dq import formats
 
 PLAN_VERSION = 1
 ATTENTION = ("", "int8")
@@ -41,18 +44,18 @@ class TensorPlan:
     shift: float = 0.0
 
     @classmethod
-    def parse(cls, text: str) -> TensorPlan:
-        """Read `format/granularity[/scale[/shift]]`."""
+    def parse(cls, text: str, checked: bool = True) -> TensorPlan:
+        """Read `format[/granularity[/scale[/shift]]]`; without `checked`, what they are called is taken as it is."""
         head, *rest = text.split("/")
         try:
-            spec = formats.get(head)
-            granularity = str(formats.Granularity.parse(rest[0])) if rest else str(spec.granularity)
-        except formats.FormatError as error:
+            name, granularity = _known(head, rest[0] if rest else None) if checked else (head, (*rest, "default")[0])
+            shift = float(rest[2]) if len(rest) > 2 else 0.0
+        except ValueError as error:
             raise DQError(f"tensor plan {text!r}: {error}") from None
         scale = rest[1] if len(rest) > 1 else "dynamic"
         if scale not in SCALES:
             raise DQError(f"tensor plan {text!r}: scale is {scale!r}, {nearest(scale, SCALES)}")
-        return cls(spec.name, granularity, scale, float(rest[2]) if len(rest) > 2 else 0.0)
+        return cls(name, granularity, scale, shift)
 
     def __str__(self) -> str:
         tail = f"/{self.scale}" if self.scale != "dynamic" or self.shift else ""
@@ -64,6 +67,8 @@ class TensorPlan:
 
     @property
     def grain(self) -> formats.Granularity:
+        from dq import formats
+
         return formats.Granularity.parse(self.granularity)
 
 
@@ -162,14 +167,20 @@ class LayerPlan:
         return row
 
     @classmethod
-    def from_dict(cls, name: str, row: dict) -> LayerPlan:
-        """Inverse of `to_dict`; unknown or missing fields raise DQError naming the layer."""
+    def from_dict(cls, name: str, row: dict, checked: bool = True) -> LayerPlan:
+        """Inverse of `to_dict`; unknown or missing fields raise DQError naming the layer. `checked` as in `Plan`."""
         _check_fields(cls, row, f"layer {name!r} of the plan")
-        values = dict(row, shape=tuple(row["shape"]), weight=TensorPlan.parse(row["weight"]))
-        values["act"] = TensorPlan.parse(row["act"]) if row.get("act") else None
+        weight, shape, act = row["weight"], row["shape"], row.get("act")
+        sizes = isinstance(shape, list | tuple) and len(shape) > 1 and all(type(size) is int for size in shape)
+        if not (sizes and isinstance(weight, str) and isinstance(act, str | None)):
+            got = f"layer {name!r} of the plan: got shape {shape!r}, weight {weight!r}, act {act!r}"
+            raise DQError(f"{got}, expected for example [64, 32], 'int8/channel' and null")
+        values = dict(row, shape=tuple(shape), weight=TensorPlan.parse(weight, checked))
+        values["act"] = TensorPlan.parse(act, checked) if act else None
         values["splits"] = tuple(row.get("splits", ()))
         plan = cls(**values)
-        plan.check(name)
+        if checked:
+            plan.check(name)
         return plan
 
 
@@ -211,8 +222,12 @@ class Plan:
         }
 
     @classmethod
-    def from_dict(cls, data: dict) -> Plan:
-        """Inverse of `to_dict`. DQError for plans of a newer version, unknown fields and broken layers."""
+    def from_dict(cls, data: dict, checked: bool = True) -> Plan:
+        """Inverse of `to_dict`. DQError for plans of a newer version, unknown fields and broken layers.
+
+        Without `checked` nobody asks whether the formats exist and fit their layers, which needs torch: a plan to be
+        shown, not to be loaded by.
+        """
         version = data.get("version")
         if not isinstance(version, int) or version > PLAN_VERSION:
             raise DQError(
@@ -221,7 +236,9 @@ class Plan:
             )
         values = {key: value for key, value in data.items() if key != "version"}
         _check_fields(cls, values, "plan")
-        values["layers"] = {name: LayerPlan.from_dict(name, row) for name, row in data.get("layers", {}).items()}
+        for key in ("layers", "kept"):
+            _check_object(data.get(key, {}), f"plan: field {key!r}")
+        values["layers"] = {name: LayerPlan.from_dict(name, row, checked) for name, row in data["layers"].items()}
         values["edges"] = tuple(data.get("edges", ()))
         _check_attention(data.get("attention", ""), "plan")
         return cls(**values)
@@ -303,8 +320,14 @@ def _check_attention(value: str, what: str) -> None:
         raise DQError(f"{what}: attention is {value!r}, {nearest(value, ATTENTION)}")
 
 
+def _check_object(data: object, what: str) -> None:
+    if not isinstance(data, dict):
+        raise DQError(f"{what} is {data!r}, expected a JSON object")
+
+
 def _check_fields(cls: type, data: dict, what: str) -> None:
-    """DQError when `data` has a key that the dataclass has not, or lacks one without a default."""
+    """DQError when `data` is no object, has a key that the dataclass has not, or lacks one without a default."""
+    _check_object(data, what)
     fields = {item.name: item for item in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
@@ -314,4 +337,16 @@ def _check_fields(cls: type, data: dict, what: str) -> None:
             raise DQError(f"{what}: field {name!r} is missing, write it or make the file anew")
 
 
-_spec = cache(formats.get)
+def _known(form: str, granularity: str | None) -> tuple[str, str]:
+    """Names of a format and of a granularity, by default the format's own. ValueError for those that do not exist."""
+    from dq import formats
+
+    spec = formats.get(form)
+    return spec.name, str(spec.granularity if granularity is None else formats.Granularity.parse(granularity))
+
+
+@cache
+def _spec(name: str) -> formats.Format:
+    from dq import formats
+
+    return formats.get(name)

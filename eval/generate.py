@@ -25,7 +25,8 @@ import dq
 from dq import api, cookbook
 from dq.errors import DQError, nearest
 from dq.host import saved
-from dq.trace.running import drawing
+from dq.layers.memory import align
+from dq.trace.running import drawing, modules_of
 from eval import prompts, timing
 from eval.metrics import trajectory_error
 from eval.runs import Item, Run, write
@@ -168,7 +169,8 @@ def load(path: str, dtype: str, device: torch.device):
     if not hasattr(pipe, "components"):
         raise DQError(f"{path!r} holds a {type(pipe).__name__} alone, expected a pipeline to draw with")
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    align(modules_of(pipe.to(device)))  # `to` copies weights in some processes and leaves them mapped in others
+    return pipe
 
 
 def call(pipe, suite: Suite, pipeline: Pipeline, batch: Sequence[Item], steps: int | None = None) -> list:

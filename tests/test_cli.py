@@ -1,8 +1,15 @@
-"""The command line: what it writes, what it prints, and one clear line with exit code 2 for wrong use."""
+"""The command line: what it writes, what it prints, and one clear line with exit code 2 for wrong use.
+
+What needs no model is answered without torch; that is looked up in `sys.modules`, not timed.
+"""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +21,9 @@ import dq
 from dq import cli
 from dq.host import saved
 from pipelines import tiny
+from tests.lines import told_by
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +44,8 @@ def refused(monkeypatch, capsys, *words) -> str:
     """The line that a wrong use prints."""
     capsys.readouterr()
     code = run(monkeypatch, *words)
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert code == 2 and line.startswith("dq: ")
-    return line
+    assert code == 2
+    return told_by("dq", capsys.readouterr().err)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +131,47 @@ def test_inspect_says_what_explain_says_without_reading_weights(monkeypatch, fol
     assert (shown["bytes_before"], shown["bytes_after"]) == (report["bytes_before"], report["bytes_after"])
     by_name = {row["name"]: row for row in report["layers"]}
     assert {row["name"]: row for row in shown["layers"]} == by_name
+    assert run(monkeypatch, "inspect", folder, "--json") == 0
+    for row in json.loads(capsys.readouterr().out)["layers"]:
+        assert row == by_name[row["name"]] | {"kernel": "", "why_not": []}
+    assert run(monkeypatch, "inspect", folder) == 0
+    assert "add --device cpu" in capsys.readouterr().out
+
+
+DAMAGED = {
+    "no JSON": lambda config: "{",
+    "a list": lambda config: [],
+    "no plan": lambda config: config | {"quantization_config": {"quant_method": "dq"}},
+    "plan is no JSON": lambda config: config | {"quantization_config": {"quant_method": "dq", "plan": "{"}},
+    "newer": lambda config: changed(config, version=99),
+    "layers are a list": lambda config: changed(config, layers=[]),
+    "kept is a list": lambda config: changed(config, kept=[]),
+    "a layer is a number": lambda config: changed(config, layers={"a": 3}),
+    "no shape": lambda config: changed(config, layers={"a": {"kind": "linear", "weight": "int8/channel"}}),
+    "a shape of words": lambda config: changed(config, layers={"a": ROW | {"shape": ["x", "y"]}}),
+    "a number for a format": lambda config: changed(config, layers={"a": ROW | {"weight": 8}}),
+    "no such scale": lambda config: changed(config, layers={"a": ROW | {"act": "int8/token/often"}}),
+}
+ROW = {"kind": "linear", "shape": [4, 4], "weight": "int8/channel"}
+
+
+def changed(config: dict, **fields) -> dict:
+    """A config whose plan has other fields."""
+    mine = config["quantization_config"]
+    return config | {"quantization_config": mine | {"plan": mine["plan"] | fields}}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_inspect_says_in_one_line_what_is_wrong_with_a_plan(case, monkeypatch, folder, capsys, tmp_path):
+    config = DAMAGED[case](json.loads((folder / "transformer" / "config.json").read_text()))
+    (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    refused(monkeypatch, capsys, "inspect", tmp_path)
+
+
+def test_inspect_says_in_one_line_that_weights_are_damaged(monkeypatch, folder, capsys, tmp_path):
+    for path in (folder / "transformer").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes()[: -1 if path.suffix == ".safetensors" else None])
+    assert "is missing or damaged" in refused(monkeypatch, capsys, "inspect", tmp_path)
 
 
 def test_generate_draws_the_same_picture_for_the_same_seed(monkeypatch, folder, tmp_path):
@@ -147,6 +197,10 @@ def test_bench_times_the_layers_and_a_saved_pipeline(monkeypatch, folder, capsys
 WRONG = {
     "no recipe": (["quantize", "tiny-pixart", "--out", "{new}"], "--recipe NAME or --plan FILE"),
     "unknown recipe": (["quantize", "tiny-pixart", "--out", "{new}", "--recipe", "int9"], "Did you mean 'int8'"),
+    "a format for a recipe": (
+        ["quantize", "tiny-pixart", "--out", "{new}", "--recipe", "int4"],
+        "expected with 4-bit weights one of int4-weight, ",
+    ),
     "no such folder": (["quantize", "./nothing", "--out", "{new}", "--recipe", "int8"], "does not exist"),
     "no model in it": (["quantize", "{empty}", "--out", "{new}", "--recipe", "int8"], "holds no model"),
     "not on this disk": (["quantize", "no/body", "--out", "{new}", "--recipe", "int8"], "cannot be loaded"),
@@ -214,8 +268,109 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_process_leaves_with_code_two_and_one_line():
-    words = [sys.executable, "-m", "dq.cli", "inspect", "./nowhere"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.strip().splitlines()) == 1 and "does not exist" in done.stderr
+def process(*words, **env):
+    """A fresh Python from the root of the repository."""
+    words = [sys.executable, *map(str, words)]
+    return subprocess.run(words, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, check=False)
+
+
+def test_the_process_leaves_with_code_two_and_one_line_whatever_packages_print(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nprint('W0101 no kernels of ours', file=sys.stderr)\n")
+    done = process("-m", "dq.cli", "inspect", "./nowhere", PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    assert done.returncode == 2 and done.stdout == "" and "W0101" in done.stderr
+    assert "does not exist" in told_by("dq", done.stderr)
+
+
+HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "torchao")
+LIGHT = """
+import json, sys
+from dq import cli
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["dq", *words]
+    try:
+        cli.main()
+    except SystemExit as left:
+        print("LEFT", json.dumps([words, left.code, [name for name in HEAVY if name in sys.modules]]), flush=True)
+"""
+
+
+def test_help_inspect_and_wrong_options_are_answered_without_torch(folder):
+    given = ["tiny-pixart", "--out", "new", "--recipe"]
+    expected = [
+        ([], 2),
+        (["--help"], 0),
+        *([name, "--help"] for name in ("quantize", "plan", "inspect", "generate", "bench")),
+    ]
+    expected = [entry if isinstance(entry, tuple) else (entry, 0) for entry in expected]
+    expected += [(["inspect", str(folder)], 0), (["inspect", str(folder / "transformer"), "--json"], 0)]
+    expected += [
+        (words, 2)
+        for words in (
+            ["frobnicate"],
+            ["inspect"],
+            ["inspect", "./nowhere"],
+            ["quantize", "tiny-pixart", "--what"],
+            ["quantize", "tiny-pixart", "--recipe", "int8"],
+            ["quantize", *given, "int8", "--dtype", "int"],
+            ["quantize", *given, "int8", "--component", "vae"],
+            ["quantize", *given, "int8", "--samples", "none"],
+            ["quantize", *given, "int8", "--prompts", "p.txt"],
+            ["quantize", *given, "int8", "--budget-bits", "0"],
+            ["quantize", "./nowhere", "--out", "new", "--recipe", "svdquant-int4"],
+            ["quantize", "tiny-pixart", "--out", str(folder), "--recipe", "svdquant-int4"],
+            ["plan", "tiny-pixart", "--budget-bits", "5", "--metric", "taste"],
+            ["plan", "tiny-pixart", "--steps", "4", "--samples", "2"],
+            ["generate", "tiny-pixart", "--prompt", "x", "--out", "new.what"],
+            ["generate", "./nowhere", "--prompt", "x", "--out", "new.png"],
+            ["bench", "--dtype", "int"],
+        )
+    ]
+    done = process("-c", f"HEAVY = {HEAVY}\n{LIGHT}", json.dumps([words for words, _ in expected]))
+    found = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("LEFT ")]
+    assert found == [[words, code, []] for words, code in expected], done.stderr
+
+
+def test_importing_dq_imports_no_library_it_changes():
+    done = process("-c", f"import sys, dq; print([name for name in {HEAVY} if name in sys.modules])")
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_help_stands_in_panels_and_names_every_choice(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    for command, panels in {
+        "quantize": ("Model", "Calibration", "Budget", "Output"),
+        "plan": ("Model", "Calibration", "Budget", "Output"),
+        "bench": ("Model", "Peers", "Output"),
+    }.items():
+        assert run(monkeypatch, command, "--help") == 0
+        shown = capsys.readouterr().out
+        titles = [title for title in re.findall(r"^╭─ (\w+) ─", shown, re.MULTILINE) if title in panels]
+        assert sorted(titles) == sorted(panels) and titles[0] == "Model"
+        if command == "quantize":
+            assert "all, clustered, normal, stratified, uniform" in shown and "(stratified)" in shown
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("dq ins", "inspect"),
+        ("dq quantize --bud", "--budget-gib --budget-bits --budget-ms"),
+        ("dq quantize x --policy st", "stratified"),
+        ("dq inspect --dtype", ""),
+        ("dq generate x --device c", "cpu cuda"),
+    ],
+)
+@pytest.mark.skipif(shutil.which("bash") is None, reason="the shell that is tried is bash")
+def test_bash_completes_commands_options_and_choices_without_torch(typed, completed, tmp_path):
+    program, watched = tmp_path / "dq", tmp_path / "loaded"
+    code = f"import atexit, sys; atexit.register(lambda: open('{watched}', 'w').write(' '.join(sys.modules)))"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}; from dq.cli import main; main()" "$@"\n')
+    program.chmod(0o755)
+    script = f"""
+    source <({program} --show-completion bash)
+    COMP_WORDS=({typed}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+    _dq_completion {program}; echo "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == completed, done.stderr
+    assert not set(HEAVY) & set(watched.read_text().split())

@@ -24,10 +24,11 @@ from dq.budget.search import Part, Search
 from dq.budget.sensitivity import Errors, Judge
 from dq.disk import write_json
 from dq.layers import parameter_bytes
+from dq.layers.memory import aligned
 from dq.plan import Plan, Recipe, read_json
 from dq.trace.calibration import Calibration
 from dq.trace.records import Store
-from dq.trace.running import Runner, kept_modes
+from dq.trace.running import Runner, kept_modes, modules_of
 
 CALLS = 24  # single calls walked forward and back
 JUDGED_CALLS, JUDGED_RUNS = 6, 2  # run again for every changed layer or plan
@@ -76,7 +77,7 @@ def find(subject: Subject, folder: Path, wish: Wish, progress: bool = True) -> S
     """Measure every denoiser's layers on the calls below `folder`. The first process measures, the others read."""
     state, path = PartialState(cpu=not torch.cuda.is_available()), folder / "search.json"
     if state.is_main_process:
-        with kept_modes(subject.models):
+        with kept_modes(subject.models), aligned(modules_of(subject.target)):
             write_json(path, _measured(subject, folder, wish, progress).to_dict())
     state.wait_for_everyone()
     return Search.from_dict(read_json(path))

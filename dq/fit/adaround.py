@@ -3,9 +3,7 @@
     Ŵ = low + h (high - low),   h = clamp(sigmoid(V) (zeta - gamma) + gamma, 0, 1),   penalty = sum(1 - |2h - 1|^beta)
 
 W, V (rows, columns); low, high: neighbours of W on the grid of its scale block, whatever the grid's spacing, so that
-the point above a binade's last is the next binade's first. FP4DiT (arXiv 2503.15465) takes sigmoid(V / s), s the local
-spacing: large and small spacings then move at the same rate. Deviation: s is divided by its mean, so that learning
-rates carry over between layers.
+the point above a binade's last is the next binade's first.
 """
 
 from __future__ import annotations
@@ -24,26 +22,21 @@ ZETA, GAMMA = 1.1, -0.1  # h reaches 0 and 1 at a finite V
 class Rounding(nn.Module):
     """The rounding of one weight matrix under fixed scales, learnable in `choice` (V). Starts at the weight itself.
 
-    Weights beyond the grid's end start at the end. scale_aware: V counts in local grid spacings (FP4DiT).
+    Weights beyond the grid's end start at the end.
     """
 
-    def __init__(self, weight: torch.Tensor, plan: LayerPlan, scales: Sequence[Scales], scale_aware: bool = False):
+    def __init__(self, weight: torch.Tensor, plan: LayerPlan, scales: Sequence[Scales]):
         super().__init__()
         ends = zip(plan.parts, scales, strict=True)
         made = [_neighbours(weight.detach()[:, first:last].float(), plan, scale) for (first, last), scale in ends]
         low, high, share = (torch.cat(part, 1) for part in zip(*made, strict=True))
-        gap = high - low
-        unit = torch.ones_like(gap)
-        if scale_aware:
-            moving = gap > 0
-            unit = torch.where(moving, gap / gap[moving].mean(), unit) if bool(moving.any()) else unit
-        for name, value in (("low", low), ("high", high), ("unit", unit)):
-            self.register_buffer(name, value, persistent=False)
-        self.choice = nn.Parameter(unit * torch.logit((share - GAMMA) / (ZETA - GAMMA)))
+        self.register_buffer("low", low, persistent=False)
+        self.register_buffer("high", high, persistent=False)
+        self.choice = nn.Parameter(torch.logit((share - GAMMA) / (ZETA - GAMMA)))
 
     def share(self) -> torch.Tensor:
         """h (rows, columns): 0 at the grid point below, 1 at the one above."""
-        return (torch.sigmoid(self.choice / self.unit) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+        return (torch.sigmoid(self.choice) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
     def soft(self) -> torch.Tensor:
         """The differentiable weight (rows, columns), between grid points."""

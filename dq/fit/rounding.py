@@ -57,7 +57,6 @@ def gptq(
     weight: torch.Tensor,
     plan: LayerPlan,
     gram: torch.Tensor,
-    cross: torch.Tensor | None = None,
     damp: float = 0.01,
     order: bool = True,
     scales: Sequence[Scales] | None = None,
@@ -66,7 +65,6 @@ def gptq(
     """Round (rows, columns) under the input's second moments -> (fp32 weight on the grid, scales of each part).
 
     gram    (columns, columns) mean of hat^T hat; hat: the input as the rounded weight meets it
-    cross   (columns, columns) mean of hat^T x: the target becomes the weight whose output on hat is nearest to W x
     damp    added to the diagonal, as a share of its mean; doubled until the matrix has a Cholesky factor
     order   columns of large moments first (scales do not depend on it)
     scales  given ones instead of fitted ones; search: try those of `mse_scales` too and keep the better
@@ -74,54 +72,25 @@ def gptq(
     """
     weight, gram = weight.float(), check_finite(gram.float(), "second moments of the input")
     met = _factor(gram, damp, order)
-    target = weight if cross is None else compensated(weight, gram, check_finite(cross.float(), "cross moments"), damp)
-    candidates = [list(scales)] if scales is not None else [fit_scales(target, plan)]
+    candidates = [list(scales)] if scales is not None else [fit_scales(weight, plan)]
     if search and scales is None:
-        candidates.append(mse_scales(target, plan, gram.diagonal()))
+        candidates.append(mse_scales(weight, plan, gram.diagonal()))
     best, least, kept = None, torch.inf, candidates[0]
     for candidate in candidates:
-        rounded, loss = _descend(target, plan, candidate, met)
-        plain = on_grid(target, plan, candidate)
-        plain_loss = _quadratic(plain - target, gram)
+        rounded, loss = _descend(weight, plan, candidate, met)
+        plain = on_grid(weight, plan, candidate)
+        plain_loss = _quadratic(plain - weight, gram)
         rounded = torch.where((loss < plain_loss)[:, None], rounded, plain)
         total = float(torch.minimum(loss, plain_loss).double().sum())
         if total < least:
             best, least, kept = rounded, total, candidate
-    if cross is not None:
-        plain, plain_scales = nearest(weight, plan, scales)
-        if error(plain, weight, gram, cross) < error(best, weight, gram, cross):
-            return plain, plain_scales
     return best, kept
 
 
 @torch.no_grad()
-def error(
-    rounded: torch.Tensor,
-    weight: torch.Tensor,
-    gram: torch.Tensor,
-    cross: torch.Tensor | None = None,
-    power: torch.Tensor | None = None,
-) -> float:
-    """E|hat Ŵ^T - x W^T|^2, summed over the rows of W. Moments as in `gptq`; power: mean of x^T x.
-
-    With `cross` but without `power` the error of W itself on hat is subtracted: below 0 means better than W.
-    """
-    weight, rounded = weight.float(), rounded.float()
-    gap = rounded - weight
-    total = float(_quadratic(gap, gram.float()).double().sum())
-    if cross is not None:
-        total += 2 * float(((weight @ (gram - cross.t())) * gap).double().sum())
-        if power is not None:
-            total += float(_quadratic(weight, gram - cross - cross.t() + power).double().sum())
-    return total
-
-
-@torch.no_grad()
-def compensated(weight: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, damp: float = 0.01) -> torch.Tensor:
-    """argmin_V E|hat V^T - x W^T|^2 + damping |V - W|^2; W itself if that is no better. Arguments as in `gptq`."""
-    factor, _ = _cholesky(gram, damp)
-    moved = weight + torch.cholesky_solve((weight @ (cross.t() - gram)).t(), factor).t()
-    return moved if error(moved, weight, gram, cross) < 0 else weight
+def error(rounded: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor) -> float:
+    """E|hat Ŵ^T - hat W^T|^2, summed over the rows of W. Moments as in `gptq`."""
+    return float(_quadratic(rounded.float() - weight.float(), gram.float()).double().sum())
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ GAIN = 0.9  # share of the error that a shift or a rotation, which cost time in 
 class Wish:
     """How stored scales are chosen.
 
-    ranges         "minmax", "search", "learned" or, for tables, "network"
+    ranges         "minmax", "search" or, for tables, "network"
     smooth, shift, rotate  whether candidates have them; margins: factors on the range that are tried
     power          of the error that the range search minimises
     round          "nearest", or "gptq": nearest or GPTQ, whatever leaves least error
@@ -115,8 +115,7 @@ class Layer:
             return tables.widest(values, act)
         if wish.ranges == "network" and steps > 1:
             return tables.network(values, act, self.whole.edges, seed=self.whole.seed)
-        found = tables.finite_set(values, act, wish.power)
-        return tables.learned(values, act, found) if wish.ranges == "learned" else tables.widened(found)
+        return tables.widened(tables.finite_set(values, act, wish.power))
 
     def _widest(self, made: DraftLinear) -> torch.Tensor:
         """(steps, parts) scales that cover everything that was ever seen."""

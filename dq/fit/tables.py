@@ -1,12 +1,12 @@
-"""Stored activation scales per step bucket: a finite set, learned values, or a small network of the timestep.
+"""Stored activation scales per step bucket: a finite set, or a small network of the timestep.
 
     x^ = q(x + shift; s[bucket, part]) - shift        s (buckets, parts) fp32, x (..., in) cut into parts of channels
 
 finite_set  each bucket its own range (TFMQ-DM's finite set calibration, arXiv 2311.16503)
-learned     every scale trained by its straight-through gradient (LSQ, arXiv 1902.08153)
-network     s(t) = softplus(MLP(t)), trained likewise, then tabulated (TDQ, arXiv 2306.02316)
+network     s(t) = softplus(MLP(t)), trained by the straight-through gradient of a scale (LSQ, arXiv 1902.08153) and
+            then tabulated (TDQ, arXiv 2306.02316)
 
-All three look only at how values are distributed, so that a layer is first boiled down to weighted values (`Values`):
+Both look only at how values are distributed, so that a layer is first boiled down to weighted values (`Values`):
 exact at both tails, where clipping is decided, and evenly spaced ranks in between. An element weighs as much as the
 weight column it meets, if the caller says so. A bucket that saw nothing takes the scale of the nearest one that did.
 """
@@ -23,7 +23,6 @@ from torch import nn
 from dq.formats.base import SCALE_FLOOR, Granularity
 from dq.plan import LayerPlan, TensorPlan
 
-WHOLE = Granularity("tensor")
 POINTS = 2048  # values kept per bucket and part
 SAMPLE = 32768  # values they are chosen from, next to the smallest and the largest
 SHRINKS = tuple(1 - 0.01 * i for i in range(80))  # of the full range, as published
@@ -127,12 +126,6 @@ def widened(scale: torch.Tensor) -> torch.Tensor:
     return F.max_pool1d(scale.t()[None], 3, 1, 1)[0].t().contiguous()
 
 
-def static(x: torch.Tensor, plan: LayerPlan, importance: torch.Tensor | None = None, power: float = POWER):
-    """(1, parts) scales of one range for all steps, by the same search over all values at once."""
-    everything = torch.zeros(x.shape[0], dtype=torch.long)
-    return finite_set(boil_down(x, everything, plan, 1, importance), plan.act, power)
-
-
 def _relative(values: Values, scale: torch.Tensor, act: TensorPlan) -> torch.Tensor:
     """Mean over filled buckets of error / optimal-order error (s^2), with LSQ's gradient to `scale`."""
     buckets, parts, points = values.value.shape
@@ -140,22 +133,6 @@ def _relative(values: Values, scale: torch.Tensor, act: TensorPlan) -> torch.Ten
     rounded = act.spec.fake(flat, Granularity("token"), scale=row)
     loss = (values.weight.reshape(-1, points) * (rounded - flat).square()).sum(-1).reshape(buckets, parts)
     return loss
-
-
-def learned(values: Values, act: TensorPlan, start: torch.Tensor, steps: int = 200, lr: float = 0.01) -> torch.Tensor:
-    """(buckets, parts) scales trained from `start`, each kept only where its own bucket's error fell."""
-    log = start.detach().log().requires_grad_()
-    before = error(values, start, act).clamp(min=1e-30)
-    adam = torch.optim.Adam([log], lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
-    with torch.enable_grad():
-        for _ in range(steps):
-            adam.zero_grad()
-            (_relative(values, log.exp(), act) / before).sum().backward()
-            adam.step()
-            schedule.step()
-    scale = log.detach().exp()
-    return torch.where(error(values, scale, act) < before, scale, start)
 
 
 class Network(nn.Module):

@@ -22,6 +22,7 @@ from dq.fit import drafts
 from dq.fit.drafts import DraftLinear
 from dq.fit.smooth import sample
 from dq.layers import PACKED
+from dq.layers.memory import aligned
 from dq.plan import LayerPlan, Plan, Recipe
 from dq.trace.records import Store
 from dq.trace.seen import Seen, Unit
@@ -70,22 +71,28 @@ def walk(trace: Trace, method: ModuleType, recipe: Recipe, dtype: torch.dtype, p
     """
     fitted, state = Fitted(), PartialState()
     bar = tqdm(trace.units, desc=f"fit {recipe.name}", disable=not (progress and state.is_main_process), delay=2)
-    for index, unit in enumerate(bar):
-        if not unit.layers:
-            if index >= trace.finished:
+    with aligned([trace.model]):
+        for index, unit in enumerate(bar):
+            if unit.layers:
+                _step(trace, index, method, recipe.options, dtype, fitted)
+            elif index >= trace.finished:
                 trace.skip(unit)
-            continue
-        if index >= trace.finished and trace.load_unit(index) is None:
-            _fit_unit(trace, index, method, recipe.options, dtype, fitted.seconds)
-        tensors, note = trace.load_unit(index)
-        packed = _unpacked(unit, tensors, note, dtype)
-        fitted.packed |= packed
-        fitted.error_db |= note["error_db"]
-        fitted.tried += note["tried"]
-        if index >= trace.finished:
-            with _Timed(fitted.seconds, "quantized replay"):
-                trace.advance(unit, packed if method.NEEDS.hat else {})  # without that stream nothing propagates
     return fitted
+
+
+def _step(trace: Trace, index: int, method: ModuleType, options: Mapping, dtype: torch.dtype, fitted: Fitted) -> None:
+    """Fit one unit, or take up what an earlier walk made of it, and lead the streams past it."""
+    unit = trace.units[index]
+    if index >= trace.finished and trace.load_unit(index) is None:
+        _fit_unit(trace, index, method, options, dtype, fitted.seconds)
+    tensors, note = trace.load_unit(index)
+    packed = _unpacked(unit, tensors, note, dtype)
+    fitted.packed |= packed
+    fitted.error_db |= note["error_db"]
+    fitted.tried += note["tried"]
+    if index >= trace.finished:
+        with _Timed(fitted.seconds, "quantized replay"):
+            trace.advance(unit, packed if method.NEEDS.hat else {})  # without that stream nothing propagates
 
 
 def _fit_unit(

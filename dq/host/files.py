@@ -16,11 +16,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dq.errors import DQError
+from dq.host import header
 from dq.layers import tensor_shapes
 from dq.plan import Plan
 
@@ -154,12 +155,14 @@ def headers(paths: list[str | Path]) -> tuple[set[str], dict[str, str]]:
     """
     names, sums = set(), {}
     for path in paths:
+        entries, metadata = header.read(path)
+        names |= set(entries)
         try:
-            with safe_open(path, framework="pt") as file:
-                names |= set(file.keys())
-                sums |= json.loads((file.metadata() or {}).get(CHECKSUMS, "{}"))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise DQError(f"weights file {str(path)!r} is missing or damaged: {error}; copy it again") from None
+            sums |= json.loads(metadata.get(CHECKSUMS, "{}"))
+        except (ValueError, TypeError):
+            raise DQError(
+                f"weights file {str(path)!r} is damaged: {CHECKSUMS} is no JSON object; copy it again"
+            ) from None
     return names, sums
 
 

@@ -4,6 +4,7 @@
 
 A (r, in), B (out, r), s = alpha / r. Fusing appends r rows to `proj_down` and r columns to `proj_up`; unfusing drops
 exactly those. Convolutions are the same: A is a kernel (r, in, *kernel), flattened, and B is a 1x1 convolution.
+peft is optional, and imported by what only peft calls.
 """
 
 from __future__ import annotations
@@ -16,13 +17,6 @@ from torch import nn
 
 from dq.errors import DQError
 from dq.layers import CONV_KINDS, PACKED, hadamard
-
-try:
-    from peft.tuners import lora
-    from peft.tuners.lora import model as dispatch_home
-    from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-except ImportError:  # peft is optional
-    lora = None
 
 PACKED_TYPES = tuple(PACKED.values())
 
@@ -76,6 +70,8 @@ class _FusesIntoBranch:
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Append the adapters to the base layer's low-rank branch. DQError for variants that are not low-rank sums."""
+        from peft.tuners.tuners_utils import check_adapters_to_merge
+
         base = self.get_base_layer()
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.lora_A]
         for name in names:
@@ -139,8 +135,11 @@ class _ConvAdapter(_FusesIntoBranch):
             self._modules["base_layer"] = base
 
 
+@functools.cache
 def _adapters() -> dict[str, type]:
     """The adapter class of each kind of packed layer."""
+    from peft.tuners import lora
+
     made = {"linear": type("PackedLinearAdapter", (_FusesIntoBranch, lora.Linear), {})}
     for space in (1, 2, 3):
         parent = getattr(lora.layer, f"Conv{space}d")
@@ -148,22 +147,17 @@ def _adapters() -> dict[str, type]:
     return made
 
 
-def register() -> bool:
-    """Let peft make fusable adapters for packed layers; False where that is done already, or peft is not there."""
-    if lora is None or hasattr(dispatch_home.dispatch_default, "before_dq"):
-        return False
-    original, classes = dispatch_home.dispatch_default, _adapters()
+def adapter_of(target: nn.Module) -> type | None:
+    """The adapter class of a packed layer, itself or within another adapter; None for other modules."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    @functools.wraps(original)
-    def dispatch(target, adapter_name, config, parameter_name=None, **kwargs):
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if parameter_name is None and isinstance(base, PACKED_TYPES):
-            return classes[base.plan.kind](target, adapter_name, config=config, **kwargs)
-        return original(target, adapter_name, config=config, parameter_name=parameter_name, **kwargs)
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    return _adapters()[base.plan.kind] if isinstance(base, PACKED_TYPES) else None
 
-    dispatch.before_dq = original
-    dispatch_home.dispatch_default = dispatch
-    return True
+
+def shape_of(module: nn.Module | None) -> torch.Size | None:
+    """Shape of the full-precision weight that a packed layer stands for, None for anything else."""
+    return torch.Size(module.plan.shape) if isinstance(module, PACKED_TYPES) else None
 
 
 def attached(model: nn.Module) -> str | None:

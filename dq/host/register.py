@@ -1,84 +1,115 @@
-"""Every change that `import dq` makes to other libraries, in one list.
+"""Every change that `import dq` makes to other libraries, in one list; each is made once its library is imported.
 
 diffusers, transformers  "dq" becomes a known quantizer and config in `quantizers.auto` (two tables each)
 diffusers                `ModelMixin.save_pretrained` writes quantized models whole or not at all, others as before
 transformers             `PreTrainedModel.save_pretrained` likewise
 peft                     `dispatch_default` makes adapters that fuse into the low-rank branch of packed layers
 diffusers                `FluxLoraLoaderMixin._calculate_module_shape` is told the shape a packed layer stands for
-The wrapped functions keep what they wrap as `before_dq`.
+The wrapped functions keep what they wrap as `before_dq`. None of this imports torch: see `dq.host.later`.
 """
 
 from __future__ import annotations
 
 import functools
-
-import torch
-from diffusers import ModelMixin
-from diffusers.quantizers import auto as diffusers_auto
-from transformers import PreTrainedModel
-from transformers.quantizers import auto as transformers_auto
+import sys
+from types import ModuleType
 
 from dq.errors import DQError
-from dq.host import files, peft
-from dq.host.config import DQConfig
-from dq.host.diffusers import DQQuantizer
-from dq.host.mark import plan_of, write_config
-from dq.host.peft import PACKED_TYPES
-from dq.host.store import refuse_unsavable
-from dq.host.transformers import DQTransformersQuantizer
+from dq.host import later
+
+CONFIG = ("dq.host.config", "DQConfig")
+QUANTIZERS = {
+    "diffusers": ("dq.host.diffusers", "DQQuantizer"),
+    "transformers": ("dq.host.transformers", "DQTransformersQuantizer"),
+}
 
 
 def register() -> None:
-    """Make "dq" known to diffusers, transformers and peft. Calling it again changes nothing.
+    """Make "dq" known to diffusers, transformers and peft, now or when they are imported. Again, it changes nothing.
 
     Raises DQError when another package has taken the name.
     """
-    for home, quantizer in ((diffusers_auto, DQQuantizer), (transformers_auto, DQTransformersQuantizer)):
-        for table, mine in (
-            (home.AUTO_QUANTIZER_MAPPING, quantizer),
-            (home.AUTO_QUANTIZATION_CONFIG_MAPPING, DQConfig),
-        ):
-            if table.get("dq", mine) is not mine:
-                raise DQError(f"another package registered 'dq' with {home.__name__}; import only one of them")
-            table["dq"] = mine
-    for base in (ModelMixin, PreTrainedModel):
-        if not hasattr(base.save_pretrained, "before_dq"):
-            base.save_pretrained = _whole_or_not(base.save_pretrained)
-    if peft.register():
-        _teach_flux_shapes()
+    later.when_imported("diffusers.quantizers.auto", _enter)
+    later.when_imported("diffusers.models.modeling_utils", lambda home: _save_whole(home.ModelMixin))
+    later.when_imported("diffusers.loaders.lora_pipeline", _teach_flux_shapes)
+    later.when_imported("transformers.quantizers.auto", _enter)
+    later.when_imported("transformers.modeling_utils", lambda home: _save_whole(home.PreTrainedModel))
+    later.when_imported("peft.tuners.lora.model", _dispatch)
 
 
-def _whole_or_not(original):
-    """`save_pretrained` that, for models quantized by dq, refuses attached adapters and writes all files or none."""
+def _enter(home: ModuleType) -> None:
+    """Put the quantizer and the config into the two tables of a library's `quantizers.auto`."""
+    quantizer = QUANTIZERS[home.__name__.partition(".")[0]]
+    for table, place in ((home.AUTO_QUANTIZER_MAPPING, quantizer), (home.AUTO_QUANTIZATION_CONFIG_MAPPING, CONFIG)):
+        module, name = place
+        there = table.get("dq")
+        if there is not None and (there.__module__, there.__qualname__) != place:
+            raise DQError(f"another package registered 'dq' with {home.__name__}; import only one of them")
+        table["dq"] = getattr(sys.modules.get(module), name, None) or later.Promise(module, name)
+
+
+def _save_whole(base: type) -> None:
+    """Let `save_pretrained` refuse models of dq with attached adapters, and write all their files or none."""
+    original = base.save_pretrained
+    if hasattr(original, "before_dq"):
+        return
 
     @functools.wraps(original)
     def save_pretrained(self, save_directory, *args, **kwargs):
-        if plan_of(self) is None:
+        if not _of_dq(self):
             return original(self, save_directory, *args, **kwargs)
-        refuse_unsavable(self)
-        write_config(self)
+        from dq.host import files, mark, store
+
+        store.refuse_unsavable(self)
+        mark.write_config(self)
         if kwargs.get("push_to_hub"):  # takes the repository's name from the folder's
             return original(self, save_directory, *args, **kwargs)
         with files.replacing(save_directory) as made:
             return original(self, str(made), *args, **kwargs)
 
     save_pretrained.before_dq = original
-    return save_pretrained
+    base.save_pretrained = save_pretrained
 
 
-def _teach_flux_shapes() -> None:
+def _of_dq(model) -> bool:
+    """Whether a model of a host library is quantized by dq. None can be before the file of its quantizers is read."""
+    base, quantizer = sys.modules.get("dq.host.base"), getattr(model, "hf_quantizer", None)
+    return base is not None and isinstance(quantizer, base.QuantizerBase) and quantizer.plan is not None
+
+
+def _dispatch(home: ModuleType) -> None:
+    """Let peft make fusable adapters for packed layers."""
+    original = home.dispatch_default
+    if hasattr(original, "before_dq"):
+        return
+
+    @functools.wraps(original)
+    def dispatch(target, adapter_name, config, parameter_name=None, **kwargs):
+        from dq.host import peft
+
+        kind = peft.adapter_of(target) if parameter_name is None else None
+        if kind is not None:
+            return kind(target, adapter_name, config=config, **kwargs)
+        return original(target, adapter_name, config=config, parameter_name=parameter_name, **kwargs)
+
+    dispatch.before_dq = original
+    home.dispatch_default = dispatch
+
+
+def _teach_flux_shapes(home: ModuleType) -> None:
     """FLUX's LoRA loader compares weight shapes; give it the shape a packed layer stands for."""
-    from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
-
-    original = FluxLoraLoaderMixin._calculate_module_shape
+    original = home.FluxLoraLoaderMixin._calculate_module_shape
+    if hasattr(original, "before_dq"):
+        return
 
     @functools.wraps(original)
     def shape(model, base_module=None, base_weight_param_name=None):
+        from dq.host import peft
+
         module = base_module
         if module is None and base_weight_param_name is not None:
             module = model.get_submodule(base_weight_param_name.removesuffix(".weight"))
-        if isinstance(module, PACKED_TYPES):
-            return torch.Size(module.plan.shape)
-        return original(model, base_module, base_weight_param_name)
+        return peft.shape_of(module) or original(model, base_module, base_weight_param_name)
 
-    FluxLoraLoaderMixin._calculate_module_shape = staticmethod(shape)
+    shape.before_dq = original
+    home.FluxLoraLoaderMixin._calculate_module_shape = staticmethod(shape)

@@ -1,18 +1,17 @@
-"""Models on disk: from what a user types to a pipeline or model, and the report of a saved one without its weights."""
+"""Models on disk: from what a user types to a pipeline or model, and the report of a saved one without its weights.
+
+Nothing here imports torch before it loads a model or chooses kernels.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from dq import kernels
 from dq.errors import DQError
-from dq.explaining import served
-from dq.kernels import Conv
+from dq.host import header
+from dq.host.header import Entry
 from dq.plan import LayerPlan, Plan, read_json
 from dq.report import Report, Row
 
@@ -21,7 +20,6 @@ CLONE = Path(__file__).resolve().parents[2] / "pipelines" / "tiny"
 PIPELINE, MODEL, BARE = "model_index.json", "config.json", "dq_plan.json"
 MAKE_ONE = "make one with `dq quantize MODEL --recipe int8 --out DIR`"
 KINDS = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "F4": 4}
 
 
 def find(name: str) -> Path | str:
@@ -68,94 +66,107 @@ def load(name: str, dtype: str | None = None):
         raise DQError(f"model {name!r} cannot be loaded: {reason[:300]}") from error
 
 
-def plans(folder: Path) -> dict[str, tuple[Path, Plan]]:
-    """Folder and plan of every quantized component of a saved pipeline by name; a lone model has the name ""."""
+def plans(folder: Path, checked: bool = True) -> dict[str, tuple[Path, Plan]]:
+    """Folder and plan of every quantized component of a saved pipeline by name; a lone model has the name "".
+
+    `checked` as in `Plan.from_dict`. DQError for a plan that is damaged.
+    """
     if (folder / PIPELINE).is_file():
         parts = {name: folder / name for name in read_json(folder / PIPELINE) if (folder / name).is_dir()}
     else:
         parts = {"": folder}
-    found = {name: (part, _plan(part)) for name, part in parts.items()}
+    found = {name: (part, _plan(part, checked)) for name, part in parts.items()}
     return {name: (part, plan) for name, (part, plan) in found.items() if plan is not None}
 
 
-def _plan(folder: Path) -> Plan | None:
+def _plan(folder: Path, checked: bool) -> Plan | None:
     if (folder / BARE).is_file():
-        return Plan.load(folder / BARE)
+        return Plan.from_dict(read_json(folder / BARE), checked)
     if not (folder / MODEL).is_file():
         return None
-    config = read_json(folder / MODEL).get("quantization_config") or {}
-    if config.get("quant_method") != "dq":
+    config = read_json(folder / MODEL).get("quantization_config")
+    if not isinstance(config, dict) or config.get("quant_method") != "dq":
         return None
-    return Plan.from_dict(config["plan"] if isinstance(config["plan"], dict) else json.loads(config["plan"]))
+    plan = config.get("plan")
+    try:
+        plan = json.loads(plan) if isinstance(plan, str) else plan
+    except ValueError:
+        plan = None
+    if not isinstance(plan, dict):
+        raise DQError(
+            f"{str(folder / MODEL)!r} has no plan in its quantization_config; save or download the model again"
+        )
+    return Plan.from_dict(plan, checked)
 
 
 def stored_dtype(folder: Path) -> str | None:
     """Compute dtype of a saved quantized model or pipeline, None for one that is not quantized."""
-    return next((plan.compute_dtype for _, plan in plans(folder).values()), None)
+    return next((plan.compute_dtype for _, plan in plans(folder, checked=False).values()), None)
 
 
-def report(folder: str | Path, device: str = "cpu") -> Report:
-    """What `dq.explain` says of a saved model, with the kernels a device type would run, from its headers alone.
+def report(folder: str | Path, device: str | None = None) -> Report:
+    """What `dq.explain` says of a saved model, from its headers alone; with kernels where a device type is given.
 
-    Raises DQError when the folder holds no quantized model.
+    Raises DQError when the folder holds no quantized model, or a damaged one.
     """
     place = find(str(folder))
-    found = plans(place) if isinstance(place, Path) else {}
+    found = plans(place, checked=device is not None) if isinstance(place, Path) else {}
     if not found:
         raise DQError(f"{str(folder)!r} holds no quantized model; {MAKE_ONE}")
     rows, before, after = [], 0, 0
     for part, (home, plan) in found.items():
         tensors = _tensors(home)
-        own = {name: _own(name, tensors) for name in [*plan.layers, *plan.kept]}
+        own = {name: {} for name in [*plan.layers, *plan.kept]} | _by_layer(tensors)
         rows += [_row(part, name, layer, own[name], device) for name, layer in plan.layers.items()]
         rows += [_kept(part, name, reason, own[name]) for name, reason in plan.kept.items()]
-        stored = sum(size for _, size in tensors.values())
+        stored = sum(entry.size for entry in tensors.values())
         after += stored
         before += stored + sum(_dense_bytes(layer, own[name], plan) for name, layer in plan.layers.items())
     recipe = ", ".join(dict.fromkeys(plan.recipe for _, plan in found.values()))
     return Report(rows, before, after, 0.0, recipe)
 
 
-def _tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Shape and bytes of every tensor below a folder, from the headers of its safetensors files."""
+def _tensors(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a folder's safetensors files."""
+    files = (header.read(path)[0] for path in sorted(folder.glob("*.safetensors")))
+    return {name: entry for entries in files for name, entry in entries.items()}
+
+
+def _by_layer(tensors: dict[str, Entry]) -> dict[str, dict[str, Entry]]:
+    """The tensors of each layer by their last name."""
     found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    part = file.get_slice(name)
-                    shape = tuple(part.get_shape())
-                    found[name] = (shape, prod(shape) * BITS.get(part.get_dtype(), 8) // 8)
-        except (OSError, SafetensorError) as error:
-            raise DQError(f"weights file {str(path)!r} is missing or damaged: {error}; copy it again") from None
+    for key, entry in tensors.items():
+        home, _, name = key.rpartition(".")
+        found.setdefault(home, {})[name] = entry
     return found
 
 
-def _own(name: str, tensors: dict) -> dict[str, tuple[tuple[int, ...], int]]:
-    """The tensors of one layer by their last name."""
-    keys = [key for key in tensors if key.rpartition(".")[0] == name]
-    return {key.rpartition(".")[2]: tensors[key] for key in keys}
-
-
-def _row(part: str, name: str, plan: LayerPlan, own: dict, device: str) -> Row:
+def _row(part: str, name: str, plan: LayerPlan, own: dict[str, Entry], device: str | None) -> Row:
     full, act = f"{part}.{name}" if part else name, str(plan.act) if plan.act else None
-    size = sum(size for _, size in own.values())
+    size = sum(entry.size for entry in own.values())
     found = Row(full, plan.kind, str(plan.weight), act, plan.rank, size, None, plan.reason)
+    return found if device is None else _served(found, plan, device)
+
+
+def _served(row: Row, plan: LayerPlan, device: str) -> Row:
+    """A row with what would serve its layer on a device type, and the refusals of what is preferred to it."""
+    from dq import explaining, kernels
+
     if plan.kind == "stack":
-        return replace(found, backend="decode", kernel=f"decode {plan.weight.format} when used")
+        return replace(row, backend="decode", kernel=f"decode {plan.weight.format} when used")
     space = len(plan.shape) - 2
-    conv = Conv((1,) * space, (0,) * space, (1,) * space, 1) if plan.kind != "linear" else None
-    return served(found, kernels.choose("conv" if conv else "linear", plan, device, conv))
+    conv = kernels.Conv((1,) * space, (0,) * space, (1,) * space, 1) if plan.kind != "linear" else None
+    return explaining.served(row, kernels.choose("conv" if conv else "linear", plan, device, conv))
 
 
-def _kept(part: str, name: str, reason: str, own: dict) -> Row:
-    shape, _ = own.get("weight", ((), 0))
-    size = sum(size for _, size in own.values())
-    return Row(f"{part}.{name}" if part else name, KINDS.get(len(shape), ""), None, None, 0, size, None, reason)
+def _kept(part: str, name: str, reason: str, own: dict[str, Entry]) -> Row:
+    kind = KINDS.get(len(own["weight"].shape), "") if "weight" in own else ""
+    size = sum(entry.size for entry in own.values())
+    return Row(f"{part}.{name}" if part else name, kind, None, None, 0, size, None, reason)
 
 
-def _dense_bytes(layer: LayerPlan, own: dict, plan: Plan) -> int:
+def _dense_bytes(layer: LayerPlan, own: dict[str, Entry], plan: Plan) -> int:
     """Bytes the layer's weight takes in the compute dtype beyond its packed tensors (its bias is in both)."""
     width = 4 if plan.compute_dtype == "float32" else 2
-    packed = sum(size for key, (_, size) in own.items() if key != "bias")
+    packed = sum(entry.size for key, entry in own.items() if key != "bias")
     return layer.rows * layer.columns * width - packed

@@ -77,5 +77,4 @@ def learn(unit: Unit, seen: Seen, made: Mapping[str, DraftLinear], targets: Mapp
     learned = {name: made[name] for name in targets}
     learning = reconstruct.AdaRound(learned, targets, options.get("strength", STRENGTH))
     settings = reconstruct.Settings(steps, options.get("lr", LEARNING_RATE), options.get("batch", BATCH))
-    outcome = reconstruct.reconstruct(unit, seen, made, learning.parameters, settings, learning)
-    next(iter(made.values())).outcome = outcome
+    reconstruct.reconstruct(unit, seen, made, learning.parameters, settings, learning)

@@ -8,11 +8,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from dq.errors import DQError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 POLICIES = ("uniform", "all", "normal", "stratified", "clustered")
 PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -86,6 +87,8 @@ class Calibration:
 
 def resolve(value: Calibration | Callable[[nn.Module], Any]) -> Calibration:
     """A Calibration as it is, a function as the forward loop of one. Raises DQError for anything else."""
+    from torch import nn  # here: what a user states is checked before torch is needed
+
     if isinstance(value, Calibration):
         return value
     if callable(value) and not isinstance(value, (type, nn.Module)):

@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from dq.disk import write_json
 from dq.errors import DQError
+from dq.layers.memory import aligned
 from dq.trace import policies
 from dq.trace.calibration import Calibration
 from dq.trace.records import Store
-from dq.trace.running import Call, Runner, drawing, kept_modes, telling, watching
+from dq.trace.running import Call, Runner, drawing, kept_modes, modules_of, telling, watching
 
 SKETCH = 256  # numbers that stand for the latents of a call when calls are clustered
 
@@ -57,7 +58,7 @@ def capture(target, models: Mapping[str, nn.Module], calibration: Calibration, f
         _claim(folder, _identity(target, models, calibration))
     world.wait()
     session = _Session(models, folder, world)
-    with kept_modes(models), torch.no_grad():
+    with kept_modes(models), aligned(modules_of(target)), torch.no_grad():
         if bare:
             _record_loop(session, target, calibration)
         else:
@@ -207,10 +208,15 @@ def _identity(target, models: Mapping[str, nn.Module], calibration: Calibration)
     if calibration.forward_loop is not None:
         return found | {"forward_loop": getattr(calibration.forward_loop, "__qualname__", "callable")}
     parts = {name: part for name, part in target.components.items() if isinstance(part, SchedulerMixin)}
-    schedulers = {name: f"{type(part).__name__} {_crc(dict(part.config))}" for name, part in parts.items()}
+    schedulers = {name: f"{type(part).__name__} {_crc(_settings(part))}" for name, part in parts.items()}
     names = {name: getattr(calibration, name) for name in ("steps", "samples", "policy")}
     values = {"prompts": _crc(calibration.texts()), "call_kwargs": _crc(dict(calibration.call_kwargs))}
     return found | names | values | {"schedulers": schedulers}
+
+
+def _settings(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """A scheduler's settings without diffusers' own notes, some of which stand in another order in each process."""
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
 
 
 def _weights(model: nn.Module) -> str:

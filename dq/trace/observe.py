@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dq.errors import DQError
 from dq.layers import geometry
+from dq.trace.records import storable
 from dq.trace.seen import LayerSeen, Needs, Unit
 
 GRAM_ROWS = 8192  # rows that go into second moments; twice the columns where that is more
@@ -61,6 +61,7 @@ class CallInfo:
             first = last
 
 
+@storable("sums")
 @dataclass
 class Sums:
     """Statistics of one layer over some calls: fields as in LayerSeen, samples by call, moments not yet divided."""
@@ -71,7 +72,6 @@ class Sums:
     bucket: list[torch.Tensor] = field(default_factory=list)
     branch: list[torch.Tensor] = field(default_factory=list)
     gram: torch.Tensor | None = None
-    cross: torch.Tensor | None = None
     rows: int = 0
     absmax: torch.Tensor | None = None
     low: torch.Tensor | None = None
@@ -81,10 +81,9 @@ class Sums:
         """Join the statistics of later calls to these."""
         for name in ("x", "hat", "bucket", "branch"):
             getattr(self, name).extend(getattr(other, name))
-        for name, join in (("gram", torch.add), ("cross", torch.add), ("absmax", torch.maximum)):
+        joins = {"gram": torch.add, "absmax": torch.maximum, "low": torch.minimum, "high": torch.maximum}
+        for name, join in joins.items():
             self._join(name, join, getattr(other, name))
-        self._join("low", torch.minimum, other.low)
-        self._join("high", torch.maximum, other.high)
         self.rows += other.rows
 
     def _join(self, name: str, join: Callable, value: torch.Tensor | None) -> None:
@@ -116,8 +115,6 @@ class Observer:
     def __init__(
         self, unit: Unit, needs: Needs, calls: int, buckets: int, twice: bool, apart: frozenset[str] = frozenset()
     ):
-        if needs.quantiles and not needs.rows:
-            raise DQError("a method asks for quantiles without rows to take them from; set rows in its NEEDS")
         self.needs, self.calls, self.buckets, self.twice, self.apart = needs, calls, buckets, twice, apart
         self.name = unit.name
         self.layers = {name: _Layer(unit.layer(name), "expert" in name) for name in unit.layers}
@@ -198,7 +195,7 @@ class Observer:
         if self.twice and hat.sample is not None:
             sums.hat.append(hat.sample)
         if full.rows is not None:
-            self._moments(sums, hat.rows, full.rows if self.twice else None)
+            self._moments(sums, hat.rows)
 
     def _take(self, layer: _Layer, x: torch.Tensor) -> _Taken:
         """The sampled rows of x, and the sampled rows of columns."""
@@ -217,13 +214,10 @@ class Observer:
             self._draws[count] = torch.randperm(count, generator=torch.Generator().manual_seed(self._call.seed))
         return self._draws[count][:most].sort().values
 
-    def _moments(self, sums: Sums, rows: torch.Tensor, full: torch.Tensor | None) -> None:
+    def _moments(self, sums: Sums, rows: torch.Tensor) -> None:
         if sums.gram is None:
             sums.gram = rows.new_zeros(rows.shape[1], rows.shape[1])
-            sums.cross = None if full is None else torch.zeros_like(sums.gram)
         sums.gram.addmm_(rows.t(), rows)
-        if full is not None:
-            sums.cross.addmm_(rows.t(), full)
         sums.rows += len(rows)
 
     def _ranges(self, sums: Sums, x: torch.Tensor) -> None:
@@ -319,13 +313,13 @@ def join(pieces: Sequence[dict[str, Sums]]) -> tuple[dict[str, Sums], set[str]]:
     return total, torn
 
 
-def finish(sums: dict[str, Sums], needs: Needs, buckets: int) -> dict[str, LayerSeen]:
+def finish(sums: dict[str, Sums]) -> dict[str, LayerSeen]:
     """What the layers saw. Layers with a shared input share every tensor."""
-    seen = {name: _finish(item, needs, buckets) for name, item in sums.items() if item.source == name}
+    seen = {name: _finish(item) for name, item in sums.items() if item.source == name}
     return {name: seen[name] if name in seen else replace(seen[item.source]) for name, item in sums.items()}
 
 
-def _finish(sums: Sums, needs: Needs, buckets: int) -> LayerSeen:
+def _finish(sums: Sums) -> LayerSeen:
     same = [part for part in sums.x if part.shape[1:] == sums.x[0].shape[1:]]  # maps of other sizes cannot be stacked
     kept = [part.shape[1:] == sums.x[0].shape[1:] for part in sums.x]
     x = _stack(same)
@@ -338,23 +332,10 @@ def _finish(sums: Sums, needs: Needs, buckets: int) -> LayerSeen:
     if sums.low is not None:
         for bound in (sums.low, sums.high):
             bound[bound.isinf()] = 0
-    if needs.quantiles:
-        seen.quantiles = _quantiles(x, bucket, needs.quantiles, buckets)
     if sums.gram is not None:
         seen.gram = sums.gram.div_(sums.rows)
-        seen.cross = seen.gram if sums.cross is None else sums.cross.div_(sums.rows)
     return seen
 
 
 def _stack(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts) if parts else torch.empty(0)
-
-
-def _quantiles(x: torch.Tensor, bucket: torch.Tensor, fractions: Sequence[float], buckets: int) -> torch.Tensor:
-    """(buckets, fractions) fp32: the value of nearest rank; 0 for a bucket without rows."""
-    out = torch.zeros(buckets, len(fractions))
-    for index in bucket.unique().tolist():
-        values = x[(bucket == index).to(x.device)].float().flatten()
-        ranks = [1 + round(fraction * (len(values) - 1)) for fraction in fractions]
-        out[index] = torch.stack([values.kthvalue(rank).values for rank in ranks])
-    return out

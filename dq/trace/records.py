@@ -5,6 +5,8 @@ JSON with the crc32 of every tensor. Nothing is pickled. A tensor shared by cont
 beside it, as a hard link to `.shared/<sha1 of the content>`: the file system counts who refers to it, so that several
 processes may write and drop entries of one store at once, and a kill leaves no wrong count.
 Entries are filled in `.partial/` and renamed into place, so an entry is whole or not there.
+A store made by this version has an empty file `.format-<VERSION>`. Classes of dq stand in it by a short kind, since
+their modules may move; those of other libraries by `module:name`.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ import shutil
 import tempfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,26 +43,51 @@ ENTRY, TREE, META = ".entry", "tree.safetensors", "dq"
 STORABLE = frozenset(_TYPES.values())
 PLAIN = (type(None), bool, int, float, str)
 _DAMAGED = "delete the folder and record again"
+VERSION = 2  # 1: classes of dq by the path of their module
+KINDS: dict[str, type] = {}  # classes of dq that may be stored; see `storable`
+Class = TypeVar("Class", bound=type)
+
+
+def storable(kind: str) -> Callable[[Class], Class]:
+    """Decorator of a NamedTuple or dataclass of dq that stands in stores as `kind`."""
+
+    def enter(cls: Class) -> Class:
+        KINDS[kind] = cls
+        return cls
+
+    return enter
 
 
 class Store:
     """A folder of named trees.
 
     Leaves: tensors of any dtype, None, bool, int, float, str, torch.dtype, torch.device. Containers: tuple, list, dict
-    with str or int keys, NamedTuples, dataclasses and model outputs whose class can be imported. Tensors come back
-    contiguous, without gradient; a tensor object that stands twice in a tree comes back as one object.
+    with str or int keys, NamedTuples, dataclasses and model outputs, of `KINDS` or of other libraries. Tensors are
+    contiguous, without gradient, in memory of their own when read; one that stands twice in a tree stays one object.
     """
 
     def __init__(self, folder: str | Path):
-        """Open or make the store; leftovers of a kill are removed if no other process has it open."""
+        """Open or make the store; leftovers of a kill are removed if no other process has it open.
+
+        Raises DQError for a folder written by a version of dq with another format.
+        """
         self.folder = Path(folder).absolute()
         self._partial, self._shared = self.folder / ".partial", self.folder / ".shared"
         with _refusing(f"cannot open {str(self.folder)!r}"):
+            self._check_version()
             for place in (self._partial, self._shared):
                 place.mkdir(parents=True, exist_ok=True)
             # closed with the object, hence no `with`
             self._lock = (self.folder / ".lock").open("a")
             self._clean()
+
+    def _check_version(self) -> None:
+        mark = self.folder / f".format-{VERSION}"
+        if self._shared.exists() and not mark.exists():
+            what = f"{str(self.folder)!r} holds records in the format of another version of dq"
+            raise DQError(f"{what}; delete the folder and record again, or use that version")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()  # before anything else is made
 
     def write(self, key: str, tree: Any, share: bool = True) -> None:
         """Store `tree` under `key`, in place of what was there.
@@ -169,7 +196,7 @@ class Store:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:  # somebody is at work here
-            pass
+            self._check_version()
         else:
             shutil.rmtree(self._partial)
             self._partial.mkdir(exist_ok=True)  # another process that opens the store may have just made it
@@ -216,7 +243,7 @@ class _Packer:
 
     def _encode_object(self, node: Any, where: str) -> Any:
         cls = type(node)
-        path, fields = f"{cls.__module__}:{cls.__qualname__}", _fields(cls)
+        path, fields = _name(cls), _fields(cls)
         if fields is None or _find(path) is not cls:
             known = "tensors, numbers, str, None, tuple, list, dict, NamedTuples, dataclasses"
             raise DQError(f"{where}: cannot store a {cls.__name__}, expected {known} that can be imported")
@@ -270,9 +297,16 @@ def _fields(cls: type) -> list[str] | None:
     return [] if issubclass(cls, dict) and not issubclass(cls, defaultdict) else None
 
 
+def _name(cls: type) -> str:
+    """What a class is called in a store: its kind, or `module:name` outside of dq."""
+    return next((kind for kind, known in KINDS.items() if known is cls), f"{cls.__module__}:{cls.__qualname__}")
+
+
 def _find(path: str) -> type | None:
-    """The class `module:name`, None when it cannot be imported."""
+    """The class of a name in a store, None for one that is not known or cannot be imported."""
     module, _, name = path.partition(":")
+    if not name or module.partition(".")[0] == "dq":
+        return KINDS.get(path)
     try:
         found = importlib.import_module(module)
         for part in name.split("."):
@@ -311,7 +345,7 @@ def _build(path: str, content: list, tensors: list[torch.Tensor]) -> Any:
 
 
 def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors (mapped privately: changing one leaves the file alone) and metadata of a safetensors file."""
+    """Tensors (mapped from the file) and metadata of a safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -323,5 +357,7 @@ def _restore(flat: torch.Tensor | None, row: dict, path: Path, device) -> torch.
     raw = flat.view(torch.uint8).numpy() if flat is not None and flat.numel() else b""
     if flat is None or f"{zlib.crc32(raw):08x}" != row["crc32"]:
         raise DQError(f"{str(path)!r} is damaged: a tensor has another checksum than when written; {_DAMAGED}")
-    value = flat.view(getattr(torch, row["dtype"])).reshape(row["shape"])
-    return value if device is None or row["cpu"] else value.to(device)
+    # a mapped tensor lies at an odd address, where matrix libraries sum in another order: what was read back, or taken
+    # from another process, must give the same bits as what never left memory
+    place = flat.device if device is None or row["cpu"] else device
+    return flat.to(place, copy=True).view(getattr(torch, row["dtype"])).reshape(row["shape"])

@@ -45,8 +45,8 @@ class Replay:
     _differs: list[bool]  # per finished unit: whether its output under `hat` is another one
     _shapes: dict[int, dict[int, Any]]  # per observed unit: outputs unlike the first call's as Hollows, None if absent
 
-    def __init__(self, model: nn.Module, store: Store, device: torch.device | str | None):
-        self.model, self.device, self._store = model, device, store
+    def __init__(self, model: nn.Module, store: Store):
+        self.model, self._store = model, store
         self._home = next((value.device for value in model.parameters()), torch.device("cpu"))
         self._modules = list(model.modules())
 
@@ -54,22 +54,18 @@ class Replay:
         self._store.write(entry(stream, index, call), map_tree(output, Laid.of))
 
     def _get(self, stream: str, index: int, call: int) -> Any:
-        return map_tree(self._read(entry(stream, index, call)), Laid.restored, Laid)
-
-    def _read(self, key: str) -> Any:
-        """A stored tree in memory that is aligned like any other: kernels round differently at odd addresses."""
-        return map_tree(self._store.read(key, self._home), torch.clone)
+        return map_tree(self._store.read(entry(stream, index, call), self._home), Laid.restored, Laid)
 
     def _inputs(self, index: int, stream: str) -> Iterator[tuple[int, tuple[tuple, dict]]]:
         for call in range(len(self._calls)):
             given = self._reach(index, stream, call, lambda args, kwargs: (args, kwargs))
             if given is not ABSENT:
-                yield call, self._there(given)
+                yield call, given
 
     @torch.no_grad()
     def _reach(self, index: int, stream: str, call: int, visit: Callable | None) -> Any:
         """visit(args, kwargs) of unit `index` in one call; the model's output if `index` is past the last unit."""
-        tree = self._read(self._calls[call])
+        tree = self._store.read(self._calls[call], self._home)
         feeds = self._layout.feeds[index] if index < len(self.units) else self._layout.ends
 
         def stop(*args, **kwargs):
@@ -115,32 +111,6 @@ class Replay:
         finally:
             for module in training:
                 module.training = True
-
-    def _run(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        with self._placed(module):
-            return self._moved(forward, args, kwargs)
-
-    def _moved(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        """The output of a unit, which may stand on another device than the model."""
-        args, kwargs = self._there((args, kwargs))
-        output = forward(*args, **kwargs)
-        return output if self.device is None else map_tree(output, lambda tensor: tensor.to(self._home))
-
-    def _there(self, tree: Any) -> Any:
-        return tree if self.device is None else map_tree(tree, lambda tensor: tensor.to(self.device))
-
-    @contextmanager
-    def _placed(self, *modules: nn.Module) -> Iterator[None]:
-        if self.device is None:
-            yield
-            return
-        try:
-            for module in modules:
-                module.to(self.device)
-            yield
-        finally:
-            for module in modules:
-                module.to(self._home)
 
     @contextmanager
     def _swapped(self, unit: Unit, packed: Mapping[str, nn.Module]) -> Iterator[Callable]:

@@ -226,6 +226,13 @@ def kept_modes(models: Mapping[str, nn.Module]) -> Iterator[None]:
             module.training = training
 
 
+def modules_of(target) -> list[nn.Module]:
+    """Every module that runs when a target does: the parts of a pipeline, or the one bare model."""
+    if isinstance(target, nn.Module):
+        return [target]
+    return [part for part in target.components.values() if isinstance(part, nn.Module)]
+
+
 @contextlib.contextmanager
 def drawing(seed: int, run: int) -> Iterator[None]:
     """A seeded global generator, for what draws from it; its state is put back."""

@@ -25,7 +25,6 @@ class Needs:
               about so many pixels; 0 for none
     gram      second moments of the input, as matrices (columns, columns)
     absmax    largest magnitude per input channel, step bucket and guidance branch
-    quantiles fractions at which the input's values are cut per step bucket, e.g. (0.001, 0.999)
     calls     the unit's own inputs and outputs can be read again (block reconstruction)
     hat       the quantized stream as well: errors of earlier units propagate
     """
@@ -33,7 +32,6 @@ class Needs:
     rows: int = 0
     gram: bool = False
     absmax: bool = False
-    quantiles: tuple[float, ...] = ()
     calls: bool = False
     hat: bool = True
 
@@ -48,10 +46,8 @@ class LayerSeen:
     branch   (n,) int64: guidance branch, 0 conditional or unguided, 1 unconditional
     absmax   (buckets, 2, in) fp32: per step bucket and branch, over everything seen (full stream); 0 where unseen
     low, high  (buckets, 2) fp32: range of all values, likewise
-    quantiles  (buckets, fractions) fp32: values at `Needs.quantiles`, from the sampled rows
     gram     (columns, columns) fp32: mean of hat^T hat over sampled rows (patches for a convolution: columns as in
              LayerPlan.columns, channel-major)
-    cross    (columns, columns) fp32: mean of hat^T x; gram itself where there is no quantized stream
     source   name of the first layer of the unit that has the very same input tensor (itself if none before)
     """
 
@@ -62,9 +58,7 @@ class LayerSeen:
     absmax: torch.Tensor | None = None
     low: torch.Tensor | None = None
     high: torch.Tensor | None = None
-    quantiles: torch.Tensor | None = None
     gram: torch.Tensor | None = None
-    cross: torch.Tensor | None = None
     source: str = ""
 
 

@@ -19,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dq.families import Family
 from dq.layers import kind_of
 from dq.plan import Plan
+from dq.trace.records import storable
 from dq.trace.seen import Unit
 
 
+@storable("hollow")
 class Hollow(NamedTuple):
     """What a tensor looked like."""
 
@@ -37,6 +39,7 @@ class Hollow(NamedTuple):
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
+@storable("laid")
 class Laid(NamedTuple):
     """A tensor whose dimensions lie in another order in memory, turned to lie in line: sums must run as they did."""
 
@@ -114,14 +117,11 @@ class Layout:
 
 
 @torch.no_grad()
-def find(model: nn.Module, plan: Plan, family: Family, calls: Sequence[tuple[tuple, dict]], run: Callable) -> Layout:
-    """Lay out the units of a model by running it on some calls (args, kwargs), one of every kind.
-
-    run   called as run(module, forward, args, kwargs) for every block, and every layer outside of them
-    """
+def find(model: nn.Module, plan: Plan, family: Family, calls: Sequence[tuple[tuple, dict]]) -> Layout:
+    """Lay out the units of a model by running it on some calls (args, kwargs), one of every kind."""
     blocks = list(candidates(model, family))
     named = {*blocks, *(name for name, layer in plan.layers.items() if layer.kind != "stack")}
-    runs = [_count(model, named, blocks, call, run) for call in calls]
+    runs = [_count(model, named, call) for call in calls]
     units, unfit = _choose(model, plan, blocks, runs)
     outputs = [next(run.outputs[unit.name] for run in runs if unit.name in run.outputs) for unit in units]
     layout = Layout(units, unfit, outputs, [frozenset()] * len(units))
@@ -194,16 +194,15 @@ class _Run:
     outputs: dict[str, Any] = field(default_factory=dict)
 
 
-def _count(model: nn.Module, named: set[str], blocks: list[str], call: tuple[tuple, dict], run: Callable) -> _Run:
+def _count(model: nn.Module, named: set[str], call: tuple[tuple, dict]) -> _Run:
     found = _Run()
 
     def counting(name: str, module: nn.Module) -> Callable:
         forward = module.forward
-        inner = _owner(name, blocks) not in (None, name)
 
         def counted(*args, **kwargs):
             found.counts[name] = found.counts.get(name, 0) + 1
-            output = forward(*args, **kwargs) if inner else run(module, forward, args, kwargs)
+            output = forward(*args, **kwargs)
             found.outputs.setdefault(name, map_tree(output, Hollow.of))
             return output
 

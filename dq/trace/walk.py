@@ -54,18 +54,16 @@ class Trace(Replay):
         family: Family,
         folder: str | Path,
         seed: int = 0,
-        device: torch.device | str | None = None,
         identity: str = "",
         most: int = 0,
     ):
         """folder holds `calls/...` as `calibration.capture` leaves it.
 
-        device    where units are moved to while they run; None: they run where they are
         identity  of everything else that decides the result (method, options): a walk under another one starts anew
         most      calls to walk through, chosen evenly over the timesteps; 0: all
         Raises DQError when there are no calls.
         """
-        super().__init__(model, Store(folder), device)
+        super().__init__(model, Store(folder))
         # without cpu=True, accelerate takes several processes without GPUs for one
         self.seed, self._ranks = seed, PartialState(cpu=not torch.cuda.is_available())
         self._calls = self._store.keys("calls/")
@@ -73,7 +71,7 @@ class Trace(Replay):
             raise DQError(f"{str(folder)!r} holds no recorded calls; record some with dq.Calibration first")
         kinds = self._read_infos(most)
         with self._evaluating():
-            self._layout = units.find(model, plan, family, kinds, self._run)
+            self._layout = units.find(model, plan, family, kinds)
         self.units, self.unfit = self._layout.units, self._layout.unfit
         self._begin({"seed": seed, "identity": identity, "calls": self._calls}, plan)
 
@@ -89,7 +87,7 @@ class Trace(Replay):
                 break
             apart |= torn
         self._save(observed=index + 1)
-        layers = observe.finish(sums, needs, len(self.edges) + 1)
+        layers = observe.finish(sums)
         layers = {name: layers[name] for name in unit.layers if name in layers}
         return Seen(layers, len(self.edges) + 1, self.edges, lambda stream="full": self.calls(unit, stream), self.seed)
 
@@ -100,10 +98,10 @@ class Trace(Replay):
             self.observe(unit, Needs(hat=False))
         differs = bool(packed) or self._hat_differs(index)
         if differs and self._layout.last_use(index) > index:
-            with self._swapped(unit, packed) as forward, self._placed(unit.module, *packed.values()):
+            with self._swapped(unit, packed) as forward:
                 for call in self._own_calls():
                     self._clocked(call)
-                    output = self._reach(index, "hat", call, lambda *given: self._moved(forward, *given))
+                    output = self._reach(index, "hat", call, lambda args, kwargs: forward(*args, **kwargs))
                     if output is not ABSENT:
                         self._put("hat", index, call, output)
         self._ranks.wait_for_everyone()
@@ -118,8 +116,7 @@ class Trace(Replay):
         """The calls of an observed unit: inputs under `stream`, output of the full-precision unit under `full`."""
         index = self.units.index(unit)
         for call, (args, kwargs) in self._inputs(index, stream):
-            output = self._there(self._get("full", index, call))
-            yield UnitCall(args, kwargs, output, self._infos[call].bucket)
+            yield UnitCall(args, kwargs, self._get("full", index, call), self._infos[call].bucket)
 
     def inputs(self, unit: Unit, stream: str = "full") -> Iterator[tuple[tuple, dict]]:
         """(args, kwargs) of every call that reaches a unit; the units before it must be finished."""
@@ -235,13 +232,12 @@ class Trace(Replay):
     # running a unit
 
     def _observe(self, index: int, observer: Observer) -> tuple[dict[str, Sums], frozenset[str]]:
-        unit, total, torn, shapes = self.units[index], {}, set(), {}
+        total, torn, shapes = {}, set(), {}
         fresh = self._state["observed"] <= index
-        with self._placed(unit.module):
-            for piece in self._dealt(lambda calls: self._piece(index, observer, calls, fresh)):
-                total, more = observe.join((total, piece["sums"]))
-                torn |= {*more, *piece["torn"]}
-                shapes |= piece["shapes"]
+        for piece in self._dealt(lambda calls: self._piece(index, observer, calls, fresh)):
+            total, more = observe.join((total, piece["sums"]))
+            torn |= {*more, *piece["torn"]}
+            shapes |= piece["shapes"]
         self._shapes[index] = shapes
         if self._ranks.is_main_process:
             self._store.write(f"shapes/{index:03}", shapes)
@@ -257,7 +253,7 @@ class Trace(Replay):
                 def visit(args, kwargs):
                     with observer.watch(info, hat) as told:
                         told(args, kwargs)
-                        return self._moved(forward, args, kwargs)
+                        return forward(*args, **kwargs)
 
                 return visit
 
@@ -287,7 +283,7 @@ class Trace(Replay):
             self._store.write(f"pieces/{piece}", work(calls[piece]), share=False)
         self._ranks.wait_for_everyone()
         for piece in range(PIECES):
-            yield self._store.read(f"pieces/{piece}", self.device or self._home)
+            yield self._store.read(f"pieces/{piece}", self._home)
         self._ranks.wait_for_everyone()
 
 

@@ -189,7 +189,7 @@ def test_the_version_follows_code_and_options_but_not_comments(tmp_path):
     assert methods.version(entry) == methods.version(replace(entry, against="x"))
     assert methods.version(entry) != methods.version(replace(entry, options={"a": 1}))
     names = {path.name for path in versions.sources(methods.roots(""))}
-    assert {"integer.py", "torchops.py", "layers.py", "plan.py"} <= names and "cli.py" not in names
+    assert {"integer.py", "torchops.py", "layers.py", "plan.py"} <= names and "commands.py" not in names
 
 
 @pytest.fixture(scope="module")

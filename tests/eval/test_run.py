@@ -24,6 +24,7 @@ from eval.runs import Run
 from eval.score import score
 from eval.suite import Suite
 from pipelines import tiny
+from tests.lines import told_by
 
 PICTURES = {
     "name": "pictures",
@@ -124,7 +125,7 @@ def test_two_processes_give_what_one_gives(work, given, whole, tmp_path):
         process.join(120)
     assert [process.exitcode for process in work] == [0, 0]
     one, two = whole[name], Run(tmp_path / "two")
-    assert found(two.folder, "images") == found(one.folder, "images")
+    assert found(two.folder, "images", "models") == found(one.folder, "images", "models")
     (pipeline,) = one.pipelines
     for entry in one.entries(pipeline):
         ours, theirs = (run.figures(pipeline, entry) | {"seconds": 0, "notes": 0} for run in (two, one))
@@ -298,7 +299,7 @@ def told(monkeypatch, capsys, *words):
     monkeypatch.setattr(sys, "argv", ["eval", *map(str, words)])
     with pytest.raises(SystemExit) as left:
         command.main()
-    return left.value.code, capsys.readouterr().err.strip()
+    return left.value.code, told_by("eval", capsys.readouterr().err)
 
 
 def test_the_command_line_leaves_with_2_and_one_line_for_wrong_use(monkeypatch, capsys, tmp_path):

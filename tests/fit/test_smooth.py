@@ -52,7 +52,7 @@ def seen_of(x, module=None, **more):
     gram = patches.t() @ patches / len(patches)
     ends = [torch.full((2, 2), float(value)) for value in (x.min(), x.max())]
     zeros = torch.zeros(len(x), dtype=torch.long)
-    found = LayerSeen(x, x, zeros, zeros, absmax=absmax, low=ends[0], high=ends[1], gram=gram, cross=gram)
+    found = LayerSeen(x, x, zeros, zeros, absmax=absmax, low=ends[0], high=ends[1], gram=gram)
     return replace(found, **more)
 
 

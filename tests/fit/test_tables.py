@@ -1,4 +1,4 @@
-"""Stored activation scales per step: searched, learned, or from a network of the timestep."""
+"""Stored activation scales per step: searched, or from a network of the timestep."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ def drifting(rows: int = 400, spread: float = 4.0, columns: int = 32):
     return x.reshape(-1, columns), torch.arange(BUCKETS).repeat_interleave(rows)
 
 
+def one_range(x: torch.Tensor, layer: LayerPlan, importance: torch.Tensor | None = None) -> torch.Tensor:
+    """(1, parts) scales of one range for all steps: the same search over all values at once."""
+    everything = torch.zeros(len(x), dtype=torch.long)
+    return tables.finite_set(tables.boil_down(x, everything, layer, 1, importance), layer.act)
+
+
 def best_step(x: torch.Tensor, act: TensorPlan) -> torch.Tensor:
     """The step of least squared error of all values, by direct search in steps of half a percent."""
     full = x.abs().amax() / act.spec.grid().max()
@@ -53,10 +59,10 @@ def test_a_table_is_never_worse_than_any_static_range_for_its_step():  # TFMQ P3
     (x, bucket), layer = drifting(), plan()
     table = tables.finite_set(tables.boil_down(x, bucket, layer, BUCKETS), layer.act)
     own = true_error(x, bucket, table, layer.act)
-    for static in (tables.static(x, layer), *table.unbind(0)):
+    for static in (one_range(x, layer), *table.unbind(0)):
         other = true_error(x, bucket, static.reshape(1, 1).expand(BUCKETS, 1), layer.act)
         assert (own <= 1.01 * other).all()
-    static = true_error(x, bucket, tables.static(x, layer).expand(BUCKETS, 1), layer.act)
+    static = true_error(x, bucket, one_range(x, layer).expand(BUCKETS, 1), layer.act)
     assert (static / own)[0] > 4
 
 
@@ -82,7 +88,7 @@ def test_important_channels_decide_where_to_clip():
     x[:, :4] *= 8
     weighed = torch.ones(32)
     weighed[:4] = 0
-    assert tables.static(x, layer, weighed) < 0.5 * tables.static(x, layer)
+    assert one_range(x, layer, weighed) < 0.5 * one_range(x, layer)
 
 
 def test_rare_large_values_survive_the_sample():
@@ -94,23 +100,13 @@ def test_rare_large_values_survive_the_sample():
     assert torch.isclose(tables.widest(values, layer.act), torch.tensor([[50 / 127]]))
 
 
-def test_learned_scales_only_improve():
-    (x, bucket), layer = drifting(), plan()
-    values = tables.boil_down(x, bucket, layer, BUCKETS)
-    start = tables.widest(values, layer.act)
-    found = tables.learned(values, layer.act, start)
-    before, after = (tables.error(values, scale, layer.act) for scale in (start, found))
-    best = tables.error(values, tables.finite_set(values, layer.act), layer.act)
-    assert (after <= before).all() and (after < 1.05 * best).all()
-
-
 def test_network_finds_the_step_of_every_timestep():  # TDQ P1, P3
     (x, bucket), layer = drifting(), plan()
     values = tables.boil_down(x, bucket, layer, BUCKETS)
     found = tables.network(values, layer.act, EDGES)
     best = torch.stack([best_step(x[bucket == i], layer.act) for i in range(BUCKETS)])
     assert (found[:, 0] / best - 1).abs().max() < 0.02
-    static = true_error(x, bucket, tables.static(x, layer).expand(BUCKETS, 1), layer.act)
+    static = true_error(x, bucket, one_range(x, layer).expand(BUCKETS, 1), layer.act)
     assert (true_error(x, bucket, found, layer.act) < static).all()
 
 
@@ -118,7 +114,7 @@ def test_network_equals_the_static_scale_where_nothing_drifts():  # TDQ P3, seco
     (x, bucket), layer = drifting(spread=1.0), plan()
     values = tables.boil_down(x, bucket, layer, BUCKETS)
     found = true_error(x, bucket, tables.network(values, layer.act, EDGES), layer.act).mean()
-    static = true_error(x, bucket, tables.static(x, layer).expand(BUCKETS, 1), layer.act).mean()
+    static = true_error(x, bucket, one_range(x, layer).expand(BUCKETS, 1), layer.act).mean()
     assert abs(found / static - 1) < 0.02
 
 

@@ -8,15 +8,17 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import AlignDevicesHook
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dq
 from dq import fusions, layers
 from dq.errors import DQError
-from dq.fusions import takeover
+from dq.fusions import attention, takeover
 from dq.host import mark
 from dq.kernels.cpu import library
-from dq.model import _page_out
+from dq.layers.memory import page_out
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 from tests import zoo
 
@@ -174,6 +176,58 @@ def test_without_kernels_the_note_says_why_attention_is_torchs(monkeypatch):
     assert "attention is torch's in 4 modules: hidden" in fusions.notes(model)
 
 
+def elsewhere(name, device):
+    """A model whose parameters have a device and no memory; "hooked": accelerate brings them to the CPU for a call."""
+    model = zoo.build(name, dtype=torch.bfloat16)
+    with FakeTensorMode():
+        for module in model.modules():
+            for key, value in module._parameters.items():
+                place = "meta" if device == "hooked" else device
+                module._parameters[key] = (
+                    value if value is None else nn.Parameter(torch.empty(value.shape, device=place))
+                )
+            if device == "hooked":
+                module._hf_hook = AlignDevicesHook(execution_device="cpu", offload=True)
+    return model
+
+
+@pytest.mark.parametrize("device", ["cuda", "meta"])
+def test_a_model_elsewhere_is_not_attached_and_the_note_says_where_it_is(device):
+    model = elsewhere(PIXART, device)
+    assert attention.attach(model, int8=True) == [] and not attention.attached(model)
+    assert attention.why_not(model) == f"its weights are on {device}"
+    assert attention.lines(model) == [f"attention is torch's in 4 modules: its weights are on {device}"]
+
+
+@native
+def test_a_model_brought_to_the_cpu_for_each_call_is_attached():
+    model = elsewhere(PIXART, "hooked")
+    assert len(attention.attach(model)) == 4 and "4 modules in bf16" in attention.lines(model)[0]
+
+
+@native
+def test_a_model_that_moves_away_is_not_said_to_run_on_the_cpus_kernels():
+    model = zoo.build(PIXART, dtype=torch.bfloat16)
+    names = attention.attach(model)
+    assert (
+        attention.lines(model) == ["attention runs on dq's CPU kernels: 4 modules in bf16 where the inputs are"]
+        and len(names) == 4
+    )
+    assert attention.lines(model.to("meta")) == ["attention is torch's in 4 modules: its weights are on meta"]
+
+
+class Mixing(nn.Module):
+    """Attention without weights of its own."""
+
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+def test_attention_without_weights_is_where_the_model_is():
+    model = nn.Sequential(Mixing(), nn.Linear(4, 4, device="meta"))
+    assert attention.attach(model) == [] and "on meta" in attention.lines(model)[0]
+
+
 def test_an_unknown_attention_is_refused():
     with pytest.raises(DQError, match="attention is 'int7'"):
         Plan.from_dict(Plan({}).to_dict() | {"attention": "int7"})
@@ -187,7 +241,7 @@ def test_pages_of_a_mapped_file_can_be_given_back(tmp_path):
 
     save_file({"odd": torch.ones(3, dtype=torch.int8), "weight": torch.arange(100_000)}, tmp_path / "a.safetensors")
     weight = load_file(tmp_path / "a.safetensors")["weight"]
-    _page_out(weight)
+    page_out(weight)
     assert torch.equal(weight, torch.arange(100_000))  # read again from the file
 
 

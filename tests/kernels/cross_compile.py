@@ -25,15 +25,8 @@ FP8 = {"sm_89": "QMMA", "sm_90": "QGMMA", "sm_100": "UTCQMMA", "sm_120": "QMMA"}
 FP4 = {"sm_100": "UTCOMMA", "sm_120": "OMMA"}
 INT8 |= {"gfx942": "v_mfma_i32", "gfx950": "v_mfma_i32"}
 FP8 |= {"gfx950": "v_mfma_f32_32x32x64_f8f6f4"}
-HADAMARD = {"gfx942": "v_mfma_f32", "gfx950": "v_mfma_f32"}  # NVIDIA: HMMA, tiles of 32 rows are below wgmma's 64
-EPILOGUE = {
-    "bias_p": None, "xd_p": None, "up_p": None, "gate_p": None, "res_p": None, "out_p": "*bf16",
-    "GELU": False, "CHUNKS": 0, "CHUNK": 16,
-}  # fmt: skip
-WHOLE = {
-    "bias_p": "*bf16", "xd_p": "*bf16", "up_p": "*bf16", "gate_p": "*bf16", "res_p": "*bf16", "out_p": "*bf16",
-    "GELU": False, "CHUNKS": 1, "CHUNK": 32,
-}  # fmt: skip
+BARE = {"bias_p": "*bf16", "xd_p": None, "up_p": None, "out_p": "*bf16", "GELU": True, "CHUNKS": 0, "CHUNK": 16}
+WHOLE = BARE | {"xd_p": "*bf16", "up_p": "*bf16", "GELU": False, "CHUNKS": 1, "CHUNK": 32}
 PLAIN = {"zx_p": None, "wsum_p": None, "zw_p": None, "qsum_p": None}
 SIZES = ("M", "N", "K", "R", "tokens", "gate_pitch", "pitch", "KP", "KB", "V", "W", "WP", "L", "LK", "LP", "groups")
 SIZES += ("blocks", "quads", "H", "G", "batch_pitch", "token_pitch")
@@ -114,11 +107,9 @@ def _read_nvidia(compiled) -> Found:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        use, text = (
-            subprocess.run([disassembler(), flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", use).groups()
+        command = [disassembler(), "-res-usage", "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
     names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", text, re.MULTILINE)
     columns = getattr(compiled.metadata, "tmem_size", 0) or 0
     opcodes = dict(collections.Counter(names))
@@ -165,36 +156,34 @@ def specimens(arch: str, every: bool = False) -> list[Specimen]:
 def _products(name: str, config: configs.Config, arch: str) -> list[Specimen]:
     """The kernel of a table of configurations, with int8 and where the chip has it fp8 operands."""
     if name.startswith("gemm"):
-        kinds = ["i8", "fp8e4nv"] if arch in FP8 else ["i8"]
-        return [_gemm(name, config, arch, kind) for kind in kinds]
-    if name.startswith("w4a8"):
-        return [_w4a8(name, config, arch)]
-    if name == "nvfp4":
-        return [_nvfp4(config, arch)]
-    return [_attention(name, config, arch, eight) for eight in ([False, True] if arch in FP8 else [False])]
+        return [_gemm(name, config, arch, kind) for kind in (["i8", "fp8e4nv"] if arch in FP8 else ["i8"])]
+    return [_w4a8(name, config, arch) if name.startswith("w4a8") else _nvfp4(config, arch)]
 
 
-def _rest(config: configs.Config) -> tuple[int, int, str]:
+def launched(config: configs.Config) -> tuple[int, int, str]:
     """Warps, stages and tile of a configuration, as a specimen takes them."""
     tile = "x".join(str(config[key]) for key in ("BM", "BN", "BK") if key in config)
     return config["warps"], config["stages"], f"{tile}, {config['warps']} warps, {config['stages']} stages"
 
 
+def tiled(name: str, config: configs.Config, arch: str, kind: str) -> tuple[dict, str, str]:
+    """Operands and tiles of an 8-bit product (named gemm_tma... or gemm...), its instruction and its label."""
+    values = {key: config[key] for key in ("BM", "BN", "BK", "GROUP")} | {"FP8": kind != "i8"}
+    if "_tma" in name:
+        a, b = (f"tensordesc<{kind}[{config[rows]}, {config['BK']}]>" for rows in ("BM", "BN"))
+        values |= {"a": a, "b": b, "PROGRAMS": 132}
+    else:
+        values |= {"a_p": f"*{kind}", "b_p": f"*{kind}", "RAGGED": False}
+    return values | {"sx_p": "*fp32", "sw_p": "*fp32"}, (INT8 if kind == "i8" else FP8)[arch], f"{name}-{kind}"
+
+
 def _gemm(name: str, config: configs.Config, arch: str, kind: str) -> Specimen:
     from dq.kernels.triton import gemm
 
-    tile = {key: config[key] for key in ("BM", "BN", "BK", "GROUP")}
-    eight = kind != "i8"
-    epilogue = WHOLE if name.endswith("_branch") else EPILOGUE | {"bias_p": "*bf16", "GELU": True}
-    values = {"sx_p": "*fp32", "sw_p": "*fp32", **PLAIN, **epilogue, **tile, "FP8": eight}
-    opcode = (FP8 if eight else INT8)[arch]
-    label = f"{name}-{kind}"
-    if name.startswith("gemm_tma"):
-        a, b = (f"tensordesc<{kind}[{config[rows]}, {config['BK']}]>" for rows in ("BM", "BN"))
-        values |= {"a": a, "b": b, "PROGRAMS": 132}
-        return Specimen(label, gemm.gemm_tma, values, opcode, *_rest(config))
-    values |= {"a_p": f"*{kind}", "b_p": f"*{kind}", "RAGGED": False}
-    return Specimen(label, gemm.gemm, values, opcode, *_rest(config))
+    values, opcode, label = tiled(name, config, arch, kind)
+    values |= {**PLAIN, **(WHOLE if name.endswith("_branch") else BARE)}
+    kernel = gemm.gemm_tma if "_tma" in name else gemm.gemm
+    return Specimen(label, kernel, values, opcode, *launched(config))
 
 
 def _w4a8(name: str, config: configs.Config, arch: str) -> Specimen:
@@ -206,7 +195,7 @@ def _w4a8(name: str, config: configs.Config, arch: str) -> Specimen:
         kernel, values = packed.w4a8_groups, values | {"G": 64, "TOKEN": True}
     else:
         kernel = packed.w4a8
-    return Specimen(name, kernel, values, INT8[arch], *_rest(config))
+    return Specimen(name, kernel, values, INT8[arch], *launched(config))
 
 
 def _nvfp4(config: configs.Config, arch: str) -> Specimen:
@@ -216,50 +205,26 @@ def _nvfp4(config: configs.Config, arch: str) -> Specimen:
     values = {"gx_p": "*fp32", "gw_p": "*fp32", **WHOLE, "BM": bm, "BN": bn, "BK": bk, "GROUP": 8, "PROGRAMS": 148}
     values |= {"a": f"tensordesc<u8[{bm}, {bk // 2}]>", "b": f"tensordesc<u8[{bn}, {bk // 2}]>"}
     values |= {f"{x}_scale": f"tensordesc<u8[1, {b // 128}, {bk // 64}, 2, 256]>" for x, b in (("a", bm), ("b", bn))}
-    return Specimen("nvfp4", nvfp4.nvfp4_gemm, values, FP4[arch], *_rest(config))
-
-
-def _attention(name: str, config: configs.Config, arch: str, eight: bool) -> Specimen:
-    from dq.kernels.triton import attention
-
-    block, size = int(name.split("_")[1]), 72 if name.endswith("_masked") else int(name.split("_")[1])
-    values = {"q_p": "*i8", "k_p": "*i8", "v_p": "*fp8e4nv" if eight else "*fp16", "sq_p": "*fp32", "sk_p": "*fp32"}
-    values |= {"sv_p": "*fp32" if eight else None, "o_p": "*bf16", "D": size, "BD": block, "PV8": eight}
-    values |= {key: config[key] for key in ("BM", "BN")}
-    return Specimen(name + ("-pv8" if eight else ""), attention.attn_i8, values, INT8[arch], *_rest(config))
+    return Specimen("nvfp4", nvfp4.nvfp4_gemm, values, FP4[arch], *launched(config))
 
 
 def _elementwise(arch: str) -> list[Specimen]:
     """Kernels without tile sizes of their own, at the width of FLUX (3072)."""
-    from dq.kernels.triton import attention, nvfp4, quantize
+    from dq.kernels.triton import nvfp4, quantize
 
-    codes = {"x_p": "*bf16", "smooth_p": "*fp32", "s_p": "*fp32", "TOP": 127.0, "FP8": False, "SPLIT": 0}
-    codes |= {"q_p": "*i8", "z_p": None, "sum_p": None, "given_p": None, "AFFINE": False, "GELU": False, "BM": 1}
-    codes |= {"BK": 4096}
-    rows = codes | {"K": "i32", "G": 1}
-    norm = codes | {"weight_p": None, "bias_p": None, "scale_p": "*bf16", "shift_p": "*bf16", "y_p": "*bf16"}
-    norm |= {"RMS": False}
-    groups = codes | {"K": "i32", "G": "i32", "BM": 32, "BK": 64, "SPLIT": 64}
-    turned = codes | {"h_p": "*bf16", "H": 128, "BM": 32}
-    head = {"x_p": "*bf16", "weight_p": "*bf16", "cos_p": "*fp32", "sin_p": "*fp32", "mean_p": "*fp32", "q_p": "*i8"}
-    head |= {"s_p": "*fp32", "out_p": "*fp32", "D": 128, "BD": 128, "BM": 32, "HALF": False}
+    rows = {"x_p": "*bf16", "s_p": "*fp32", "TOP": 127.0, "FP8": False, "SPLIT": 0, "q_p": "*i8", "z_p": None}
+    rows |= {"sum_p": None, "given_p": None, "AFFINE": False, "BM": 1, "BK": 4096, "K": "i32", "G": 1}
+    affine, long = rows | {"AFFINE": True, "z_p": "*i32"}, rows | {"BK": 16384}
+    groups = rows | {"G": "i32", "BM": 32, "BK": 64, "SPLIT": 64}
     made = [
-        Specimen("quant_rows", quantize.quant_rows, rows | {"smooth_p": None}, None, 8, 1),
-        Specimen("gelu_quant", quantize.quant_rows, rows | {"GELU": True, "AFFINE": True, "z_p": "*i32"}, None, 8, 1),
+        Specimen("quant_rows", quantize.quant_rows, rows, None, 8, 1),
+        Specimen("quant_rows-affine", quantize.quant_rows, affine, None, 8, 1),
         Specimen("quant_groups", quantize.quant_rows, groups, None, 4, 1),
-        Specimen("quant_long_rows", quantize.quant_long_rows, rows | {"BK": 16384}, None, 16, 1),
-        Specimen("adaln_quant", quantize.adaln_quant, norm, None, 8, 1),
-        Specimen("had_quant", quantize.had_quant, turned, HADAMARD.get(arch, "HMMA"), 4, 2),
-        Specimen("qk_norm_rope_quant", attention.qk_norm_rope_quant, head, None, 4, 1),
-        Specimen("k_sums", attention.k_sums, head, None, 4, 1),
+        Specimen("quant_long_rows", quantize.quant_long_rows, long, None, 16, 1),
     ]
     if arch in FP8:
         eight = {"q_p": "*fp8e4nv", "TOP": 448.0, "FP8": True}
-        made += [
-            Specimen("quant_rows-fp8", quantize.quant_rows, rows | eight, None, 8, 1),
-            Specimen("adaln_quant-fp8", quantize.adaln_quant, norm | eight, None, 8, 1),
-            Specimen("v_fp8", attention.v_fp8, head | {"out_p": "*fp8e4nv"}, None, 4, 1),
-        ]
+        made += [Specimen("quant_rows-fp8", quantize.quant_rows, rows | eight, None, 8, 1)]
     if arch in FP4:
         four = {"x_p": "*bf16", "q_p": "*u8", "scale_p": "*u8", "g_p": "*fp32", "BM": 1, "BK": 4096}
         tiles = {"s_p": "*u8", "out_p": "*u8", "BN": 128, "BB": 32}
@@ -274,7 +239,7 @@ def _unpacking() -> list[Specimen]:
     from dq.kernels.triton import packed
 
     block = {"b_p": "*i8", "scale_p": "*fp32", "BN": 16, "BB": 128, "G": 64}
-    code = block | {"scale_p": None, "s_p": None, "out_p": "*i8"}
+    code = {"b_p": "*i8", "out_p": "*i8", "BN": 16, "BB": 128}
     real = block | {"zero_p": None, "global_p": None, "out_p": "*bf16", "FORMAT": 0}
     fp4 = real | {"scale_p": "*i8", "global_p": "*fp32", "FORMAT": 1, "G": 16}
     return [
@@ -287,8 +252,10 @@ def _unpacking() -> list[Specimen]:
 
 def main() -> None:
     """Compile everything and print a line each: `python -m tests.kernels.cross_compile [sm_90 gfx950 ...]`."""
+    from tests.eval.gpu import specimens as lab
+
     for arch in sys.argv[1:] or configs.ARCHITECTURES:
-        for specimen in specimens(arch, every=True):
+        for specimen in [*specimens(arch, every=True), *lab.specimens(arch, every=True)]:
             try:
                 found = build(specimen, arch)
                 wrong = "; ".join(judge(specimen, arch, found)) or "ok"

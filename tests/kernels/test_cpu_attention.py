@@ -7,11 +7,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dq.fusions import attention
 from dq.kernels.cpu import attention as cpu
@@ -372,49 +371,6 @@ class Plain(nn.Linear):
 def test_attention_is_found_by_what_forward_reaches():
     model = nn.Sequential(Custom(), Plain(4, 4), nn.MultiheadAttention(8, 2))
     assert attention.attach(model) == ["0"]
-
-
-def elsewhere(name, device):
-    """A model whose parameters have a device and no memory; "hooked": accelerate brings them to the CPU for a call."""
-    model = zoo.build(name, dtype=torch.bfloat16)
-    with FakeTensorMode():
-        for module in model.modules():
-            for key, value in module._parameters.items():
-                place = "meta" if device == "hooked" else device
-                module._parameters[key] = (
-                    value if value is None else nn.Parameter(torch.empty(value.shape, device=place))
-                )
-            if device == "hooked":
-                module._hf_hook = AlignDevicesHook(execution_device="cpu", offload=True)
-    return model
-
-
-@pytest.mark.parametrize("device", ["cuda", "meta"])
-def test_a_model_elsewhere_is_not_attached_and_the_note_says_where_it_is(device):
-    model = elsewhere(PIXART, device)
-    assert attention.attach(model, int8=True) == [] and not attention.attached(model)
-    assert attention.why_not(model) == f"its weights are on {device}"
-    assert attention.notes(model) == [f"attention is torch's in 4 modules: its weights are on {device}"]
-
-
-def test_a_model_brought_to_the_cpu_for_each_call_is_attached():
-    model = elsewhere(PIXART, "hooked")
-    assert len(attention.attach(model)) == 4 and "4 modules in bf16" in attention.notes(model)[0]
-
-
-def test_a_model_that_moves_away_is_not_said_to_run_on_the_cpus_kernels():
-    model = zoo.build(PIXART, dtype=torch.bfloat16)
-    names = attention.attach(model)
-    assert (
-        attention.notes(model) == ["attention runs on dq's CPU kernels: 4 modules in bf16 where the inputs are"]
-        and len(names) == 4
-    )
-    assert attention.notes(model.to("meta")) == ["attention is torch's in 4 modules: its weights are on meta"]
-
-
-def test_attention_without_weights_is_where_the_model_is():
-    model = nn.Sequential(Custom(), Plain(4, 4, device="meta"))
-    assert attention.attach(model) == [] and "on meta" in attention.notes(model)[0]
 
 
 @PRECISIONS

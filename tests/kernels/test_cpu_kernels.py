@@ -138,11 +138,11 @@ def test_thin_linears_follow_the_reference(rows, columns, outputs, weight):
 @pytest.mark.parametrize("act", ["int8/token", "int4a/group:16"])
 def test_a_call_does_not_depend_on_the_calls_before(act):
     p, other = plan((40, 64), act=act), plan((24, 64), "int4/channel", act)
-    t, u, x, y = tensors(p), tensors(other), *torch.randn(2, 9, 64, generator=generator(0))
-    first = linear(x, t, p)
-    linear(y, t, p)
-    linear(x, u, other)
-    assert torch.equal(linear(x, t, p), first)
+    inputs = torch.randn(2, 9, 64, generator=generator(0))
+    calls = [(x, tensors(which), which) for x in inputs for which in (p, other)]
+    forward, backward = [linear(*call) for call in calls], [linear(*call) for call in reversed(calls)]
+    assert all(torch.equal(a, b) for a, b in zip(forward, reversed(backward), strict=True))
+    assert not torch.equal(forward[0], forward[2])
 
 
 def test_what_follows_the_scale_is_passed_by_name():

@@ -1,12 +1,9 @@
-"""The Triton backend without a GPU: when it says no, what importing it costs, its configurations, and every kernel in
-Triton's interpreter (`triton_interpreted.py`, in a process of its own)."""
+"""The Triton backend without a GPU: when it says no, what importing it costs, its configurations."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,24 +15,15 @@ from dq.errors import DQError
 from dq.kernels import triton as backend
 from dq.kernels.triton import configs
 from tests.kernels.test_kernels import plan
+from tests.lines import told_by
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 def python(*args, **env):
     return subprocess.run(
         [sys.executable, *args], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, check=False
     )
-
-
-@needs_triton
-def test_every_kernel_in_the_interpreter():
-    file = "tests/kernels/triton_interpreted.py"
-    done = python("-m", "pytest", file, "-p", "no:xdist", "-p", "no:cacheprovider", TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) > 100 and "skipped" not in done.stdout
 
 
 def test_a_cpu_is_refused_without_importing_any_kernel():
@@ -93,17 +81,24 @@ def test_it_stands_before_torchs_ops():
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
 def test_shipped_configurations_say_that_nobody_measured_them(arch):
     data = json.loads((configs.FOLDER / f"{arch}.json").read_text())
-    assert data["arch"] == arch and (data["measured"] is False) == (data["best"] == {})
-    assert "Unmeasured" in data["note"] or data["measured"]
+    assert data["arch"] == arch and configs.measured(arch) is (data["best"] != {})
+    assert ("Unmeasured" in data["note"]) is not configs.measured(arch)
     for name, found in data["candidates"].items():
         assert found, f"{name} has no configuration"
         tiles = [config["BM"] * config["BN"] for config in found]
         assert tiles == sorted(tiles, reverse=True), f"{name}: largest tile first"
 
 
+def test_an_architecture_counts_as_measured_when_its_file_says_so(monkeypatch):
+    monkeypatch.setattr(configs, "shipped", lambda arch: {"measured": arch == "sm_90"})
+    assert configs.measured("sm_90") is True and configs.measured("sm_80") is False
+    assert configs.measured("sm_86") is False, "it runs with the tile sizes of another chip"
+    assert configs.measured("sm_75") is False
+
+
 def test_small_problems_get_small_tiles(monkeypatch):
     monkeypatch.setattr(configs, "multiprocessors", lambda: 132)
-    monkeypatch.setattr(configs, "measured", lambda arch: {})
+    monkeypatch.setattr(configs, "kept", lambda arch: {})
     large, small = (configs.pick("gemm", m, 3072, 3072, "sm_90") for m in (16384, 64))
     assert large["BM"] * large["BN"] > small["BM"] * small["BN"]
 
@@ -111,7 +106,7 @@ def test_small_problems_get_small_tiles(monkeypatch):
 def test_tuning_keeps_the_fastest_configuration_in_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("DQ_CACHE", str(tmp_path))
     monkeypatch.setattr(configs, "architecture", lambda: "sm_90")
-    configs.measured.cache_clear()
+    configs.kept.cache_clear()
 
     def time_ms(config):
         if config["BN"] == 256:
@@ -122,11 +117,11 @@ def test_tuning_keeps_the_fastest_configuration_in_the_users_cache(monkeypatch, 
     assert best_ms == 64.0 and configs.pick("gemm", 513, 3072, 3072, "sm_90") == best
     assert configs.pick("gemm", 1025, 3072, 3072, "sm_90") != best or best in configs.candidates("gemm", "sm_90")
     (tmp_path / "triton_sm_90.json").write_text("broken")
-    configs.measured.cache_clear()
+    configs.kept.cache_clear()
     assert configs.pick("gemm", 1000, 3072, 3072, "sm_90") in configs.candidates("gemm", "sm_90")
     with pytest.raises(DQError, match="no configuration ran on sm_90"):
         configs.tune("gemm", 1000, 3072, 3072, lambda config: 1 / 0)
-    configs.measured.cache_clear()
+    configs.kept.cache_clear()
 
 
 def test_an_unknown_architecture_names_the_known_ones():
@@ -135,6 +130,6 @@ def test_an_unknown_architecture_names_the_known_ones():
 
 
 def test_the_bench_refuses_without_a_gpu():
-    done = python("-m", "eval.bench_gpu", CUDA_VISIBLE_DEVICES="")
+    done = python("-m", "eval.gpu.bench", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.strip() == "eval.bench_gpu: no CUDA device is visible; run it on a machine with a GPU"
+    assert "no CUDA device is visible; run it on a machine with a GPU" in told_by("eval.gpu.bench", done.stderr)

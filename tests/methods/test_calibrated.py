@@ -274,6 +274,16 @@ def test_the_folder_of_another_calibration_is_refused_in_one_line(tmp_path):
     refused(other, "svdquant-int4", "models differs", calibration=settings(folder=tmp_path))
 
 
+def test_a_folder_is_taken_up_by_another_process_whatever_the_order_of_diffusers_notes(tmp_path, whole):
+    made("svdquant-int4", folder=tmp_path)
+    pipe = pipeline()
+    notes = pipe.scheduler.config["_use_default_values"]  # a set made into a list: each process has its own order
+    pipe.scheduler.register_to_config(_use_default_values=notes[::-1])
+    dq.quantize(pipe, "svdquant-int4", calibration=settings(folder=tmp_path), progress=False)
+    assert pipe.scheduler.config["_use_default_values"] == notes[::-1] != notes
+    assert alike(found(pipe), whole["svdquant-int4"])
+
+
 @pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
 def test_a_damaged_unit_is_never_taken_for_a_whole_one(damage, tmp_path):
     made("svdquant-int4", folder=tmp_path)

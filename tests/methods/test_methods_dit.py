@@ -244,7 +244,7 @@ def test_gptq_gains_where_inputs_are_correlated_and_only_there(spread, least, mo
     x, new = correlated(2000, 1, spread), correlated(1000, 2, spread)
     gram = x.t() @ x / len(x)
     none = torch.zeros(len(x), dtype=torch.long)
-    seen = Seen({"layer": LayerSeen(x, x, none, none, gram=gram, cross=gram)}, 1, (), lambda stream: iter(()))
+    seen = Seen({"layer": LayerSeen(x, x, none, none, gram=gram)}, 1, (), lambda stream: iter(()))
     made = gptq.fit(Unit("layer", layer, {"layer": plan}), seen, {})["layer"]
     errors = [float((rounded(new) - layer(new)).square().mean()) for rounded in (made, draft(layer, plan))]
     assert least <= errors[0] / errors[1] <= most

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dq.errors import DQError
 from dq.plan import LayerPlan, TensorPlan
 from dq.trace import observe
 from dq.trace.observe import CallInfo, Observer, finish, join
@@ -60,7 +59,7 @@ def seen_by(module, inputs, needs, infos=None, hats=None, pieces=1, buckets=3):
                         module(hats[i])
             total, torn = join((total, observer.take()))
             assert not torn
-    return finish(total, needs, buckets)
+    return finish(total)
 
 
 def normal(*shape, seed=0):
@@ -72,11 +71,10 @@ def test_moments_of_a_linear_are_means_over_its_rows():
     seen = seen_by(Holder(nn.Linear(6, 3)), xs, Needs(rows=1000, gram=True), hats=hats)["layer"]
     x, hat = (torch.cat(part).reshape(-1, 6) for part in (xs, hats))
     torch.testing.assert_close(seen.gram, hat.t() @ hat / 40)
-    torch.testing.assert_close(seen.cross, hat.t() @ x / 40)
     assert torch.equal(seen.x, x) and torch.equal(seen.hat, hat)
     assert seen.bucket.tolist() == [0] * 10 + [1] * 10 + [2] * 10 + [0] * 10
     alone = seen_by(Holder(nn.Linear(6, 3)), xs, Needs(rows=8, gram=True))["layer"]
-    assert alone.cross is alone.gram and alone.hat is alone.x
+    assert alone.hat is alone.x
     torch.testing.assert_close(alone.gram, x.t() @ x / 40)
 
 
@@ -135,15 +133,6 @@ def test_branches_of_rows_and_maps_follow_the_batch():
     assert torch.equal(seen.branch, seen.x[:, 0, 0, 0].long()) and len(seen.x) == 9
 
 
-def test_quantiles_cut_the_values_of_each_bucket():
-    xs = [torch.arange(101.0).reshape(1, 101, 1) * (i + 1) for i in range(2)]
-    needs = Needs(rows=1000, quantiles=(0.0, 0.1, 1.0))
-    seen = seen_by(Holder(nn.Linear(1, 3)), xs, needs)["layer"]
-    assert seen.quantiles.tolist() == [[0, 10, 100], [0, 20, 200], [0, 0, 0]]
-    with pytest.raises(DQError, match="quantiles without rows"):
-        seen_by(Holder(nn.Linear(1, 3)), xs, Needs(quantiles=(0.5,)))
-
-
 class Attention(nn.Module):
     """q and k share an input; v has an equal one at another address; o runs thrice; p sees x changed in place."""
 
@@ -199,7 +188,8 @@ def test_rows_of_experts_are_not_paired_between_streams():
     x = normal(20, 6)
     seen = seen_by(Experts(), [x], Needs(rows=100, gram=True), hats=[-x.abs()])
     assert torch.equal(seen["experts.0"].hat, seen["experts.0"].x)  # the hat stream sends it nothing
-    torch.testing.assert_close(seen["experts.0"].cross, seen["experts.0"].gram)
+    taken = x[x[:, 0] > 0]
+    torch.testing.assert_close(seen["experts.0"].gram, taken.t() @ taken / len(taken))
 
 
 def test_pieces_are_joined_in_order_whoever_summed_them_up():
@@ -216,7 +206,7 @@ def test_pieces_are_joined_in_order_whoever_summed_them_up():
 
 def test_only_what_is_asked_for_is_recorded():
     seen = seen_by(Holder(nn.Linear(6, 3)), [normal(2, 5, 6)], Needs(absmax=True))["layer"]
-    assert len(seen.x) == 0 and seen.gram is seen.quantiles is seen.cross is None
+    assert len(seen.x) == 0 and seen.gram is None
     seen = seen_by(Holder(nn.Linear(6, 3)), [normal(2, 5, 6)], Needs(rows=4))["layer"]
     assert len(seen.x) == 4 and seen.absmax is seen.low is seen.gram is None
 

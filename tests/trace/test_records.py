@@ -17,7 +17,10 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from dq import DQError
 from dq.trace import records
+from dq.trace.observe import Sums
 from dq.trace.records import Store
+from dq.trace.seen import Needs
+from dq.trace.units import Hollow, Laid
 
 DTYPES = sorted({v for v in vars(torch).values() if isinstance(v, torch.dtype)}, key=str)
 
@@ -186,6 +189,32 @@ def test_what_cannot_come_back_is_refused_with_its_place(store):
             store.write("x", [{name: value}])
         assert "\n" not in str(error.value)
     assert store.keys() == []
+
+
+def test_classes_of_dq_stand_in_files_by_kind_so_that_their_modules_may_move(store):
+    assert records.KINDS == {"hollow": Hollow, "laid": Laid, "sums": Sums}
+    tree = {"shape": Hollow((2, 3), torch.float16, "cpu"), "turned": Laid.of(torch.ones(3, 2).t())}
+    store.write("x", {**tree, "sums": Sums("layer", gram=torch.eye(2), rows=4)})
+    assert b"dq." not in (store.folder / "x.entry" / records.TREE).read_bytes()
+    back = store.read("x")
+    assert type(back["turned"]) is Laid and same(dict(tree), {name: back[name] for name in tree})
+    assert back["sums"].source == "layer" and back["sums"].rows == 4 and same(back["sums"].gram, torch.eye(2))
+
+
+def test_a_class_of_dq_without_a_kind_is_refused(store):
+    with pytest.raises(DQError, match=r"x: cannot store a Needs"):
+        store.write("x", Needs())
+
+
+def test_a_folder_of_another_format_is_refused_in_one_line(store):
+    store.write("x", torch.arange(3))
+    (store.folder / f".format-{records.VERSION}").rename(store.folder / f".format-{records.VERSION - 1}")
+    before = sorted(store.folder.rglob("*"))
+    with pytest.raises(
+        DQError, match=r"store' holds records in the format of another version.*delete the folder"
+    ) as e:
+        Store(store.folder)
+    assert "\n" not in str(e.value) and sorted(store.folder.rglob("*")) == before
 
 
 def test_a_missing_entry_is_named(store):

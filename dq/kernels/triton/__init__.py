@@ -1,11 +1,11 @@
-"""Triton kernels for GPUs: int8, fp8, 4-bit and nvfp4 linears, fused quantization and 8-bit attention.
+"""Triton kernels for GPUs: int8, fp8, 4-bit and nvfp4 linears.
 
 Importing this package imports neither triton nor any kernel: that happens when a layer asks for a kernel on a CUDA
 device. A CPU says no, unless TRITON_INTERPRET=1 asks for Triton's interpreter (tests; a thousand times slower).
 
-    elements  rounding and minifloats      quantize  activations -> codes      gemm  8-bit products and their epilogue
-    packed    4-bit weights                nvfp4     block-scaled products     attention  int8 queries and keys
-    configs   tile sizes per architecture  ops       torch.library operators   linear     which kernels serve a layer
+    elements  rounding and minifloats      quantize  activations -> codes     gemm    8-bit products, their epilogue
+    packed    4-bit weights                nvfp4     block-scaled products    ops     torch.library operators
+    configs   tile sizes per architecture  routes    which layers             linear  a layer from its kernels
 """
 
 from __future__ import annotations

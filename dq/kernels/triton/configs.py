@@ -61,8 +61,13 @@ def shipped(arch: str) -> dict:
     return json.loads(path.read_text())
 
 
+def measured(arch: str) -> bool:
+    """Whether the shipped tile sizes of an architecture ("sm_90") were timed on one; False for one without a file."""
+    return arch in ARCHITECTURES and shipped(arch)["measured"]
+
+
 @cache
-def measured(arch: str) -> dict[str, Config]:
+def kept(arch: str) -> dict[str, Config]:
     """The user's fastest configurations by problem, {} without a readable file."""
     path = cache_file(arch)
     try:
@@ -85,22 +90,18 @@ def problem(kernel: str, m: int, n: int, k: int) -> str:
 
 
 def pick(kernel: str, m: int, n: int, k: int, arch: str | None = None) -> Config:
-    """The configuration for a product of (m, k) and (n, k), or of attention with m queries, n heads of size k."""
+    """The configuration for a product of (m, k) and (n, k)."""
     arch = arch or architecture()
     key = problem(kernel, m, n, k)
-    found = measured(arch).get(key) or shipped(arch)["best"].get(key)
-    heads = kernel.startswith("attention")
-    return found or suited(candidates(kernel, arch), m, n, multiprocessors(), heads)
+    found = kept(arch).get(key) or shipped(arch)["best"].get(key)
+    return found or suited(candidates(kernel, arch), m, n, multiprocessors())
 
 
-def suited(choices: list[Config], m: int, n: int, processors: int, heads: bool = False) -> Config:
-    """The first (largest) candidate with at least one tile per multiprocessor, else the one with most tiles.
-
-    heads: n counts heads, each with tiles of its own, instead of columns
-    """
+def suited(choices: list[Config], m: int, n: int, processors: int) -> Config:
+    """The first (largest) candidate with at least one tile per multiprocessor, else the one with most tiles."""
 
     def tiles(config: Config) -> int:
-        return -(-m // config["BM"]) * (n if heads else -(-n // config["BN"]))
+        return -(-m // config["BM"]) * -(-n // config["BN"])
 
     return next((config for config in choices if tiles(config) >= processors), max(choices, key=tiles))
 
@@ -128,5 +129,5 @@ def tune(kernel: str, m: int, n: int, k: int, time_ms: Callable[[Config], float]
 def keep(arch: str, best: Mapping[str, Config]) -> None:
     """Add entries to the user's cache file, whole or not at all."""
     path = cache_file(arch)
-    write_json(path, {"arch": arch, "best": {**measured(arch), **best}})
-    measured.cache_clear()
+    write_json(path, {"arch": arch, "best": {**kept(arch), **best}})
+    kept.cache_clear()

@@ -1,7 +1,7 @@
 """Matrix products of 8-bit codes with everything that follows a linear layer in the epilogue.
 
     y[m, n] = f((sum_k q[m, k] w[n, k] - zx[m] wsum[n] - zw[n] qsum[m]) sx[m] sw[n] + (xd up^T)[m, n] + bias[n])
-    f: nothing, GELU (tanh), or residual[m, n] + gate[b, n] * (.),  b = m // tokens
+    f: nothing or GELU (tanh)
 
 q (M, K) row-major with rows `pitch` apart; w (N, K) row-major (8-bit tensor cores want both operands contiguous along
 K); sums of int8 in int32 (exact up to K = 131072), of e4m3 in fp32. Optional operands are None and cost nothing.
@@ -28,7 +28,7 @@ def branch(y, m, n, M, N, R, xd_p, up_p, CHUNKS: tl.constexpr, CHUNK: tl.constex
 
 @triton.jit
 def finish(
-    y, m, n, M, N, R, tokens, gate_pitch, bias_p, xd_p, up_p, gate_p, res_p, out_p,
+    y, m, n, M, N, R, bias_p, xd_p, up_p, out_p,
     GELU: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Low-rank branch, bias and f of the scaled tile y (fp32, rows m, columns n), then the store in out's dtype."""
@@ -39,14 +39,8 @@ def finish(
         y += tl.load(bias_p + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if GELU:
         y = gelu_tanh(y)
-    inside = (m < M)[:, None] & (n < N)[None, :]
     place = (m * N)[:, None] + n[None, :]
-    if gate_p is not None:
-        gate = tl.load(gate_p + (m // tokens * gate_pitch)[:, None] + n[None, :], mask=inside, other=0.0)
-        y = y * gate.to(tl.float32)
-    if res_p is not None:
-        y += tl.load(res_p + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_p + place, narrow(y, out_p.dtype.element_ty), mask=inside)
+    tl.store(out_p + place, narrow(y, out_p.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
 @triton.jit
@@ -62,29 +56,25 @@ def correct(acc, m, n, M, N, zx_p, wsum_p, zw_p, qsum_p):
 
 
 @triton.jit
+def scaled(acc, m, n, M, N, sx_p, sw_p):
+    """Sums times the scales of their row and column, fp32."""
+    sx = tl.load(sx_p + m, mask=m < M, other=0.0)
+    return acc.to(tl.float32) * sx[:, None] * tl.load(sw_p + n, mask=n < N, other=0.0)[None, :]
+
+
+@triton.jit
 def epilogue(
-    acc, m, n, M, N, R, tokens, gate_pitch, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p,
-    bias_p, xd_p, up_p, gate_p, res_p, out_p,
+    acc, m, n, M, N, R, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p, bias_p, xd_p, up_p, out_p,
     GELU: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """From sums to output. Without sx the int32 sums themselves are stored (for tests)."""
-    if sx_p is None:
-        place = (m.to(tl.int64) * N)[:, None] + n[None, :]
-        tl.store(out_p + place, acc, mask=(m < M)[:, None] & (n < N)[None, :])
-    else:
-        acc = correct(acc, m, n, M, N, zx_p, wsum_p, zw_p, qsum_p)
-        sx = tl.load(sx_p + m, mask=m < M, other=0.0)
-        sw = tl.load(sw_p + n, mask=n < N, other=0.0)
-        y = acc.to(tl.float32) * sx[:, None] * sw[None, :]
-        finish(
-            y, m, n, M, N, R, tokens, gate_pitch, bias_p, xd_p, up_p, gate_p, res_p, out_p, GELU, CHUNKS, CHUNK
-        )  # fmt: skip
+    """From sums to output."""
+    y = scaled(correct(acc, m, n, M, N, zx_p, wsum_p, zw_p, qsum_p), m, n, M, N, sx_p, sw_p)
+    finish(y, m, n, M, N, R, bias_p, xd_p, up_p, out_p, GELU, CHUNKS, CHUNK)
 
 
 @triton.jit
 def epilogues(
-    acc, m, pn, M, N, R, tokens, gate_pitch, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p,
-    bias_p, xd_p, up_p, gate_p, res_p, out_p,
+    acc, m, pn, M, N, R, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p, bias_p, xd_p, up_p, out_p,
     BM: tl.constexpr, BN: tl.constexpr, GELU: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """`epilogue` of a tile, of wide ones a half at a time: whole, their fp32 copies would not fit in registers."""
@@ -93,30 +83,27 @@ def epilogues(
         left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, H)), (0, 2, 1)))
         n = pn * BN + tl.arange(0, H)
         epilogue(
-            left, m, n, M, N, R, tokens, gate_pitch, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p,
-            bias_p, xd_p, up_p, gate_p, res_p, out_p, GELU, CHUNKS, CHUNK,
+            left, m, n, M, N, R, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p, bias_p, xd_p, up_p, out_p,
+            GELU, CHUNKS, CHUNK,
         )  # fmt: skip
         epilogue(
-            right, m, n + H, M, N, R, tokens, gate_pitch, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p,
-            bias_p, xd_p, up_p, gate_p, res_p, out_p, GELU, CHUNKS, CHUNK,
+            right, m, n + H, M, N, R, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p, bias_p, xd_p, up_p, out_p,
+            GELU, CHUNKS, CHUNK,
         )  # fmt: skip
     else:
         epilogue(
-            acc, m, pn * BN + tl.arange(0, BN), M, N, R, tokens, gate_pitch, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p,
-            bias_p, xd_p, up_p, gate_p, res_p, out_p, GELU, CHUNKS, CHUNK,
+            acc, m, pn * BN + tl.arange(0, BN), M, N, R, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p,
+            bias_p, xd_p, up_p, out_p, GELU, CHUNKS, CHUNK,
         )  # fmt: skip
 
 
 @triton.jit
-def gemm(
-    a_p, b_p, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p, bias_p, xd_p, up_p, gate_p, res_p, out_p,
-    M, N, K, R, tokens, gate_pitch, pitch,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, RAGGED: tl.constexpr,
-    FP8: tl.constexpr, GELU: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+def pointed_sums(
+    a_p, b_p, m, n, M, N, K, pitch,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RAGGED: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """See the module. RAGGED: K is no multiple of BK."""
-    pm, pn = grouped(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
-    m, n, k = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN), tl.arange(0, BK)
+    """Sums of one tile (BM, BN), read through pointers: int32, of e4m3 fp32. RAGGED: K is no multiple of BK."""
+    k = tl.arange(0, BK)
     a_row = tl.where(m < M, m, 0).to(tl.int64) * pitch  # rows past the end read the first one and are not stored
     b_row = tl.where(n < N, n, 0).to(tl.int64) * K
     a_at, b_at = a_p + a_row[:, None] + k[None, :], b_p + b_row[None, :] + k[:, None]
@@ -131,28 +118,49 @@ def gemm(
         acc = tl.dot(a, b, acc, out_dtype=kind)
         a_at += BK
         b_at += BK
+    return acc
+
+
+@triton.jit
+def described_sums(
+    a, b, pm, pn, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FP8: tl.constexpr
+):  # fmt: skip
+    """The same through tensor descriptors, which read 0 outside of the matrices."""
+    kind: tl.constexpr = tl.float32 if FP8 else tl.int32
+    acc = tl.zeros((BM, BN), dtype=kind)
+    for start in range(0, K, BK):
+        acc = tl.dot(a.load([pm * BM, start]), b.load([pn * BN, start]).T, acc, out_dtype=kind)
+    return acc
+
+
+@triton.jit
+def gemm(
+    a_p, b_p, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p, bias_p, xd_p, up_p, out_p, M, N, K, R, pitch,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, RAGGED: tl.constexpr,
+    FP8: tl.constexpr, GELU: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """See the module."""
+    pm, pn = grouped(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    m, n = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
+    acc = pointed_sums(a_p, b_p, m, n, M, N, K, pitch, BM, BN, BK, RAGGED, FP8)
     epilogues(
-        acc, m, pn, M, N, R, tokens, gate_pitch, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p,
-        bias_p, xd_p, up_p, gate_p, res_p, out_p, BM, BN, GELU, CHUNKS, CHUNK,
+        acc, m, pn, M, N, R, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p, bias_p, xd_p, up_p, out_p,
+        BM, BN, GELU, CHUNKS, CHUNK,
     )  # fmt: skip
 
 
 @triton.jit
 def gemm_tma(
-    a, b, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p, bias_p, xd_p, up_p, gate_p, res_p, out_p,
-    M, N, K, R, tokens, gate_pitch,
+    a, b, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p, bias_p, xd_p, up_p, out_p, M, N, K, R,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
     FP8: tl.constexpr, GELU: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """a, b: descriptors of q and w with blocks (BM, BK) and (BN, BK), which read 0 outside of the matrices."""
+    """a, b: descriptors of q and w with blocks (BM, BK) and (BN, BK)."""
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    kind: tl.constexpr = tl.float32 if FP8 else tl.int32
     for t in tl.range(tl.program_id(0), rows * columns, PROGRAMS, flatten=False):
         pm, pn = grouped(t, rows, columns, GROUP)
-        acc = tl.zeros((BM, BN), dtype=kind)
-        for start in range(0, K, BK):
-            acc = tl.dot(a.load([pm * BM, start]), b.load([pn * BN, start]).T, acc, out_dtype=kind)
+        acc = described_sums(a, b, pm, pn, K, BM, BN, BK, FP8)
         epilogues(
-            acc, pm * BM + tl.arange(0, BM), pn, M, N, R, tokens, gate_pitch, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p,
-            bias_p, xd_p, up_p, gate_p, res_p, out_p, BM, BN, GELU, CHUNKS, CHUNK,
+            acc, pm * BM + tl.arange(0, BM), pn, M, N, R, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p,
+            bias_p, xd_p, up_p, out_p, BM, BN, GELU, CHUNKS, CHUNK,
         )  # fmt: skip

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from dq.kernels import Tensors, dense
 from dq.kernels.triton import ops
+from dq.kernels.triton.ops import Blocks, Codes, Epilogue, RowFormat
 from dq.kernels.triton.routes import route
 from dq.plan import LayerPlan
 
@@ -30,10 +31,8 @@ def build(plan: LayerPlan, gelu: bool = False) -> Run:
     """-> run(x (..., K), tensors) -> y (..., N) in x's dtype; with `gelu` its tanh GELU (not weight-only)."""
     kind = route(plan).kind
     makers = {"w8": _integer, "w4": _integer, "groups": _groups, "fp8": _fp8, "nvfp4": _nvfp4}
-    run, differentiable = (
-        makers[kind](plan, gelu) if kind in makers else _decode(plan),
-        dense.build("linear", plan, None),
-    )
+    run = makers[kind](plan, gelu) if kind in makers else _decode(plan)
+    differentiable = dense.build("linear", plan, None)
     outputs, inputs = plan.shape
 
     def choose(x: torch.Tensor, t: Tensors) -> torch.Tensor:
@@ -45,9 +44,10 @@ def build(plan: LayerPlan, gelu: bool = False) -> Run:
     return choose
 
 
-def _low_rank(x: torch.Tensor, t: Tensors) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """-> (x down^T, up) of the low-rank branch, or (None, None)."""
-    return (None, None) if t.down is None else (F.linear(x, t.down.to(x.dtype)), t.up)
+def _epilogue(x: torch.Tensor, t: Tensors, bias: torch.Tensor | None, gelu: bool) -> Epilogue:
+    """What follows the product of a layer with input x."""
+    down_x, up = (None, None) if t.down is None else (F.linear(x, t.down.to(x.dtype)), t.up)
+    return Epilogue(x.dtype, bias, down_x, up, gelu)
 
 
 def _column_scale(plan: LayerPlan, t: Tensors) -> torch.Tensor:
@@ -55,41 +55,38 @@ def _column_scale(plan: LayerPlan, t: Tensors) -> torch.Tensor:
     return t.scale.reshape(-1) if t.scale.shape[0] == plan.rows else t.scale.reshape(1).expand(plan.rows).contiguous()
 
 
-def _quantizer(plan: LayerPlan) -> Callable[[torch.Tensor, Tensors, int, bool], tuple[torch.Tensor, ...]]:
-    """-> quantize(x, tensors, split, sums) -> (q, s, zero or None, sums or None), integer activations."""
-    spec, group, shift = plan.act.spec, plan.act.grain.size or 0, plan.act.shift
-    top, affine = spec.max_code, spec.affine
+def _row_format(plan: LayerPlan, split: int = 0) -> RowFormat:
+    """Of integer activations, stored in the order that a kernel wants."""
+    spec = plan.act.spec
+    return RowFormat(spec.max_code, spec.affine, plan.act.grain.size or 0, split, plan.act.shift)
 
-    def quantize(x: torch.Tensor, t: Tensors, split: int, sums: bool) -> tuple[torch.Tensor, ...]:
-        stored = None if t.act_scale is None else t.act_scale.reshape(-1)[:1]
-        q, s, zero, total = ops.quant_rows(x, None, stored, top, group, split, False, affine, False, shift, sums)
-        return q, s, zero if affine and top == 127 else None, total if sums else None
 
-    return quantize
+def _stored(t: Tensors) -> torch.Tensor | None:
+    """The stored activation scale (1,), None when scales are dynamic."""
+    return None if t.act_scale is None else t.act_scale.reshape(-1)[:1]
 
 
 def _integer(plan: LayerPlan, gelu: bool) -> Run:
     """int8 or int4 weights with one scale an output channel."""
     bits, columns, shift = plan.weight.spec.bits, plan.columns, plan.act.shift
-    quantize, affine_weight = _quantizer(plan), plan.weight.spec.affine
-    needs_sums = bool(shift) or (plan.act.spec.affine and plan.act.spec.max_code == 127)
+    plain, split, affine_weight = _row_format(plan), _row_format(plan, SPLIT), plan.weight.spec.affine
+    needs_sums = bool(shift) or (plan.act.spec.affine and plan.act.spec.max_code == ops.INT8_TOP)
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         in_registers = bits == 4 and x.shape[0] <= REGISTER_ROWS
-        q, sx, zx, total = quantize(x, t, SPLIT if in_registers else 0, affine_weight)
+        codes = ops.quant_rows(x, split if in_registers else plain, given=_stored(t), sums=affine_weight)
         scale, bias = _column_scale(plan, t), t.bias
-        zw = t.zero.expand(plan.rows, 1).reshape(-1) if affine_weight else None
-        wsum = ops.weight_sums(t.weight, columns, None, bits, 0) if needs_sums else None
+        zero = t.zero.expand(plan.rows, 1).reshape(-1) if affine_weight else None
+        sums = ops.weight_sums(t.weight, k=columns, bits=bits) if needs_sums else None
         if shift:
-            whole = wsum.float() if zw is None else wsum.float() - columns * zw.float()
+            whole = sums.float() if zero is None else sums.float() - columns * zero.float()
             offset = (-shift) * whole * scale
             bias = offset if bias is None else bias.float() + offset
-        xd, up = _low_rank(x, t)
-        rest = (zx, wsum if zx is not None else None, zw, total, bias, xd, up, None, None)
-        if in_registers:
-            return ops.w4a8_gemm(q, t.weight, sx, scale, *rest, 0, 1, gelu, x.dtype)
-        weight = t.weight if bits == 8 else ops.w4_to_s8(t.weight, columns, None, None, 0)
-        return ops.w8a8_gemm(q, weight, sx, scale, *rest, 1, gelu, x.dtype)
+        in_workspace = bits == 4 and not in_registers
+        weight = ops.w4_to_s8(t.weight, k=columns) if in_workspace else t.weight
+        product = ops.w4a8_gemm if in_registers else ops.w8a8_gemm
+        ends = _epilogue(x, t, bias, gelu)
+        return product(codes, Codes(weight, scale, zero, sums if codes.zero is not None else None), ends)
 
     return run
 
@@ -97,36 +94,32 @@ def _integer(plan: LayerPlan, gelu: bool) -> Run:
 def _groups(plan: LayerPlan, gelu: bool) -> Run:
     """int4 weights with a scale a group, activations with one scale a row or the same groups."""
     columns, size, shift = plan.columns, plan.weight.grain.size, plan.act.shift
-    quantize = _quantizer(plan)
+    rows = _row_format(plan, size)
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
-        q, sx, _, _ = quantize(x, t, size, False)
-        bias = t.bias
+        codes, bias = ops.quant_rows(x, rows, given=_stored(t)), t.bias
         if shift:
-            offset = (-shift) * ops.weight_sums(t.weight, columns, t.scale, 4, size)
+            offset = (-shift) * ops.weight_sums(t.weight, k=columns, bits=4, scale=t.scale, group=size)
             bias = offset if bias is None else bias.float() + offset
-        rest = (None, None, None, None, bias, *_low_rank(x, t), None, None)
-        return ops.w4a8_gemm(q, t.weight, sx, t.scale, *rest, size, 1, gelu, x.dtype)
+        return ops.w4a8_groups_gemm(codes, Codes(t.weight, t.scale), size, _epilogue(x, t, bias, gelu))
 
     return run
 
 
 def _fp8(plan: LayerPlan, gelu: bool) -> Run:
+    rows = RowFormat(top=ops.FP8_TOP)
+
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
-        q, sx, _, _ = ops.quant_rows(x, None, None, 448, 0, 0, True, False, False, 0.0, False)
-        weight, rest = t.weight.view(ops.E4M3), (None, None, None, None, t.bias, *_low_rank(x, t), None, None)
-        return ops.w8a8_gemm(q, weight, sx, _column_scale(plan, t), *rest, 1, gelu, x.dtype)
+        weight = Codes(t.weight.view(ops.E4M3), _column_scale(plan, t))
+        return ops.w8a8_gemm(ops.quant_rows(x, rows), weight, _epilogue(x, t, t.bias, gelu))
 
     return run
 
 
 def _nvfp4(plan: LayerPlan, gelu: bool) -> Run:
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
-        q, sx, gx = ops.nvfp4_quant(x)
-        rest = (t.bias, *_low_rank(x, t), None, None)
-        return ops.nvfp4_gemm(
-            q, t.weight, sx, ops.tile_scales(t.scale), gx, t.scale_global, *rest, 1, gelu, x.dtype
-        )  # fmt: skip
+        weight = Blocks(t.weight, ops.tile_scales(t.scale), t.scale_global)
+        return ops.nvfp4_gemm(ops.nvfp4_quant(x), weight, _epilogue(x, t, t.bias, gelu))
 
     return run
 
@@ -136,7 +129,7 @@ def _decode(plan: LayerPlan) -> Run:
     form, size, columns = plan.weight.format.removesuffix("a"), plan.weight.grain.size or 0, plan.columns
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
-        weight = ops.w4_to_float(t.weight, columns, t.scale, t.zero, t.scale_global, form, size, x.dtype)
+        weight = ops.w4_to_float(t, columns, form, size, x.dtype)
         y = F.linear(x, weight, None if t.bias is None else t.bias.to(x.dtype))
         return y if t.down is None else y + dense.low_rank(x, t, plan, None)
 

@@ -107,8 +107,7 @@ def decoded(p, scale):
 
 @triton.jit
 def nvfp4_gemm(
-    a, a_scale, b, b_scale, gx_p, gw_p, bias_p, xd_p, up_p, gate_p, res_p, out_p,
-    M, N, K, R, tokens, gate_pitch,
+    a, a_scale, b, b_scale, gx_p, gw_p, bias_p, xd_p, up_p, out_p, M, N, K, R,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
     GELU: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -127,6 +126,4 @@ def nvfp4_gemm(
             acc = product(a.load([pm * BM, half]), sx, b.load([pn * BN, half]), sw, acc)
         m, n = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
         y = acc * (tl.load(gx_p + m, mask=m < M, other=0.0) * tl.load(gw_p))[:, None]
-        finish(
-            y, m, n, M, N, R, tokens, gate_pitch, bias_p, xd_p, up_p, gate_p, res_p, out_p, GELU, CHUNKS, CHUNK
-        )  # fmt: skip
+        finish(y, m, n, M, N, R, bias_p, xd_p, up_p, out_p, GELU, CHUNKS, CHUNK)

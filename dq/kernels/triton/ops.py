@@ -1,29 +1,95 @@
-"""The kernels as operators `torch.ops.dq.triton_*`, each with a fake: eager and `torch.compile(fullgraph=True)` alike.
+"""The kernels as Python functions of tensors, each behind an operator `torch.ops.dq.triton_*` that torch can trace.
 
-An operator allocates its outputs, picks tile sizes (`configs`) and launches; it knows no layers. Shapes: rows of
-activations M, output channels N, input channels K, rank of a low-rank branch R. Optional outputs that were not asked
-for are empty. Schemas come from the signatures, which is why annotations are real types here.
+Operands come as small tuples; they are flattened at the operator's border, whose arguments are keyword-only. An
+operator allocates its outputs, picks tile sizes (`configs`) and launches; it knows no layers, and has a fake that
+gives its shapes. Shapes: rows of activations M, output channels N, input channels K, rank of a low-rank branch R.
+Schemas come from the signatures, which is why annotations are real types here.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dq.kernels.triton import attention, configs, gemm, nvfp4, packed, quantize
+from dq.kernels import Tensors
+from dq.kernels.triton import configs, gemm, nvfp4, packed, quantize
 from dq.kernels.triton.elements import INTERPRETED
 
 _library = torch.library.Library("dq", "FRAGMENT")
 E4M3 = torch.float8_e4m3fn
+INT8_TOP, FP8_TOP = 127, 448  # largest codes
 LONGEST = 16384  # columns that a quantization kernel holds in registers
 FORMATS = {"int4": 0, "nvfp4": 1, "mxfp4": 2}
 
 
+class RowFormat(NamedTuple):
+    """How rows of activations become codes.
+
+    top     largest code: 127 of int8, 7 of int4, ..., FP8_TOP for e4m3 codes
+    affine  a zero point per row: stored for 8 bits, already taken off the codes of fewer bits
+    group   columns that share a scale, 0 for all
+    split   columns whose even ones are stored first (see `quantize`), 0 for the order of the input
+    shift   added to the input first
+    """
+
+    top: int = INT8_TOP
+    affine: bool = False
+    group: int = 0
+    split: int = 0
+    shift: float = 0.0
+
+
+class Codes(NamedTuple):
+    """One operand of an integer or e4m3 product.
+
+    q      (rows, >= K) int8 or e4m3, rows `stride(0)` apart; int4 weights: (rows, ceil(K / 2)) int8, two codes a byte
+    scale  (rows,) or (rows, 1) fp32; with groups (rows, groups)
+    zero   (rows,) zero points, int32 of activations, int8 of weights; None without. Only of one operand
+    sums   (rows,) int32 sums of each row of q, when the other operand has zero points
+    """
+
+    q: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+    sums: Tensor | None = None
+
+
+class Blocks(NamedTuple):
+    """One operand of a block-scaled product.
+
+    q      (rows, K / 2) bytes of two e2m1 codes
+    scale  (128 ceil(rows / 128) 4 ceil(K / 64),) uint8: e4m3 scales of blocks of 16, in tiles (see `nvfp4`)
+    whole  fp32, (M,) of activations, (1,) of a weight
+    """
+
+    q: Tensor
+    scale: Tensor
+    whole: Tensor
+
+
+class Epilogue(NamedTuple):
+    """What becomes of the scaled sums y (M, N): y + down_x up^T + bias, then GELU, then `dtype`.
+
+    dtype   of the output: fp32, bf16 or fp16
+    bias    (N,) of any float type, None without
+    down_x  (M, R), the input after the first half of a low-rank branch, None without
+    up      (N, R), its second half
+    gelu    whether the tanh GELU follows
+    """
+
+    dtype: torch.dtype
+    bias: Tensor | None = None
+    down_x: Tensor | None = None
+    up: Tensor | None = None
+    gelu: bool = False
+
+
 def operator(fake: Callable) -> Callable[[Callable], Callable]:
-    """Register a function as `dq::triton_<its name>` for all devices, with `fake` for shapes; returns the operator."""
+    """Register `name` or `_name` as `dq::triton_name` for all devices, `fake` giving shapes; returns the operator."""
 
     def register(function: Callable) -> Callable:
-        name = f"triton_{function.__name__}"
+        name = f"triton_{function.__name__.lstrip('_')}"
 
         def on_its_device(first: Tensor, *args, **kwargs):
             with torch.cuda.device_of(first):  # triton launches on the current device, wherever the tensors are
@@ -37,154 +103,99 @@ def operator(fake: Callable) -> Callable[[Callable], Callable]:
     return register
 
 
-def _up(value: int, step: int) -> int:
+def up_to(value: int, step: int) -> int:
+    """The next multiple of `step`."""
     return -(-value // step) * step
 
 
-def _power(value: int) -> int:
+def power(value: int) -> int:
+    """The next power of two."""
     return 1 << max(value - 1, 0).bit_length()
 
 
-def _options(config: configs.Config) -> dict:
+def options(config: configs.Config) -> dict:
     """Compiler options. Whether a * b + c may become one operation is said here: Triton's default is changing."""
-    options = {} if INTERPRETED.value else {"enable_fp_fusion": True}
-    return {"num_warps": config["warps"], "num_stages": config["stages"], **options}
+    fusion = {} if INTERPRETED.value else {"enable_fp_fusion": True}
+    return {"num_warps": config["warps"], "num_stages": config["stages"], **fusion}
+
+
+def flat(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Contiguous tensors, None where there is none."""
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 # --- activations -> codes --------------------------------------------------------------------------------------------
 
 
-def _rows_config(width: int) -> dict:
+def rows_config(width: int) -> dict:
     """Rows a program and warps of a kernel that holds rows of `width` columns in registers."""
-    block = max(16, _power(width))
+    block = max(16, power(width))
     return {"BM": max(1, min(64, 2048 // block)), "BK": block, "warps": max(4, min(16, block // 512)), "stages": 1}
 
 
-def _quantized(x: Tensor, top: int, group: int, split: int, fp8: bool, affine: bool, sums: bool):
-    """Outputs of quant_rows -> (q, s, zero, total), (groups, width, stored width)."""
+def _fake_quant_rows(x, *, top=INT8_TOP, affine=False, group=0, split=0, sums=False, **rest):
     m, k = x.shape
     width = group or k
-    groups, stored = -(-k // width), _up(width, max(split, 16))
-    q = x.new_empty(m, groups * stored, dtype=E4M3 if fp8 else torch.int8)
-    s = x.new_empty(m, groups, dtype=torch.float32)
-    zero = x.new_empty(m if affine and top == 127 else 0, dtype=torch.int32)
-    return (q, s, zero, x.new_empty(m if sums else 0, dtype=torch.int32)), (groups, width, stored)
-
-
-def _fake_quant_rows(x, smooth, given, top, group, split, fp8, affine, gelu, shift, sums):
-    return _quantized(x, top, group, split, fp8, affine, sums)[0]
+    groups, stored = -(-k // width), up_to(width, max(split, 16))
+    q = x.new_empty(m, groups * stored, dtype=E4M3 if top == FP8_TOP else torch.int8)
+    zero = x.new_empty(m if affine and top == INT8_TOP else 0, dtype=torch.int32)
+    return q, x.new_empty(m, groups, dtype=torch.float32), zero, x.new_empty(m if sums else 0, dtype=torch.int32)
 
 
 @operator(_fake_quant_rows)
-def quant_rows(
+def _quant_rows(
     x: Tensor,
-    smooth: Tensor | None,
-    given: Tensor | None,
-    top: int,
-    group: int,
-    split: int,
-    fp8: bool,
-    affine: bool,
-    gelu: bool,
-    shift: float,
-    sums: bool,
+    *,
+    top: int = INT8_TOP,
+    affine: bool = False,
+    group: int = 0,
+    split: int = 0,
+    shift: float = 0.0,
+    given: Tensor | None = None,
+    sums: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x (M, K) -> codes (M, KP), scales (M, groups), zero points (M,) int32, sums of codes (M,) int32.
-
-    top: largest code (127, 7; for fp8 448). group: columns that share a scale, 0 for all. split: see `quantize`.
-    given: a stored scale (1,). gelu, shift: applied to x * smooth first. zero: of 8-bit affine codes.
-    """
+    """`quant_rows`; outputs that were not asked for are empty."""
     x = x if x.stride(-1) == 1 else x.contiguous()
-    out, (groups, width, stored) = _quantized(x, top, group, split, fp8, affine, sums)
-    q, s, zero, total = out
-    if x.shape[0] == 0:
+    (m, k), width = x.shape, group or x.shape[1]
+    out = _fake_quant_rows(x, top=top, affine=affine, group=group, split=split, sums=sums)
+    if m == 0:
         return out
-    config = _rows_config(min(stored, LONGEST))
+    q, s, zero, total = out
+    groups, stored = s.shape[1], q.shape[1] // s.shape[1]
+    config = rows_config(min(stored, LONGEST))
     kernel = quantize.quant_rows if stored <= LONGEST else quantize.quant_long_rows
-    rows = x.shape[0] * groups
-    kernel[(-(-rows // config["BM"]),)](
-        x, smooth, given, q, s, zero if len(zero) else None, total if sums else None,
-        rows, groups, width, stored, x.shape[1], x.stride(0), shift,
-        float(top), fp8, affine, gelu, split, config["BM"], config["BK"], **_options(config),
+    kernel[(-(-m * groups // config["BM"]),)](
+        x, given, q, s, zero if len(zero) else None, total if sums else None,
+        m * groups, groups, width, stored, k, x.stride(0), shift,
+        float(top), top == FP8_TOP, affine, split, config["BM"], config["BK"], **options(config),
     )  # fmt: skip
     return out
 
 
-def _fake_adaln(x, weight, bias, scale, shift, smooth, tokens, eps, rms, fp8, split, branch):
-    q = x.new_empty(x.shape[0], _up(x.shape[1], max(split, 16)), dtype=E4M3 if fp8 else torch.int8)
-    return q, x.new_empty(x.shape[0], 1, dtype=torch.float32), torch.empty_like(x) if branch else x.new_empty(0)
+def quant_rows(x: Tensor, rows: RowFormat, *, given: Tensor | None = None, sums: bool = False) -> Codes:
+    """x (M, K) -> codes q (M, KP): groups one after another, each zero-padded to a multiple of 16 and of the split.
 
-
-@operator(_fake_adaln)
-def adaln_quant(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    smooth: Tensor | None,
-    tokens: int,
-    eps: float,
-    rms: bool,
-    fp8: bool,
-    split: int,
-    branch: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(norm(x) weight + bias) (1 + scale) + shift, times smooth -> codes (M, KP), scales (M, 1), values if `branch`.
-
-    x (M, K) with M = batch * tokens, K <= 16384; scale, shift (batch, K), columns contiguous, equal row pitch.
+    given  a stored scale (1,) fp32 for all rows instead of measured ones; beyond it values saturate
+    sums   whether the sums of codes are wanted, for weights with zero points
+    Scales are (M, groups). A row (with `given`: only one with NaN) that is not finite gets the scale NaN.
     """
-    x = x.contiguous()
-    q, s, y = _fake_adaln(x, weight, bias, scale, shift, smooth, tokens, eps, rms, fp8, split, branch)
-    if x.shape[0] == 0:
-        return q, s, y
-    pitches = {t.stride(0) for t in (scale, shift) if t is not None}
-    if len(pitches) > 1:
-        scale, shift, pitches = scale.contiguous(), shift.contiguous(), {x.shape[1]}
-    config = _rows_config(q.shape[1])
-    quantize.adaln_quant[(-(-x.shape[0] // config["BM"]),)](
-        x, weight, bias, scale, shift, smooth, y if branch else None, q, s, None, *x.shape, q.shape[1], tokens,
-        next(iter(pitches), 0), eps, 448.0 if fp8 else 127.0, fp8, rms, split, config["BM"], config["BK"],
-        **_options(config),
-    )  # fmt: skip
-    return q, s, y
-
-
-def _fake_had(x, signs, smooth, fp8):
-    return x.new_empty(x.shape, dtype=E4M3 if fp8 else torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
-
-
-@operator(_fake_had)
-def had_quant(x: Tensor, signs: Tensor, smooth: Tensor | None, fp8: bool) -> tuple[Tensor, Tensor]:
-    """x (M, K), signs (H, H) of +-1, H a power of two in 16 .. 128 that divides K -> codes (M, K), scales (M, 1)."""
-    x, order = x.contiguous(), signs.shape[0]
-    q, s = _fake_had(x, signs, smooth, fp8)
-    if x.shape[0]:
-        rows, config = 32, {"warps": 4, "stages": 2}
-        quantize.had_quant[(-(-x.shape[0] // rows),)](
-            x, signs.to(x.dtype), smooth, q, s, *x.shape, order**-0.5, 448.0 if fp8 else 127.0, fp8, order, rows,
-            **_options(config),
-        )  # fmt: skip
-    return q, s
+    q, scale, zero, total = _quant_rows(x, **rows._asdict(), given=given, sums=sums)
+    return Codes(q, scale, zero if rows.affine and rows.top == INT8_TOP else None, total if sums else None)
 
 
 # --- products --------------------------------------------------------------------------------------------------------
 
 
-def _chunks(xd: Tensor | None) -> tuple[int, int, int]:
+def _chunks(ends: Epilogue) -> tuple[int, int, int]:
     """Rank, chunks and columns of a chunk of a low-rank branch."""
-    rank = 0 if xd is None else xd.shape[1]
+    rank = 0 if ends.down_x is None else ends.down_x.shape[1]
     size = 16 if rank <= 16 else 32
     return rank, -(-rank // size), size
 
 
-def _branch(xd, gate, residual) -> str:
-    """Suffix of the configurations for epilogues that need more registers."""
-    return "" if xd is None and gate is None and residual is None else "_branch"
-
-
-def _flat(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
+def _zeros(x: Codes, w: Codes) -> dict[str, Tensor | None]:
+    """Zero points and the sums that go with them, as the operators take them."""
+    return {"zx": x.zero, "wsum": w.sums, "zw": w.zero, "qsum": x.sums}
 
 
 def takes_tma(q: Tensor, w: Tensor, arch: str) -> bool:
@@ -193,7 +204,7 @@ def takes_tma(q: Tensor, w: Tensor, arch: str) -> bool:
     return bool(configs.candidates("gemm_tma", arch)) and not any(value % 16 for value in pitches)
 
 
-def _descriptor(t: Tensor, shape: tuple[int, ...], block: list[int]):
+def descriptor(t: Tensor, shape: tuple[int, ...], block: list[int]):
     """Host descriptor of the first `shape` of a row-major tensor."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -204,130 +215,140 @@ def _descriptor(t: Tensor, shape: tuple[int, ...], block: list[int]):
     return TensorDescriptor(t, list(shape), strides, block)
 
 
-def _fake_gemm(
-    q, w, sx, sw, zx, wsum, zw, qsum, bias, xd, up, gate, residual, tokens, gelu, dtype, tma=None, config=None
-):
-    return q.new_empty(q.shape[0], w.shape[0], dtype=torch.int32 if sx is None else dtype)
-
-
 def launch_gemm(
-    q, w, sx, sw, zx, wsum, zw, qsum, bias, xd, up, gate, residual, tokens, gelu, dtype, tma=None, config=None
-):
-    """`w8a8_gemm` with the kernel and its tile sizes fixed by the caller; None chooses them."""
-    out = _fake_gemm(q, w, sx, sw, zx, wsum, zw, qsum, bias, xd, up, gate, residual, tokens, gelu, dtype)
-    (n, k), m, arch = w.shape, q.shape[0], configs.architecture()
+    x: Codes, w: Codes, ends: Epilogue, tma: bool | None = None, config: configs.Config | None = None
+) -> Tensor:
+    """`w8a8_gemm` with the kernel (descriptors or pointers) and its tile sizes fixed by the caller; None chooses."""
+    (n, k), m, arch = w.q.shape, x.q.shape[0], configs.architecture()
+    out = x.q.new_empty(m, n, dtype=ends.dtype)
     if m == 0:
         return out
-    tma = takes_tma(q, w, arch) and not INTERPRETED.value if tma is None else tma
-    name = ("gemm_tma" if tma else "gemm") + _branch(xd, gate, residual)
+    tma = takes_tma(x.q, w.q, arch) and not INTERPRETED.value if tma is None else tma
+    name = ("gemm_tma" if tma else "gemm") + ("" if ends.down_x is None else "_branch")
     config = config or configs.pick(name, m, n, k, arch)
-    rank, chunks, chunk = _chunks(xd)
+    rank, *chunks = _chunks(ends)
     tile = (config["BM"], config["BN"], config["BK"], config["GROUP"])
     tiles = -(-m // tile[0]) * -(-n // tile[1])
-    operands = (sx, sw, *_flat(zx, wsum, zw, qsum, bias, xd, up), gate, residual, out, m, n, k, rank, tokens)
-    pitch = 0 if gate is None else gate.stride(0)
-    fp8 = q.dtype == E4M3
+    tensors = (x.scale, w.scale, *flat(*_zeros(x, w).values(), ends.bias, ends.down_x, ends.up), out)
+    fp8 = x.q.dtype == E4M3
     if tma:
-        a = _descriptor(q, (m, k), [tile[0], tile[2]])
-        b = _descriptor(w, (n, k), [tile[1], tile[2]])
+        a, b = descriptor(x.q, (m, k), [tile[0], tile[2]]), descriptor(w.q, (n, k), [tile[1], tile[2]])
         programs = configs.multiprocessors()
         gemm.gemm_tma[(min(tiles, programs),)](
-            a, b, *operands, pitch, *tile, programs, fp8, gelu, chunks, chunk, **_options(config)
-        )  # fmt: skip
+            a, b, *tensors, m, n, k, rank, *tile, programs, fp8, ends.gelu, *chunks, **options(config)
+        )
     else:
         ragged = bool(k % tile[2])
         gemm.gemm[(tiles,)](
-            q, w, *operands, pitch, q.stride(0), *tile, ragged, fp8, gelu, chunks, chunk, **_options(config)
+            x.q, w.q, *tensors, m, n, k, rank, x.q.stride(0), *tile, ragged, fp8, ends.gelu, *chunks,
+            **options(config),
+        )  # fmt: skip
+    return out
+
+
+def _fake_gemm(q, w, sx, sw, *, dtype, **rest):
+    return q.new_empty(q.shape[0], w.shape[0], dtype=dtype)
+
+
+@operator(_fake_gemm)
+def _w8a8_gemm(
+    q: Tensor,
+    w: Tensor,
+    sx: Tensor,
+    sw: Tensor,
+    *,
+    zx: Tensor | None = None,
+    wsum: Tensor | None = None,
+    zw: Tensor | None = None,
+    qsum: Tensor | None = None,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    down_x: Tensor | None = None,
+    up: Tensor | None = None,
+    gelu: bool = False,
+) -> Tensor:
+    return launch_gemm(Codes(q, sx, zx, qsum), Codes(w, sw, zw, wsum), Epilogue(dtype, bias, down_x, up, gelu))
+
+
+def w8a8_gemm(x: Codes, w: Codes, ends: Epilogue) -> Tensor:
+    """x (M, >= K), w (N, K), both int8 or both e4m3, one scale a row -> (M, N). See `gemm`."""
+    return _w8a8_gemm(x.q, w.q, x.scale, w.scale, **_zeros(x, w), **ends._asdict())
+
+
+def launch_w4a8(x: Codes, w: Codes, ends: Epilogue, group: int = 0, config: configs.Config | None = None) -> Tensor:
+    """`w4a8_gemm`, with a group `w4a8_groups_gemm`, with tile sizes fixed by the caller; None chooses them."""
+    (n, bytes_), (m, k) = w.q.shape, x.q.shape
+    out = x.q.new_empty(m, n, dtype=ends.dtype)
+    if m == 0:
+        return out
+    config = config or configs.pick("w4a8_groups" if group else "w4a8", m, n, k)
+    rank, *chunks = _chunks(ends)
+    tile, asm = (config["BM"], config["BN"]), bool(config["ASM"])
+    grid = (-(-m // tile[0]) * -(-n // tile[1]),)
+    rest = (*flat(ends.bias, ends.down_x, ends.up), out, m, n, k, bytes_, rank, *tile)
+    if group:
+        ragged, token = bool(bytes_ % (group // 2)), x.scale.numel() == m and k > group
+        packed.w4a8_groups[grid](
+            x.q, w.q, x.scale, w.scale, *rest, group, config["GROUP"], ragged, asm, token, ends.gelu, *chunks,
+            **options(config),
+        )  # fmt: skip
+    else:
+        ragged, swap = bool(bytes_ % 64), bool(config["SWAP"])
+        packed.w4a8[grid](
+            x.q, w.q, x.scale, w.scale, *flat(*_zeros(x, w).values()), *rest, config["GROUP"], ragged, asm, swap,
+            ends.gelu, *chunks, **options(config),
         )  # fmt: skip
     return out
 
 
 @operator(_fake_gemm)
-def w8a8_gemm(
+def _w4a8_gemm(
     q: Tensor,
     w: Tensor,
-    sx: Tensor | None,
-    sw: Tensor | None,
-    zx: Tensor | None,
-    wsum: Tensor | None,
-    zw: Tensor | None,
-    qsum: Tensor | None,
-    bias: Tensor | None,
-    xd: Tensor | None,
-    up: Tensor | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    tokens: int,
-    gelu: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    """See `gemm`: q (M, >= K), w (N, K) int8 or e4m3, sx (M,), sw (N,) fp32 -> y (M, N) in dtype.
-
-    zx, qsum (M,), wsum (N,) int32, zw (N,) int8; xd (M, R), up (N, R); gate (batch, N), residual (M, N) contiguous.
-    Without sx: the int32 sums.
-    """
-    return launch_gemm(q, w, sx, sw, zx, wsum, zw, qsum, bias, xd, up, gate, residual, tokens, gelu, dtype)
-
-
-def _fake_w4a8(
-    q, w, sx, sw, zx, wsum, zw, qsum, bias, xd, up, gate, residual, group, tokens, gelu, dtype, config=None
-):
-    return q.new_empty(q.shape[0], w.shape[0], dtype=torch.int32 if sx is None else dtype)
-
-
-def launch_w4a8(
-    q, w, sx, sw, zx, wsum, zw, qsum, bias, xd, up, gate, residual, group, tokens, gelu, dtype, config=None
-):
-    """`w4a8_gemm` with tile sizes fixed by the caller; None chooses them."""
-    out = _fake_w4a8(q, w, sx, sw, zx, wsum, zw, qsum, bias, xd, up, gate, residual, group, tokens, gelu, dtype)
-    (n, bytes_), (m, k) = w.shape, q.shape
-    if m == 0:
-        return out
-    config = config or configs.pick("w4a8_groups" if group else "w4a8", m, n, k)
-    rank, chunks, chunk = _chunks(xd)
-    tile, asm = (config["BM"], config["BN"]), bool(config["ASM"])
-    grid = (-(-m // tile[0]) * -(-n // tile[1]),)
-    rest = (*_flat(bias, xd, up), gate, residual, out, m, n, k, bytes_, rank, tokens)
-    rest = (*rest, 0 if gate is None else gate.stride(0), *tile)
-    if group:
-        ragged, token = bool(bytes_ % (group // 2)), sx.numel() == m and k > group
-        packed.w4a8_groups[grid](
-            q, w, sx, sw, *rest, group, config["GROUP"], ragged, asm, token, gelu, chunks, chunk, **_options(config)
-        )  # fmt: skip
-    else:
-        ragged, swap = bool(bytes_ % 64), bool(config["SWAP"])
-        packed.w4a8[grid](
-            q, w, sx, sw, *_flat(zx, wsum, zw, qsum), *rest, config["GROUP"], ragged, asm, swap, gelu, chunks, chunk,
-            **_options(config),
-        )  # fmt: skip
-    return out
-
-
-@operator(_fake_w4a8)
-def w4a8_gemm(
-    q: Tensor,
-    w: Tensor,
-    sx: Tensor | None,
+    sx: Tensor,
     sw: Tensor,
-    zx: Tensor | None,
-    wsum: Tensor | None,
-    zw: Tensor | None,
-    qsum: Tensor | None,
-    bias: Tensor | None,
-    xd: Tensor | None,
-    up: Tensor | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    group: int,
-    tokens: int,
-    gelu: bool,
+    *,
+    zx: Tensor | None = None,
+    wsum: Tensor | None = None,
+    zw: Tensor | None = None,
+    qsum: Tensor | None = None,
     dtype: torch.dtype,
+    bias: Tensor | None = None,
+    down_x: Tensor | None = None,
+    up: Tensor | None = None,
+    gelu: bool = False,
 ) -> Tensor:
-    """`w8a8_gemm` with w (N, K / 2) bytes of two int4 codes, and codes q whose columns were stored split.
+    return launch_w4a8(Codes(q, sx, zx, qsum), Codes(w, sw, zw, wsum), Epilogue(dtype, bias, down_x, up, gelu))
 
-    group 0: q split by 128, sw (N,). Else q split by group, sw (N, groups), sx (M,) or (M, groups), no zero points.
+
+def w4a8_gemm(x: Codes, w: Codes, ends: Epilogue) -> Tensor:
+    """`w8a8_gemm` with w (N, ceil(K / 2)) bytes of two int4 codes and codes x (M, KP) that were split by 128."""
+    return _w4a8_gemm(x.q, w.q, x.scale, w.scale, **_zeros(x, w), **ends._asdict())
+
+
+@operator(_fake_gemm)
+def _w4a8_groups_gemm(
+    q: Tensor,
+    w: Tensor,
+    sx: Tensor,
+    sw: Tensor,
+    *,
+    group: int,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    down_x: Tensor | None = None,
+    up: Tensor | None = None,
+    gelu: bool = False,
+) -> Tensor:
+    return launch_w4a8(Codes(q, sx), Codes(w, sw), Epilogue(dtype, bias, down_x, up, gelu), group)
+
+
+def w4a8_groups_gemm(x: Codes, w: Codes, group: int, ends: Epilogue) -> Tensor:
+    """The same with a weight scale for every `group` columns (N, groups), and codes x that were split by `group`.
+
+    Scales of x are (M, 1) or as those of the weight (M, groups). No zero points.
     """
-    return launch_w4a8(q, w, sx, sw, zx, wsum, zw, qsum, bias, xd, up, gate, residual, group, tokens, gelu, dtype)
+    return _w4a8_groups_gemm(x.q, w.q, x.scale, w.scale, group=group, **ends._asdict())
 
 
 # --- 4-bit weights ---------------------------------------------------------------------------------------------------
@@ -335,62 +356,70 @@ def w4a8_gemm(
 UNPACK = {"BN": 16, "BB": 128, "warps": 4, "stages": 1}
 
 
-def _fake_w4_to_s8(w, k, scale, whole, group):
+def _unpack_grid(w: Tensor) -> tuple[int, int]:
+    return (-(-w.shape[0] // UNPACK["BN"]), -(-w.shape[1] // UNPACK["BB"]))
+
+
+def _fake_w4_to_s8(w, *, k):
     return w.new_empty(w.shape[0], k)
 
 
 @operator(_fake_w4_to_s8)
-def w4_to_s8(w: Tensor, k: int, scale: Tensor | None, whole: Tensor | None, group: int) -> Tensor:
-    """w (N, ceil(k / 2)) bytes of int4 -> int8 codes (N, k); with scale (N, groups), whole (N,) rounded to 8 bits."""
-    out, c = _fake_w4_to_s8(w, k, scale, whole, group), UNPACK
-    grid = (-(-w.shape[0] // c["BN"]), -(-w.shape[1] // c["BB"]))
-    packed.w4_to_s8[grid](
-        w, scale, whole, out, w.shape[0], k, w.shape[1], -(-k // (group or k)), group or k, c["BN"], c["BB"],
-        **_options(c),
-    )  # fmt: skip
+def w4_to_s8(w: Tensor, *, k: int) -> Tensor:
+    """w (N, ceil(k / 2)) int8 bytes of two int4 codes -> int8 codes (N, k)."""
+    out, c = _fake_w4_to_s8(w, k=k), UNPACK
+    packed.w4_to_s8[_unpack_grid(w)](w, out, w.shape[0], k, w.shape[1], c["BN"], c["BB"], **options(c))
     return out
 
 
-def _fake_w4_to_float(w, k, scale, zero, whole, form, group, dtype):
+def _fake_w4_to_float(w, scale, *, k, dtype, **rest):
     return w.new_empty(w.shape[0], k, dtype=dtype)
 
 
 @operator(_fake_w4_to_float)
-def w4_to_float(
+def _w4_to_float(
     w: Tensor,
-    k: int,
     scale: Tensor,
-    zero: Tensor | None,
-    whole: Tensor | None,
+    *,
+    zero: Tensor | None = None,
+    whole: Tensor | None = None,
+    k: int,
     form: str,
-    group: int,
+    group: int = 0,
     dtype: torch.dtype,
 ) -> Tensor:
-    """4-bit weights (N, ceil(k / 2)) bytes of `form` (int4, nvfp4, mxfp4) -> (N, k) in dtype.
-
-    scale, zero (N | 1, groups) as stored; group 0 for one scale a row; whole: (1,) of nvfp4.
-    """
-    out, c = _fake_w4_to_float(w, k, scale, zero, whole, form, group, dtype), UNPACK
-    grid = (-(-w.shape[0] // c["BN"]), -(-w.shape[1] // c["BB"]))
+    out, c = _fake_w4_to_float(w, scale, k=k, dtype=dtype), UNPACK
     pitch = 0 if scale.shape[0] == 1 and w.shape[0] > 1 else scale.shape[1]
-    packed.w4_to_float[grid](
+    packed.w4_to_float[_unpack_grid(w)](
         w, scale, zero, whole, out, w.shape[0], k, w.shape[1], pitch, FORMATS[form], group or k, c["BN"], c["BB"],
-        **_options(c),
+        **options(c),
     )  # fmt: skip
     return out
 
 
-def _fake_weight_sums(w, k, scale, bits, group):
+def w4_to_float(t: Tensors, k: int, form: str, group: int, dtype: torch.dtype) -> Tensor:
+    """4-bit weights (N, ceil(k / 2)) bytes of a packed layer -> (N, k) in dtype.
+
+    form: int4, nvfp4 or mxfp4. group: columns that share a scale, 0 for one scale a row. Scales and zero points
+    (N | 1, groups) as they are stored.
+    """
+    return _w4_to_float(t.weight, t.scale, zero=t.zero, whole=t.scale_global, k=k, form=form, group=group, dtype=dtype)
+
+
+def _fake_weight_sums(w, *, scale=None, **rest):
     return w.new_empty(w.shape[0], dtype=torch.int32 if scale is None else torch.float32)
 
 
 @operator(_fake_weight_sums)
-def weight_sums(w: Tensor, k: int, scale: Tensor | None, bits: int, group: int) -> Tensor:
-    """Rows of int8 or packed int4 codes w -> sums (N,): int32 of codes, or with scale (N, groups) fp32 of weights."""
-    out, c = _fake_weight_sums(w, k, scale, bits, group), UNPACK
-    packed.weight_sums[(-(-w.shape[0] // c["BN"]),)](
+def weight_sums(w: Tensor, *, k: int, bits: int, scale: Tensor | None = None, group: int = 0) -> Tensor:
+    """Rows of codes w -> sums (N,): int32 of codes, or with scale (N, groups) of int4 codes fp32 of weights.
+
+    w is (N, k) int8 for 8 bits, (N, ceil(k / 2)) bytes of two codes for 4. group: columns that share a scale.
+    """
+    out, c = _fake_weight_sums(w, scale=scale), UNPACK
+    packed.weight_sums[_unpack_grid(w)[:1]](
         w, scale, out, w.shape[0], k, w.shape[1], -(-k // (group or k)), bits, group or k, c["BN"], c["BB"],
-        **_options(c),
+        **options(c),
     )  # fmt: skip
     return out
 
@@ -399,31 +428,31 @@ def weight_sums(w: Tensor, k: int, scale: Tensor | None, bits: int, group: int) 
 
 
 def _fake_nvfp4_quant(x):
-    quads = -(-x.shape[1] // 64)
-    scales = x.new_zeros(_up(x.shape[0], 128) * 4 * quads, dtype=torch.uint8)
-    return (
-        x.new_empty(x.shape[0], x.shape[1] // 2, dtype=torch.uint8),
-        scales,
-        x.new_empty(x.shape[0], dtype=torch.float32),
-    )
+    m, k = x.shape
+    scales = x.new_zeros(up_to(m, 128) * up_to(k, 64) // 16, dtype=torch.uint8)
+    return x.new_empty(m, k // 2, dtype=torch.uint8), scales, x.new_empty(m, dtype=torch.float32)
 
 
 @operator(_fake_nvfp4_quant)
-def nvfp4_quant(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x (M, K), K a multiple of 32, at most 16384 -> bytes (M, K / 2), scale tiles, global scales (M,)."""
+def _nvfp4_quant(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = x if x.stride(-1) == 1 else x.contiguous()
     q, scales, g = _fake_nvfp4_quant(x)
     quads = -(-x.shape[1] // 64)
-    config = _rows_config(64 * quads)
+    config = rows_config(64 * quads)
     if x.shape[0]:
         nvfp4.nvfp4_quant[(-(-x.shape[0] // config["BM"]),)](
-            x, q, scales, g, *x.shape, x.stride(0), quads, config["BM"], max(64, config["BK"]), **_options(config)
-        )  # fmt: skip
+            x, q, scales, g, *x.shape, x.stride(0), quads, config["BM"], max(64, config["BK"]), **options(config)
+        )
     return q, scales, g
 
 
+def nvfp4_quant(x: Tensor) -> Blocks:
+    """x (M, K), K a multiple of 32, at most 16384. A row that is not finite gets the global scale NaN."""
+    return Blocks(*_nvfp4_quant(x))
+
+
 def _fake_tile_scales(scale):
-    return scale.new_empty(_up(scale.shape[0], 128) * _up(scale.shape[1], 4), dtype=torch.uint8)
+    return scale.new_empty(up_to(scale.shape[0], 128) * up_to(scale.shape[1], 4), dtype=torch.uint8)
 
 
 @operator(_fake_tile_scales)
@@ -432,143 +461,58 @@ def tile_scales(scale: Tensor) -> Tensor:
     (n, blocks), out = scale.shape, _fake_tile_scales(scale)
     quads, config = -(-blocks // 4), {"warps": 4, "stages": 1}
     nvfp4.tile_scales[(-(-n // 128), -(-quads // 8))](
-        scale.view(torch.uint8), out, n, blocks, quads, 128, 32, **_options(config)
-    )  # fmt: skip
+        scale.view(torch.uint8), out, n, blocks, quads, 128, 32, **options(config)
+    )
     return out
 
 
-def _fake_nvfp4_gemm(q, w, sx, sw, gx, gw, bias, xd, up, gate, residual, tokens, gelu, dtype, config=None):
-    return q.new_empty(q.shape[0], w.shape[0], dtype=dtype)
-
-
-def launch_nvfp4(q, w, sx, sw, gx, gw, bias, xd, up, gate, residual, tokens, gelu, dtype, config=None):
+def launch_nvfp4(x: Blocks, w: Blocks, ends: Epilogue, config: configs.Config | None = None) -> Tensor:
     """`nvfp4_gemm` with tile sizes fixed by the caller; None chooses them."""
-    out = _fake_nvfp4_gemm(q, w, sx, sw, gx, gw, bias, xd, up, gate, residual, tokens, gelu, dtype)
-    (n, half), m = w.shape, q.shape[0]
+    (n, half), m = w.q.shape, x.q.shape[0]
+    out = x.q.new_empty(m, n, dtype=ends.dtype)
     if m == 0:
         return out
     config = config or configs.pick("nvfp4", m, n, 2 * half)
     bm, bn, bk = config["BM"], config["BN"], config["BK"]
-    rank, chunks, chunk = _chunks(xd)
-    quads = -(-half // 32)
-    tiles = -(-m // bm) * -(-n // bn)
+    rank, *chunks = _chunks(ends)
     programs = configs.multiprocessors()
-    scales = [
-        _descriptor(t, (1, -(-rows // 128), quads, 2, 256), [1, block // 128, bk // 64, 2, 256])
-        for t, rows, block in ((sx, m, bm), (sw, n, bn))
-    ]
-    a = _descriptor(q, (m, half), [bm, bk // 2])
-    b = _descriptor(w.view(torch.uint8), (n, half), [bn, bk // 2])
-    nvfp4.nvfp4_gemm[(min(tiles, programs),)](
-        a, scales[0], b, scales[1], gx, gw, *_flat(bias, xd, up), gate, residual, out, m, n, 2 * half, rank, tokens,
-        0 if gate is None else gate.stride(0), bm, bn, bk, config["GROUP"], programs, gelu, chunks, chunk,
-        **_options(config),
+    grid = (min(-(-m // bm) * -(-n // bn), programs),)
+    quads = -(-half // 32)
+    a_scale, b_scale = (
+        descriptor(t, (1, -(-rows // 128), quads, 2, 256), [1, block // 128, bk // 64, 2, 256])
+        for t, rows, block in ((x.scale, m, bm), (w.scale, n, bn))
+    )
+    a = descriptor(x.q, (m, half), [bm, bk // 2])
+    b = descriptor(w.q.view(torch.uint8), (n, half), [bn, bk // 2])
+    nvfp4.nvfp4_gemm[grid](
+        a, a_scale, b, b_scale, x.whole, w.whole, *flat(ends.bias, ends.down_x, ends.up), out, m, n, 2 * half, rank,
+        bm, bn, bk, config["GROUP"], programs, ends.gelu, *chunks, **options(config),
     )  # fmt: skip
     return out
 
 
+def _fake_nvfp4_gemm(q, w, sx, sw, gx, gw, *, dtype, **rest):
+    return q.new_empty(q.shape[0], w.shape[0], dtype=dtype)
+
+
 @operator(_fake_nvfp4_gemm)
-def nvfp4_gemm(
+def _nvfp4_gemm(
     q: Tensor,
     w: Tensor,
     sx: Tensor,
     sw: Tensor,
     gx: Tensor,
     gw: Tensor,
-    bias: Tensor | None,
-    xd: Tensor | None,
-    up: Tensor | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    tokens: int,
-    gelu: bool,
+    *,
     dtype: torch.dtype,
+    bias: Tensor | None = None,
+    down_x: Tensor | None = None,
+    up: Tensor | None = None,
+    gelu: bool = False,
 ) -> Tensor:
-    """See `nvfp4`: q (M, K / 2), w (N, K / 2) bytes, sx, sw scale tiles, gx (M,), gw (1,) -> y (M, N) in dtype."""
-    return launch_nvfp4(q, w, sx, sw, gx, gw, bias, xd, up, gate, residual, tokens, gelu, dtype)
+    return launch_nvfp4(Blocks(q, sx, gx), Blocks(w, sw, gw), Epilogue(dtype, bias, down_x, up, gelu))
 
 
-# --- attention -------------------------------------------------------------------------------------------------------
-
-
-def _fake_qk(x, weight, cos, sin, mean, half, eps, factor):
-    b, n, h, d = x.shape
-    return x.new_empty(b * h, n, d, dtype=torch.int8), x.new_empty(b * h, n, dtype=torch.float32)
-
-
-@operator(_fake_qk)
-def qk_norm_rope_quant(
-    x: Tensor,
-    weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    mean: Tensor | None,
-    half: bool,
-    eps: float,
-    factor: float,
-) -> tuple[Tensor, Tensor]:
-    """x (B, L, H, D), heads contiguous -> int8 (B * H, L, D) and scales (B * H, L) times factor. See `attention`.
-
-    weight (D,): RMSNorm; cos, sin (L, D) fp32; mean (B * H, D) fp32: taken off after rotation.
-    """
-    b, n, h, d = x.shape
-    q, s = _fake_qk(x, weight, cos, sin, mean, half, eps, factor)
-    attention.qk_norm_rope_quant[(-(-n // 32), b * h)](
-        x, weight, *_flat(cos, sin, mean), q, s, n, h, x.stride(0), x.stride(1), eps, factor, d, _power(d), 32, half,
-        **_options({"warps": 4, "stages": 1}),
-    )  # fmt: skip
-    return q, s
-
-
-def _fake_k_mean(x, weight, cos, sin, half, eps):
-    return x.new_empty(x.shape[0] * x.shape[2], x.shape[3], dtype=torch.float32)
-
-
-@operator(_fake_k_mean)
-def k_mean(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, half: bool, eps: float) -> Tensor:
-    """Mean normed and rotated key of each head: x (B, L, H, D) -> (B * H, D) fp32."""
-    (b, n, h, d), rows = x.shape, 32
-    parts = x.new_empty(b * h, -(-n // rows), d, dtype=torch.float32)
-    attention.k_sums[(parts.shape[1], b * h)](
-        x, weight, *_flat(cos, sin), parts, n, h, x.stride(0), x.stride(1), eps, d, _power(d), rows, half,
-        **_options({"warps": 4, "stages": 1}),
-    )  # fmt: skip
-    return parts.sum(1) / n
-
-
-def _fake_v_fp8(x):
-    b, n, h, d = x.shape
-    return x.new_empty(b * h, d, _up(n, 16), dtype=E4M3), x.new_empty(b * h, d, dtype=torch.float32)
-
-
-@operator(_fake_v_fp8)
-def v_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (B, L, H, D), heads contiguous -> e4m3 (B * H, D, LP) with LP = L rounded up to 16, scales (B * H, D)."""
-    b, n, h, d = x.shape
-    v, _ = _fake_v_fp8(x)
-    s = (x.abs().amax(1).float() / 448.0).clamp_(min=1e-12).reshape(b * h, d).contiguous()
-    attention.v_fp8[(-(-v.shape[2] // 32), b * h)](
-        x, s, v, n, v.shape[2], h, x.stride(0), x.stride(1), d, _power(d), 32, **_options({"warps": 4, "stages": 1})
-    )  # fmt: skip
-    return v, s
-
-
-def _fake_attn(q, k, v, sq, sk, sv, heads, dtype):
-    return q.new_empty(q.shape[0] // heads, q.shape[1], heads, q.shape[2], dtype=dtype)
-
-
-@operator(_fake_attn)
-def attn_i8(
-    q: Tensor, k: Tensor, v: Tensor, sq: Tensor, sk: Tensor, sv: Tensor | None, heads: int, dtype: torch.dtype
-) -> Tensor:
-    """q (B * H, L, D), k (B * H, LK, D) int8, v fp16 (B * H, LK, D) or with sv e4m3 (B * H, D, LP) -> (B, L, H, D)."""
-    out = _fake_attn(q, k, v, sq, sk, sv, heads, dtype)
-    (bh, n, d), block = q.shape, _power(q.shape[2])
-    name = f"attention_{max(block, 64)}" + ("_masked" if block == 128 > d else "")  # masks cost registers
-    config = configs.pick(name, n, bh, d)
-    length = v.shape[2] if sv is not None else 0
-    attention.attn_i8[(-(-n // config["BM"]), bh)](
-        q, k, v, sq, sk, sv, out, n, k.shape[1], length, heads, d, block, config["BM"], config["BN"], sv is not None,
-        **_options(config),
-    )  # fmt: skip
-    return out
+def nvfp4_gemm(x: Blocks, w: Blocks, ends: Epilogue) -> Tensor:
+    """x (M, K / 2), w (N, K / 2) bytes -> (M, N). See `nvfp4`."""
+    return _nvfp4_gemm(x.q, w.q, x.scale, w.scale, x.whole, w.whole, **ends._asdict())

@@ -11,7 +11,7 @@ a few microseconds beside a large product, which then runs at the full rate of 8
 import triton
 import triton.language as tl
 
-from dq.kernels.triton.elements import INTERPRETED, clip, e2m1_value, e4m3_value, grouped, narrow, rne
+from dq.kernels.triton.elements import INTERPRETED, e2m1_value, e4m3_value, grouped, narrow
 from dq.kernels.triton.gemm import epilogue, finish
 
 INT4, NVFP4, MXFP4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -32,8 +32,7 @@ def halves(p, ASM: tl.constexpr):
 
 @triton.jit
 def w4a8(
-    a_p, b_p, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p, bias_p, xd_p, up_p, gate_p, res_p, out_p,
-    M, N, KP, KB, R, tokens, gate_pitch,
+    a_p, b_p, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p, bias_p, xd_p, up_p, out_p, M, N, KP, KB, R,
     BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, RAGGED: tl.constexpr, ASM: tl.constexpr,
     SWAP: tl.constexpr, GELU: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -67,15 +66,14 @@ def w4a8(
         acc = acc.T
     acc = acc >> 4  # exact: every product is a multiple of 16
     epilogue(
-        acc, m, n, M, N, R, tokens, gate_pitch, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p,
-        bias_p, xd_p, up_p, gate_p, res_p, out_p, GELU, CHUNKS, CHUNK,
+        acc, m, n, M, N, R, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p, bias_p, xd_p, up_p, out_p,
+        GELU, CHUNKS, CHUNK,
     )  # fmt: skip
 
 
 @triton.jit
 def w4a8_groups(
-    a_p, b_p, sx_p, sw_p, bias_p, xd_p, up_p, gate_p, res_p, out_p,
-    M, N, KP, KB, R, tokens, gate_pitch,
+    a_p, b_p, sx_p, sw_p, bias_p, xd_p, up_p, out_p, M, N, KP, KB, R,
     BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, RAGGED: tl.constexpr,
     ASM: tl.constexpr, TOKEN: tl.constexpr, GELU: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -107,9 +105,7 @@ def w4a8_groups(
     y *= 0.0625
     if TOKEN:
         y *= tl.load(sx_p + m_in)[:, None]
-    finish(
-        y, m, n, M, N, R, tokens, gate_pitch, bias_p, xd_p, up_p, gate_p, res_p, out_p, GELU, CHUNKS, CHUNK
-    )  # fmt: skip
+    finish(y, m, n, M, N, R, bias_p, xd_p, up_p, out_p, GELU, CHUNKS, CHUNK)
 
 
 @triton.jit
@@ -123,22 +119,13 @@ def pair(p, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def w4_to_s8(
-    b_p, scale_p, s_p, out_p, N, K, KB, groups,
-    G: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
-):  # fmt: skip
-    """b (N, KB) bytes -> int8 codes (N, K). With scale_p (N, groups) and s_p (N,) the codes are requantized,
-    rne(w * scale / s): faster products for grouped weights, but with 8-bit rounding on top of the stored weights."""
+def w4_to_s8(b_p, out_p, N, K, KB, BN: tl.constexpr, BB: tl.constexpr):
+    """b (N, KB) bytes -> int8 codes (N, K)."""
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     j, k = tl.program_id(1) * BB + tl.arange(0, BB), tl.program_id(1) * 2 * BB + tl.arange(0, 2 * BB)
     p = tl.load(b_p + (n * KB)[:, None] + j[None, :], mask=(n < N)[:, None] & (j < KB)[None, :], other=0)
-    w = pair(p, True)
     inside = (n < N)[:, None] & (k < K)[None, :]
-    if scale_p is not None:
-        step = tl.load(scale_p + (n * groups)[:, None] + (k // G)[None, :], mask=inside, other=0.0)
-        whole = tl.load(s_p + n, mask=n < N, other=1.0)
-        w = rne(clip(tl.div_rn(w.to(tl.float32) * step, whole[:, None]), -127.0, 127.0))
-    tl.store(out_p + (n * K)[:, None] + k[None, :], w.to(tl.int8), mask=inside)
+    tl.store(out_p + (n * K)[:, None] + k[None, :], pair(p, True).to(tl.int8), mask=inside)
 
 
 @triton.jit
@@ -179,7 +166,7 @@ def weight_sums(
     b_p, scale_p, out_p, N, K, KB, groups,
     BITS: tl.constexpr, G: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    """Sum of each row: int32 sums of codes, or with scale_p (N, groups) fp32 sums of weights. BITS: 8 or 4."""
+    """Sum of each row: int32 sums of codes of BITS 8 or 4, or with scale_p (N, groups) fp32 sums of 4-bit weights."""
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     real = n < N
     total = tl.zeros((BN,), tl.int32 if scale_p is None else tl.float32)
@@ -192,10 +179,8 @@ def weight_sums(
             b = p.to(tl.int32)
             w = ((b & 15) ^ 8) + (((b >> 4) & 15) ^ 8) - 16
         if scale_p is not None:
-            column = j if BITS == 8 else 2 * j
-            inside = real[:, None] & (column < K)[None, :]
-            w = w.to(tl.float32) * tl.load(
-                scale_p + (n * groups)[:, None] + (column // G)[None, :], mask=inside, other=0.0
-            )
+            place = (n * groups)[:, None] + (2 * j // G)[None, :]
+            inside = real[:, None] & (2 * j < K)[None, :]
+            w = w.to(tl.float32) * tl.load(scale_p + place, mask=inside, other=0.0)
         total += tl.sum(w, 1)
     tl.store(out_p + n, total, mask=real)

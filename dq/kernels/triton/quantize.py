@@ -1,11 +1,10 @@
-"""Activations to 8 bits in one pass over them: per token or group, with what stands before them fused in.
+"""Activations to 8 bits in one pass over them, per token or group.
 
-    q = clip(rne(z / s)),  s = max(absmax(z) / 127, 1e-12)        z (rows, K) fp32, s one per row or per group of a row
+    q = clip(rne(z / s)),  s = max(absmax(z) / 127, 1e-12)    z = x + shift (rows, K) fp32, s per row or group of a row
 
-z is x * smooth (`quant_rows`), gelu(x) + shift (`gelu_quant`), (norm(x) (1 + scale) + shift) * smooth (`adaln_quant`)
-or x R with Hadamard blocks R (`had_quant`). The divisions are IEEE divisions, so codes and scales are those of
-`dq.formats` to the bit wherever z is. fp8: e4m3 with 448 for 127. Affine: s = (max - min) / 255, a zero point, as in
-`dq.formats.integer`; codes of at most 7 bits are stored with their zero point already taken off.
+The divisions are IEEE divisions, so codes and scales are those of `dq.formats` to the bit. fp8: e4m3 with 448 for 127.
+Affine: s = (max - min) / 255, a zero point, as in `dq.formats.integer`; codes of at most 7 bits are stored with their
+zero point already taken off.
 A row (group) with NaN or Inf gets the scale NaN, which makes its whole output NaN as it does in the reference.
 
 SPLIT > 0 writes the codes of every SPLIT neighbours with the even columns first and the odd ones after them: a byte
@@ -15,7 +14,7 @@ of two 4-bit weights holds columns 2j and 2j + 1, so that a tile of bytes meets 
 import triton
 import triton.language as tl
 
-from dq.kernels.triton.elements import E4M3_MAX, clip, dot16, gelu_tanh, narrow, rne, to_e4m3
+from dq.kernels.triton.elements import E4M3_MAX, clip, rne, to_e4m3
 
 FLOOR = tl.constexpr(1e-12)  # formats.SCALE_FLOOR
 
@@ -29,16 +28,10 @@ def source(j, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def read(x_p, smooth_p, row, column, inside, shift, GELU: tl.constexpr):
-    """z of one tile, fp32, 0 where not inside. x * smooth is rounded to x's dtype, as an unfused layer would."""
+def read(x_p, row, column, inside, shift):
+    """z of one tile, fp32, 0 where not inside."""
     x = tl.load(x_p + row + column, mask=inside, other=0.0)
-    if smooth_p is not None:
-        smooth = narrow(tl.load(smooth_p + column, mask=inside, other=1.0).to(tl.float32), x.dtype)
-        x = narrow(x.to(tl.float32) * smooth.to(tl.float32), x.dtype)
-    z = x.to(tl.float32)
-    if GELU:
-        z = gelu_tanh(z)
-    return tl.where(inside, z + shift, 0.0)
+    return tl.where(inside, x.to(tl.float32) + shift, 0.0)
 
 
 @triton.jit
@@ -93,8 +86,8 @@ def put(q_p, s_p, z_p, sum_p, q, s, zero, place, v, real, inside):
 
 @triton.jit
 def quant_rows(
-    x_p, smooth_p, given_p, q_p, s_p, z_p, sum_p, V, G, W, WP, K, pitch, shift,
-    TOP: tl.constexpr, FP8: tl.constexpr, AFFINE: tl.constexpr, GELU: tl.constexpr, SPLIT: tl.constexpr,
+    x_p, given_p, q_p, s_p, z_p, sum_p, V, G, W, WP, K, pitch, shift,
+    TOP: tl.constexpr, FP8: tl.constexpr, AFFINE: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """x (M, K) -> q (M, G * WP) and s, z, sum (M, G): G groups of W columns, stored WP wide (zeros behind). V = M * G.
@@ -109,7 +102,7 @@ def quant_rows(
     column = first[:, None] + source(j, SPLIT)[None, :]
     width = tl.minimum(K - first, W)
     inside = real[:, None] & (source(j, SPLIT)[None, :] < width[:, None])
-    z = read(x_p, smooth_p, (v // G * pitch)[:, None], column, inside, shift, GELU)
+    z = read(x_p, (v // G * pitch)[:, None], column, inside, shift)
     if given_p is not None:
         bad = tl.sum((z != z).to(tl.int32), 1)
         s = tl.where(bad > 0, float("nan"), tl.load(given_p).to(tl.float32))
@@ -126,8 +119,8 @@ def quant_rows(
 
 @triton.jit
 def quant_long_rows(
-    x_p, smooth_p, given_p, q_p, s_p, z_p, sum_p, V, G, W, WP, K, pitch, shift,
-    TOP: tl.constexpr, FP8: tl.constexpr, AFFINE: tl.constexpr, GELU: tl.constexpr, SPLIT: tl.constexpr,
+    x_p, given_p, q_p, s_p, z_p, sum_p, V, G, W, WP, K, pitch, shift,
+    TOP: tl.constexpr, FP8: tl.constexpr, AFFINE: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """`quant_rows` for rows too long for registers: a pass for the range, another for the codes. One group; G = 1."""
@@ -138,7 +131,7 @@ def quant_long_rows(
     low, high, bad = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.int32)
     for k in range(0, WP, BK):
         column = source(k + j, SPLIT)[None, :]
-        z = read(x_p, smooth_p, row, column, real[:, None] & (column < K), shift, GELU)
+        z = read(x_p, row, column, real[:, None] & (column < K), shift)
         some_low, some_high, some_bad = span(z, AFFINE)
         low, high = tl.minimum(low, some_low), tl.maximum(high, some_high)
         if given_p is not None:
@@ -151,7 +144,7 @@ def quant_long_rows(
     for k in range(0, WP, BK):
         column = source(k + j, SPLIT)[None, :]
         inside = real[:, None] & (column < K)
-        z = read(x_p, smooth_p, row, column, inside, shift, GELU)
+        z = read(x_p, row, column, inside, shift)
         q = code(z, s, zero, TOP, FP8, AFFINE)
         if AFFINE:  # padding is 0, whatever the zero point
             q = tl.where(inside, q, tl.zeros_like(q))
@@ -163,81 +156,3 @@ def quant_long_rows(
         tl.store(z_p + v, zero.to(tl.int32), mask=real)
     if sum_p is not None:
         tl.store(sum_p + v, total, mask=real)
-
-
-@triton.jit
-def adaln_quant(
-    x_p, weight_p, bias_p, scale_p, shift_p, smooth_p, y_p, q_p, s_p, sum_p, M, K, KP, tokens, pitch, eps,
-    TOP: tl.constexpr, FP8: tl.constexpr, RMS: tl.constexpr, SPLIT: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """y = norm(x) * weight + bias, modulated: y (1 + scale[b]) + shift[b], b = row // tokens; q, s of y * smooth.
-
-    x (M, K) contiguous; scale, shift (batch, K) with rows `pitch` apart; q (M, KP); y_p: optional copy of y * smooth
-    in its own dtype for a low-rank branch. RMS: root mean square instead of mean and variance. BK >= KP.
-    """
-    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    j = tl.arange(0, BK)
-    column = source(j, SPLIT)
-    real, used = m < M, column < K
-    inside = real[:, None] & used[None, :]
-    x = tl.load(x_p + (m * K)[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    if not RMS:
-        x = tl.where(inside, x - (tl.sum(x, 1) / K)[:, None], 0.0)
-    y = x * tl.rsqrt(tl.sum(x * x, 1) / K + eps)[:, None]
-    if weight_p is not None:
-        y = y * tl.load(weight_p + column, mask=used, other=0.0).to(tl.float32)[None, :]
-    if bias_p is not None:
-        y = y + tl.load(bias_p + column, mask=used, other=0.0).to(tl.float32)[None, :]
-    batch = (m // tokens * pitch)[:, None] + column[None, :]
-    if scale_p is not None:
-        y = y * (1.0 + tl.load(scale_p + batch, mask=inside, other=0.0).to(tl.float32))
-    if shift_p is not None:
-        y = y + tl.load(shift_p + batch, mask=inside, other=0.0).to(tl.float32)
-    if smooth_p is not None:
-        y = y * tl.load(smooth_p + column, mask=used, other=0.0).to(tl.float32)[None, :]
-    y = tl.where(inside, y, 0.0)
-    if y_p is not None:
-        tl.store(y_p + (m * K)[:, None] + column[None, :], narrow(y, y_p.dtype.element_ty), mask=inside)
-    low, high, bad = span(y, False)
-    s, zero = scale_zero(low, high, bad, TOP, False)
-    q = code(y, s, zero, TOP, FP8, False)
-    place = (m * KP)[:, None] + j[None, :]
-    put(q_p, s_p, None, sum_p, q, s, zero, place, m, real, real[:, None] & (j[None, :] < KP))
-
-
-@triton.jit
-def had_quant(
-    x_p, h_p, smooth_p, q_p, s_p, M, K, norm,
-    TOP: tl.constexpr, FP8: tl.constexpr, H: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """q, s of (x * smooth) R: R has blocks h * norm, h (H, H) of +-1 in x's dtype, norm = 1 / sqrt(H). K % H == 0.
-
-    Rotated rows are computed twice, for the range and for the codes: the products are cheaper than a trip to memory.
-    """
-    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    j = tl.arange(0, H)
-    real = m < M
-    inside = real[:, None] & (j >= 0)[None, :]
-    h = tl.load(h_p + j[:, None] * H + j[None, :])
-    high, bad = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.int32)
-    for k in range(0, K, H):
-        z = turned(x_p, smooth_p, h, m * K, k + j, inside, norm)
-        _, some_high, some_bad = span(z, False)
-        high, bad = tl.maximum(high, some_high), bad + some_bad
-    s, none = scale_zero(high, high, bad, TOP, False)
-    for k in range(0, K, H):
-        z = turned(x_p, smooth_p, h, m * K, k + j, inside, norm)
-        q = code(z, s, none, TOP, FP8, False)
-        tl.store(q_p + (m * K)[:, None] + (k + j)[None, :], q, mask=inside)
-    tl.store(s_p + m, s, mask=real)
-
-
-@triton.jit
-def turned(x_p, smooth_p, h, row, column, inside, norm):
-    """One block of columns of (x * smooth) R, fp32."""
-    x = tl.load(x_p + row[:, None] + column[None, :], mask=inside, other=0.0)
-    if smooth_p is not None:
-        smooth = narrow(tl.load(smooth_p + column).to(tl.float32), x.dtype)
-        x = narrow(x.to(tl.float32) * smooth.to(tl.float32)[None, :], x.dtype)
-    return dot16(x, h, tl.zeros(x.shape, tl.float32)) * norm

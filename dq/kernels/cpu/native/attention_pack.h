@@ -52,7 +52,7 @@ struct Chunk {
 struct Layout {
   long padded, tiles, words, blocks, value_words, spans, chunks;  // words: of a key; spans: of kKeyBlock keys
   Chunk chunk[kMaxChunks];
-  size_t values, key_scale, value_scale, mean, partial, bytes;    // offsets; the keys are at 0
+  size_t values, key_scale, value_scale, mean, partial, bytes;  // offsets; the keys are at 0
 
   Layout(const Attention& a, long word) {
     padded = round_up(a.keys, kTile), tiles = padded / kTile, spans = (padded + kKeyBlock - 1) / kKeyBlock;

@@ -1,10 +1,10 @@
 // A block of rows against one packed head: scores, softmax, weighted sum of the values, a block of keys at a time.
 //
-//   s = q k^T,  p = 2^((s - m) f),  o = sum_j p_j v_j / sum_j p_j      m: largest s of the row so far, f = scale log2 e
+//   s = q k^T,  p = 2^((s - m) f),  o = sum_j p_j v_j / sum_j p_j     m: largest s of the row so far, f = scale log2 e
 //
-// When a later block of keys has a larger score, what was summed before is multiplied by 2^((old - new m) f). Eight bits:
-// p is rounded to 0 .. 255 under the largest score of its own block of keys, and its sum is one of integers. No row
-// depends on how rows are cut into blocks, so the number of threads changes no bit.
+// When a later block of keys has a larger score, what was summed before is multiplied by 2^((old - new m) f). Eight
+// bits: p is rounded to 0 .. 255 under the largest score of its own block of keys, and its sum is one of integers. No
+// row depends on how rows are cut into blocks, so the number of threads changes no bit.
 #pragma once
 #include <utility>
 
@@ -13,8 +13,8 @@
 namespace dq {
 namespace {
 
-constexpr long kRowBlock = 24, kRowLanes = 32;  // rows of a task, and rounded up to whole vectors
-constexpr long kScoreStride = kKeyBlock + 16;   // floats; not a power of two, whose rows would share cache sets
+constexpr long kRowBlock = 24, kRowLanes = 32;      // rows of a task, and rounded up to whole vectors
+constexpr long kScoreStride = kKeyBlock + 16;       // floats; not a power of two, whose rows would share cache sets
 constexpr long kWeightStride = kKeyBlock * 2 + 64;  // bytes, at most
 
 constexpr float kLog2Of255 = 7.99435343685886f;
@@ -42,7 +42,7 @@ struct ScoreTile {
   float *score, *peaks;
   const int* start;
   const float* before;
-  const float* mask;       // of the first row and key, or null
+  const float* mask;  // of the first row and key, or null
   long mask_row, mask_key, valid;
 };
 
@@ -299,8 +299,8 @@ SumOf tile_of(long rows, long blocks, bool half) {
 }
 
 template <class T>
-void weigh(const Attention& a, const Layout& l, long rows, long first_key, long keys, const char* head, long weight_step,
-           Block& b) {
+void weigh(const Attention& a, const Layout& l, long rows, long first_key, long keys, const char* head,
+           long weight_step, Block& b) {
   for (long c = 0; c < l.chunks; c++) {
     const Chunk& chunk = l.chunk[c];
     const char* values = head + l.value_chunk(c) + first_key / T::kWord * chunk.blocks * 64;
@@ -356,8 +356,8 @@ void fetch_queries(Int8, const Attention& a, const Layout& l, long index, long f
 DQ_INLINE bool scaled_first(const Attention& a) { return a.mask || !(a.scale > 1e-20f && a.scale < 1e20f); }
 
 template <class T>
-void score(const Attention& a, const Layout& l, long index, long first, long rows, long key, long keys, const char* head,
-           Block& b) {
+void score(const Attention& a, const Layout& l, long index, long first, long rows, long key, long keys,
+           const char* head, Block& b) {
   for (long i = 0; i < rows; i++) _mm512_store_ps(b.peaks + 16 * i, _mm512_set1_ps(-kInfinity));
   for (long tile = key; tile < key + keys; tile += kTile) {
     ScoreTile t;
@@ -368,7 +368,8 @@ void score(const Attention& a, const Layout& l, long index, long first, long row
     if (mask) mask += index / a.heads * a.mask_stride[0] + index % a.heads * a.mask_stride[1] + tile * t.mask_key;
     bool general = scaled_first(a) || t.valid < kTile;
     for (long i = 0; i < rows; i += kScoreRows) {
-      t.query = b.query + i * t.query_step, t.score = b.score + i * kScoreStride + tile - key, t.peaks = b.peaks + 16 * i;
+      t.query = b.query + i * t.query_step, t.score = b.score + i * kScoreStride + tile - key,
+      t.peaks = b.peaks + 16 * i;
       t.start = b.start + i, t.before = b.before + i, t.mask = mask ? mask + (first + i) * t.mask_row : nullptr;
       long count = std::min(rows - i, kScoreRows);
       using Tiles = std::make_index_sequence<kScoreRows>;

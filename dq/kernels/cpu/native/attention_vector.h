@@ -14,8 +14,9 @@ constexpr float kLog2e = 1.44269504088896341f;
 DQ_INLINE __mmask32 first_halves(long count) { return count >= 32 ? ~0u : (1u << std::max(count, 0l)) - 1; }
 
 // --- 2^t ------------------------------------------------------------------------------------------------------------
-// t = floor(t) + f; a polynomial in f, then the exponent. Unlike exp2 of common.h: NaN stays NaN, -inf is exactly 0, and
-// no clamping, because vreduceps and vscalefps define both ends. The fits have the smallest relative error on [0, 1].
+// t = floor(t) + f; a polynomial in f, then the exponent. Unlike exp2 of common.h: NaN stays NaN, -inf is exactly 0,
+// and no clamping, because vreduceps and vscalefps define both ends. The fits have the smallest relative error on
+// [0, 1].
 
 constexpr int kFloor = 0x09;  // vreduceps: subtract the floor, without exceptions
 

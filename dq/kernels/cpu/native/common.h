@@ -1,4 +1,4 @@
-// Shared by the AVX512 sources: element types, lanes of 16 floats, threads. No PyTorch headers anywhere in this folder.
+// Shared by the AVX512 sources: element types, lanes of 16 floats, threads. No PyTorch headers in this folder.
 #pragma once
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")
 #include <immintrin.h>
@@ -20,7 +20,9 @@ enum Dtype : int32_t { FP32 = 0, BF16 = 1, FP16 = 2 };
 
 DQ_INLINE long round_up(long value, long step) { return (value + step - 1) / step * step; }
 constexpr long element_bytes(Dtype dtype) { return dtype == FP32 ? 4 : 2; }
-DQ_INLINE __mmask16 first_lanes(long count) { return count >= 16 ? 0xffff : __mmask16((1u << std::max(count, 0l)) - 1); }
+DQ_INLINE __mmask16 first_lanes(long count) {
+  return count >= 16 ? 0xffff : __mmask16((1u << std::max(count, 0l)) - 1);
+}
 DQ_INLINE __mmask64 first_bytes(long count) { return count >= 64 ? ~0ull : (1ull << std::max(count, 0l)) - 1; }
 
 // 16 elements at `index` as floats; lanes outside of `lanes` are 0 and not read.
@@ -39,7 +41,9 @@ DQ_INLINE void store(void* base, long index, Dtype dtype, __mmask16 lanes, __m51
 }
 
 // acc += sum of four neighbouring products, u8 x s8. GCC 12 spills accumulators around the intrinsic: hence assembly.
-DQ_INLINE void dot4(__m512i& acc, __m512i u8, __m512i s8) { asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8)); }
+DQ_INLINE void dot4(__m512i& acc, __m512i u8, __m512i s8) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8));
+}
 // acc += sum of two neighbouring products, bf16 x bf16
 DQ_INLINE void dot2(__m512& acc, __m512i a, __m512i b) { asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
 DQ_INLINE __m512i broadcast4(const void* four) {
@@ -51,8 +55,10 @@ DQ_INLINE __m512i broadcast4(const void* four) {
 // 2^t; relative error under 3e-7. t above 127 gives infinity, below -150 zero.
 DQ_INLINE __m512 exp2(__m512 t) {
   t = _mm512_min_ps(_mm512_max_ps(t, _mm512_set1_ps(-160.f)), _mm512_set1_ps(130.f));
-  __m512 whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part = _mm512_sub_ps(t, whole);
-  const float taylor[] = {1.54035304e-4f, 1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.f};
+  __m512 whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+         part = _mm512_sub_ps(t, whole);
+  const float taylor[] = {
+      1.54035304e-4f, 1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.f};
   __m512 sum = _mm512_set1_ps(taylor[0]);
   DQ_UNROLL for (int i = 1; i < 7; i++) sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(taylor[i]));
   return _mm512_scalef_ps(sum, whole);

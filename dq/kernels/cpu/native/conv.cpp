@@ -2,8 +2,8 @@
 //
 //   y[b, n, o] = sx[b] sw[n] sum_{t, c} (q[b, c, o stride + t dilation] - z[b]) w[n, c, t] + bias[n]
 //
-// The input is rounded once into a channels-last image of bytes, padded with the code of zero; the row of a pixel and tap
-// is then an address, and the product of linears serves. One activation scale and zero point a sample.
+// The input is rounded once into a channels-last image of bytes, padded with the code of zero; the row of a pixel and
+// tap is then an address, and the product of linears serves. One activation scale and zero point a sample.
 #include "fields.h"
 #include "tile.h"
 
@@ -50,8 +50,8 @@ struct Shared {
   uint8_t* images;  // (batch, image) bytes
   float* scale;     // (batch * pixels,)
   int* zero;
-  Range* ranges;    // (batch, kChunks)
-  long* offset;     // (pixels,) of a pixel's first byte in the image, then (taps,)
+  Range* ranges;  // (batch, kChunks)
+  long* offset;   // (pixels,) of a pixel's first byte in the image, then (taps,)
 };
 
 constexpr long kChunks = 16;  // pieces of a sample whose ranges are found in parallel
@@ -224,8 +224,8 @@ void lay_panel(const DqConv& c, const Geometry& g, const Weight& w, long first, 
 }
 
 template <int MR>
-void pixels_of(const DqConv& c, const Geometry& g, const Shared& s, const Panel& p, const Quantized& q, const Output& o,
-               long b, long pixel, long n, long at) {
+void pixels_of(const DqConv& c, const Geometry& g, const Shared& s, const Panel& p, const Quantized& q,
+               const Output& o, long b, long pixel, long n, long at) {
   const uint8_t* row[MR];
   for (int i = 0; i < MR; i++) row[i] = s.images + b * g.image + s.offset[pixel + i];
   Taps taps{.offset = s.offset + g.pixels, .count = g.taps, .width = g.channels};
@@ -237,7 +237,8 @@ constexpr long kPixels = 96;  // output pixels of a task
 // A block of output pixels: straight to channels-last memory, or through a small block that is turned.
 void block(const DqConv& c, const Geometry& g, const Shared& s, const Panel& p, const Quantized& q, long b, long first,
            long n, char* turned) {
-  long last = std::min(first + kPixels, g.pixels), wide = std::min(kWide, c.outputs - n), bytes = element_bytes(c.dtype);
+  long last = std::min(first + kPixels, g.pixels), wide = std::min(kWide, c.outputs - n),
+       bytes = element_bytes(c.dtype);
   const Output o{
       .y = c.channels_last ? c.y : turned - n * bytes,
       .stride = c.channels_last ? c.outputs : kWide,
@@ -333,7 +334,7 @@ extern "C" int dq_conv(const DqConv* args) {
   return failed;
 }
 
-DQ_FIELDS(DqConv, dq_conv_fields, FIELD(x), FIELD(weight), FIELD(weight_scale), FIELD(bias), FIELD(act_scale), FIELD(y),
-          FIELD(batch), FIELD(channels), FIELD(outputs), FIELD(row_bytes), FIELD(weight_scale_stride), FIELD(size),
-          FIELD(kernel), FIELD(step), FIELD(pad), FIELD(gap), FIELD(out), FIELD(dtype), FIELD(weight_bits),
-          FIELD(act_bits), FIELD(act_affine), FIELD(channels_last))
+DQ_FIELDS(DqConv, dq_conv_fields, FIELD(x), FIELD(weight), FIELD(weight_scale), FIELD(bias), FIELD(act_scale),
+          FIELD(y), FIELD(batch), FIELD(channels), FIELD(outputs), FIELD(row_bytes), FIELD(weight_scale_stride),
+          FIELD(size), FIELD(kernel), FIELD(step), FIELD(pad), FIELD(gap), FIELD(out), FIELD(dtype),
+          FIELD(weight_bits), FIELD(act_bits), FIELD(act_affine), FIELD(channels_last))

@@ -8,10 +8,11 @@ struct DqField {
   int64_t offset, bytes;
 };
 
-#define FIELD(name) {#name, offsetof(Arguments, name), sizeof(Arguments::name)}
-#define DQ_FIELDS(type, function, ...)                                                \
-  extern "C" const DqField* function() {                                              \
-    using Arguments = type;                                                           \
-    static const DqField fields[] = {__VA_ARGS__, {nullptr, sizeof(Arguments), 0}};   \
-    return fields;                                                                    \
+#define FIELD(name) \
+  { #name, offsetof(Arguments, name), sizeof(Arguments::name) }
+#define DQ_FIELDS(type, function, ...)                                              \
+  extern "C" const DqField* function() {                                            \
+    using Arguments = type;                                                         \
+    static const DqField fields[] = {__VA_ARGS__, {nullptr, sizeof(Arguments), 0}}; \
+    return fields;                                                                  \
   }

@@ -118,8 +118,7 @@ Weight weight_of(const DqLinear& l, const Shape& s) {
 
 void product(const DqLinear& l, const Shape& s, const Quantized& q, bool& failed) {
   const Weight w = weight_of(l, s);
-  const Output o{
-      .y = l.y, .low = l.low, .stride = l.outputs, .rank = l.rank, .dtype = l.dtype, .gelu = bool(l.gelu)};
+  const Output o{.y = l.y, .low = l.low, .stride = l.outputs, .rank = l.rank, .dtype = l.dtype, .gelu = bool(l.gelu)};
   void* place = panels.get(panel_bytes(s.padded, s.groups, w.rank));
   Panel p = panel_in(place, s.padded, s.groups);
   long held = -1, each = round_up((l.rows + s.splits - 1) / s.splits, 6);
@@ -157,6 +156,7 @@ extern "C" int dq_linear(const DqLinear* args) {
   return failed;
 }
 
-DQ_FIELDS(DqLinear, dq_linear_fields, FIELD(x), FIELD(act_scale), FIELD(weight), FIELD(weight_scale), FIELD(bias), FIELD(low), FIELD(up), FIELD(y),
-          FIELD(rows), FIELD(columns), FIELD(outputs), FIELD(row_bytes), FIELD(rank), FIELD(weight_group), FIELD(act_group),
-          FIELD(weight_scale_stride), FIELD(dtype), FIELD(weight_bits), FIELD(act_bits), FIELD(act_affine), FIELD(gelu), FIELD(shift))
+DQ_FIELDS(DqLinear, dq_linear_fields, FIELD(x), FIELD(act_scale), FIELD(weight), FIELD(weight_scale), FIELD(bias),
+          FIELD(low), FIELD(up), FIELD(y), FIELD(rows), FIELD(columns), FIELD(outputs), FIELD(row_bytes), FIELD(rank),
+          FIELD(weight_group), FIELD(act_group), FIELD(weight_scale_stride), FIELD(dtype), FIELD(weight_bits),
+          FIELD(act_bits), FIELD(act_affine), FIELD(gelu), FIELD(shift))

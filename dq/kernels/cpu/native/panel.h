@@ -2,8 +2,8 @@
 //
 //   rows (64, columns) int8 or int4  ->  codes [columns / 4][64][4]
 //
-// A panel is laid out when it is needed and thrown away: at 64 bytes of weight per few cycles this costs a percent or two
-// of the product it serves, and the stored weight stays one copy in one documented order.
+// A panel is laid out when it is needed and thrown away: at 64 bytes of weight per few cycles this costs a percent or
+// two of the product it serves, and the stored weight stays one copy in one documented order.
 #pragma once
 #include "common.h"
 
@@ -12,22 +12,22 @@ namespace dq {
 constexpr long kWide = 64;  // output channels of a panel
 
 struct Weight {
-  const int8_t* codes;      // (outputs, row_bytes)
-  const float* scale;       // (outputs, scale_groups), or one for all (scale_stride 0)
-  const void* bias;         // (outputs,) in `dtype`, or null
-  const void* up;           // (outputs, rank) bf16 second factor of the low-rank branch, or null
+  const int8_t* codes;  // (outputs, row_bytes)
+  const float* scale;   // (outputs, scale_groups), or one for all (scale_stride 0)
+  const void* bias;     // (outputs,) in `dtype`, or null
+  const void* up;       // (outputs, rank) bf16 second factor of the low-rank branch, or null
   long outputs, columns, row_bytes, scale_stride, scale_groups, group, groups, rank;
   int bits;
   Dtype dtype;
-  float shift;              // of the activations: y -= shift * sum of the decoded weights
+  float shift;  // of the activations: y -= shift * sum of the decoded weights
 };
 
 struct Panel {
-  int8_t* codes;            // [padded / 4][64][4]
-  int* sums;                // [groups][64] sum of codes
-  float* scale;             // [groups][64]
-  float* bias;              // [64]
-  uint16_t* up;             // [rank / 2][64][2]
+  int8_t* codes;  // [padded / 4][64][4]
+  int* sums;      // [groups][64] sum of codes
+  float* scale;   // [groups][64]
+  float* bias;    // [64]
+  uint16_t* up;   // [rank / 2][64][2]
 };
 
 DQ_INLINE size_t panel_bytes(long padded, long groups, long rank) {

@@ -9,20 +9,20 @@
 namespace dq {
 
 struct Quantized {
-  uint8_t* codes;        // (rows, stride): code + 128, zero-padded columns hold anything (their weights are 0)
-  float* scale;          // (rows, groups)
-  int* zero;             // (rows, groups); only written for affine formats
+  uint8_t* codes;  // (rows, stride): code + 128, zero-padded columns hold anything (their weights are 0)
+  float* scale;    // (rows, groups)
+  int* zero;       // (rows, groups); only written for affine formats
   long stride, group, groups;
-  int low, high;         // code range
+  int low, high;  // code range
   bool affine;
-  const float* stored;   // one stored scale, or null: measured
+  const float* stored;  // one stored scale, or null: measured
 };
 
 // The code range of `bits` bits: without a zero point it has as many negative codes as positive ones.
 DQ_INLINE int highest_code(int bits) { return (1 << (bits - 1)) - 1; }
 DQ_INLINE int lowest_code(int bits, bool affine) { return -highest_code(bits) - affine; }
 
-// `width` elements at `index`, plus the shift, as floats; `row` has room for the width rounded up to 16, the rest is 0.
+// `width` elements at `index`, plus the shift, as floats; `row`: room for the width rounded up to 16, the rest is 0.
 static inline void fetch(const void* x, long index, long width, Dtype dtype, float shift, float* row) {
   for (long k = 0; k < width; k += 16) {
     __mmask16 lanes = first_lanes(width - k);

@@ -116,8 +116,8 @@ static __attribute__((noinline)) void add_group(const Panel& p, const Quantized&
 
 // A scale for each group of columns: of the weight, of the activations (ACT) or of both.
 template <int MR, bool AFFINE, bool ACT>
-static void tile_grouped(const Panel& p, const Quantized& q, const Taps& taps, const Output& o, long group, long groups,
-                         const uint8_t* const* row, long m, long n, long outputs, long at) {
+static void tile_grouped(const Panel& p, const Quantized& q, const Taps& taps, const Output& o, long group,
+                         long groups, const uint8_t* const* row, long m, long n, long outputs, long at) {
   __m512 f[MR][4];
   for (int i = 0; i < MR; i++) {
     for (int j = 0; j < 4; j++) f[i][j] = _mm512_setzero_ps();

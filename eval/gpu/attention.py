@@ -1,4 +1,4 @@
-"""Attention on 8-bit queries and keys, and the kernel that makes them from a projection. SageAttention, 2410.02367.
+"""Attention on 8-bit queries and keys, and the kernels that make them from a projection. SageAttention, 2410.02367.
 
     s[i, j] = (sum_d q8[i, d] k8[j, d]) sq[i] sk[j] / sqrt(D),   o[i] = sum_j softmax(s)[i, j] v[j]
 

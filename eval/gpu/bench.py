@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: right first, then how fast: `python -m eval.bench_gpu [--seconds 0.3] [--parts ...]`.
+"""The Triton kernels on a GPU: right first, then how fast: `python -m eval.gpu.bench [--seconds 0.3] [--parts ...]`.
 
 1. correct     every kernel against the reference; one that is wrong is told, and the exit code is 1
 2. tune        all shipped tile sizes at the shapes below; the fastest go into the user's cache (`configs.cache_file`)
@@ -6,7 +6,7 @@
 4. w4          4-bit weights unpacked in registers and to a workspace, in groups, and decoded for bf16
 5. rows        quantization kernels: GB/s next to a copy
 6. attention   int8 queries and keys, values in fp16 and fp8, next to torch's
-7. block       a single and a double block of FLUX on fused kernels, next to compiled bf16 and torchao (`gpu_block`)
+7. block       a single and a double block of FLUX on fused kernels, next to compiled bf16 and torchao (`block`)
 Contenders of a shape run in turn, each time is the median of its calls; rows go to eval/results/gpu_kernels.json.
 """
 
@@ -22,9 +22,8 @@ from importlib.metadata import version
 import torch
 import torch.nn.functional as F
 
-from eval import gpu_block
 from eval.experiments import rows
-from eval.gpu_checks import check_all, layer, quantized_heads, randn
+from eval.gpu.checks import check_all, layer, quantized_heads, randn
 
 FILE = rows.FOLDER / "gpu_kernels.json"
 KEYS = ("what", "contender", "shape", "machine")
@@ -92,18 +91,17 @@ def timer(kernel: str, m: int, n: int, k: int, seconds: float) -> Callable[[Mapp
         return torch.randint(-127, 128, (rows, columns), device="cuda").to(torch.int8)
 
     group = 64 if kernel.endswith("groups") else 0
-    q, w, sx = codes(m, k), codes(n, k // 2 if kernel.startswith("w4") else k), torch.rand(m, 1, device="cuda")
-    sw = torch.rand(n, k // group if group else 1, device="cuda")
-    ends = (randn(n), None, None, None, None)
-    if kernel.endswith("_branch"):
-        ends = (randn(n), randn(m, 32), randn(n, 32), randn(1, n), randn(m, n))
-    head = (q, w, sx, sw, *[None] * 4, *ends)
+    x = ops.Codes(codes(m, k), torch.rand(m, 1, device="cuda"))
+    scale = torch.rand(n, k // group if group else 1, device="cuda")
+    w = ops.Codes(codes(n, k // 2 if kernel.startswith("w4") else k), scale)
+    branch = (randn(m, 32), randn(n, 32)) if kernel.endswith("_branch") else (None, None)
+    ends = ops.Epilogue(torch.bfloat16, randn(n), *branch)
 
     def time_ms(config: Mapping[str, int]) -> float:
         if kernel.startswith("w4"):
-            run = partial(ops.launch_w4a8, *head, group, m, False, torch.bfloat16, config)
+            run = partial(ops.launch_w4a8, x, w, ends, group, config)
         else:
-            run = partial(ops.launch_gemm, *head, m, False, torch.bfloat16, "tma" in kernel, config)
+            run = partial(ops.launch_gemm, x, w, ends, "tma" in kernel, config)
         run()
         return in_turn({"it": run}, seconds / 10)["it"]
 
@@ -122,21 +120,19 @@ def gemm(options: argparse.Namespace, note: Callable) -> None:
             plan, t, x = layer(f"{form}/channel", f"{form}/token", m, n, k)
             runs |= whole(f"{form} layer", plan, t, x)
             eight = form == "fp8"
-            quantize = (x, None, None, 448 if eight else 127, 0, 0, eight, False, False, 0.0, False)
             try:
-                q, sx, _, _ = ops.quant_rows(*quantize)
+                codes = ops.quant_rows(x, ops.RowFormat(ops.FP8_TOP if eight else ops.INT8_TOP))
             except Exception as error:  # fp8 before sm_89
                 print(f"  {form}: {str(error).splitlines()[0][:120]}")
                 continue
-            w, sw = t.weight.view(q.dtype), t.scale.reshape(-1)
-            ends = (*[None] * 4, t.bias, None, None, None, None, 1)
-            runs[f"{form} gemm"] = partial(ops.w8a8_gemm, q, w, sx, sw, *ends, False, torch.bfloat16)
-            runs[f"{form} gemm + gelu"] = partial(ops.w8a8_gemm, q, w, sx, sw, *ends, True, torch.bfloat16)
+            weight, ends = ops.Codes(t.weight.view(codes.q.dtype), t.scale), ops.Epilogue(torch.bfloat16, t.bias)
+            runs[f"{form} gemm"] = partial(ops.w8a8_gemm, codes, weight, ends)
+            runs[f"{form} gemm + gelu"] = partial(ops.w8a8_gemm, codes, weight, ends._replace(gelu=True))
             if eight:
-                scales = {"scale_a": sx, "scale_b": t.scale.reshape(1, -1), "out_dtype": torch.bfloat16}
+                scales = {"scale_a": codes.scale, "scale_b": t.scale.reshape(1, -1), "out_dtype": torch.bfloat16}
                 for fast in (True, False):
                     name = "_scaled_mm rows" + (", fast sums" if fast else "")
-                    runs[name] = partial(torch._scaled_mm, q, w.t(), **scales, use_fast_accum=fast)
+                    runs[name] = partial(torch._scaled_mm, codes.q, weight.q.t(), **scales, use_fast_accum=fast)
         record("gemm", (m, n, k), runs, 2 * m * n * k, options, note)
 
 
@@ -165,7 +161,7 @@ def w4(options: argparse.Namespace, note: Callable) -> None:
 
         runs["int4 channel, registers"] = partial(rows_from, 1 << 30)
         runs["int4 channel, workspace"] = partial(rows_from, 0)
-        runs["unpack alone"] = partial(ops.w4_to_s8, t.weight, k, None, None, 0)
+        runs["unpack alone"] = partial(ops.w4_to_s8, t.weight, k=k)
         for act in ("int8/token", "int4/group:64", None):
             runs |= whole(f"int4 group:64 x {act}", *layer("int4/group:64", act, m, n, k))
         runs |= whole("svdquant int4 rank 32", *layer("int4/group:64", "int4/group:64", m, n, k, rank=32))
@@ -176,20 +172,19 @@ def w4(options: argparse.Namespace, note: Callable) -> None:
 
 def quantizers(options: argparse.Namespace, note: Callable) -> None:
     from dq.kernels.triton import ops
+    from eval.gpu import launches
 
     for m, k in ((TOKENS, 3072), (TOKENS, 12288), (TOKENS, 15360), (1024, 1152)):
         x, scale, shift, copy = randn(m, k), randn(1, k), randn(1, k), torch.empty(m, k, device="cuda").bfloat16()
-        plain = (None, None, 127, 0, 0, False, False)
+        modulation = launches.Modulation(scale, shift, m)
         signs = (torch.ones(128, 128, device="cuda").tril() * 2 - 1).bfloat16()
         runs = {
             "copy": partial(copy.copy_, x),
-            "quant_rows": partial(ops.quant_rows, x, *plain, False, 0.0, False),
-            "gelu_quant": partial(ops.quant_rows, x, *plain, True, 0.171875, False),
-            "quant_groups": partial(ops.quant_rows, x, None, None, 7, 64, 64, *[False] * 3, 0.0, False),
-            "adaln_quant": partial(
-                ops.adaln_quant, x, None, None, scale, shift, None, m, 1e-6, False, False, 0, False
-            ),
-            "had_quant": partial(ops.had_quant, x, signs, None, False),
+            "quant_rows": partial(ops.quant_rows, x, ops.RowFormat()),
+            "gelu_quant": partial(launches.gelu_quant, x, shift=0.171875),
+            "quant_groups": partial(ops.quant_rows, x, ops.RowFormat(7, group=64, split=64)),
+            "adaln_quant": partial(launches.adaln_quant, x, launches.Norm(), modulation),
+            "had_quant": partial(launches.had_quant, x, signs),
         }
         found = in_turn(runs, options.seconds)
         for name, ms in found.items():
@@ -198,7 +193,7 @@ def quantizers(options: argparse.Namespace, note: Callable) -> None:
 
 
 def attention(options: argparse.Namespace, note: Callable) -> None:
-    from dq.kernels.triton import ops
+    from eval.gpu import launches
 
     for batch, count, length, size in HEADS:
         q, k, v = (randn(batch, length, count, size) for _ in range(3))
@@ -213,7 +208,7 @@ def attention(options: argparse.Namespace, note: Callable) -> None:
             except Exception as error:  # fp8 before sm_89
                 print(f"  {name}: {str(error).splitlines()[0][:120]}")
                 continue
-            runs[name] = partial(ops.attn_i8, *ready, count, torch.bfloat16)
+            runs[name] = partial(launches.attn_i8, *ready, count, torch.bfloat16)
             runs[f"{name}, quantization included"] = partial(all_of_attention, q, k, v, eight)
         shape = (batch, count, length, size)
         record("attention", shape, runs, 4 * batch * count * length * length * size, options, note)
@@ -227,13 +222,15 @@ def with_backend(name: str, heads: list[torch.Tensor]) -> torch.Tensor:
 
 
 def all_of_attention(q, k, v, eight: bool) -> torch.Tensor:
-    from dq.kernels.triton import ops
+    from eval.gpu import launches
 
-    return ops.attn_i8(*quantized_heads(q, k, v, eight), q.shape[2], torch.bfloat16)
+    return launches.attn_i8(*quantized_heads(q, k, v, eight), q.shape[2], torch.bfloat16)
 
 
 def block(options: argparse.Namespace, note: Callable) -> None:
-    for name, shape, operations, runs in gpu_block.contenders():
+    from eval.gpu.block import contenders
+
+    for name, shape, operations, runs in contenders():
         record(f"{name} block", shape, runs, operations, options, note)
 
 
@@ -251,7 +248,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("eval.bench_gpu: no CUDA device is visible; run it on a machine with a GPU", file=sys.stderr)
+        print("eval.gpu.bench: no CUDA device is visible; run it on a machine with a GPU", file=sys.stderr)
         raise SystemExit(2)
     torch.manual_seed(0)
     stamp = rows.stamp() | {"machine": torch.cuda.get_device_name()}

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dq import layers
+from dq.kernels.triton.ops import E4M3, FP8_TOP, INT8_TOP, Codes, Epilogue, RowFormat, quant_rows, w8a8_gemm
 from dq.plan import LayerPlan, TensorPlan
+from eval.gpu import launches
 
 LOG2_E = 1.4426950408889634
 
@@ -111,31 +113,32 @@ class Fused:
     """The same block on Triton kernels. form: int8 or fp8; attention: "int8" (values in fp16), "fp8" or "torch"."""
 
     def __init__(self, block: Block, form: str, attention: str):
-        from dq.kernels.triton import ops
-
-        self.block, self.size, self.ops = block, block.size, ops
+        self.block, self.size = block, block.size
         self.eight, self.kind = form == "fp8", attention
-        self.codes = [[self._codes(linear, form) for linear in stream.linears] for stream in block.streams]
+        self.rows = RowFormat(FP8_TOP if self.eight else INT8_TOP)
+        self.turn = launches.Rotation(block.cos, block.sin)
+        self.weights = [[self._weight(linear, form) for linear in stream.linears] for stream in block.streams]
 
-    def _codes(self, linear: nn.Linear, form: str) -> tuple[Tensor, Tensor, Tensor]:
+    def _weight(self, linear: nn.Linear, form: str) -> tuple[Codes, Tensor]:
+        """-> codes and bias of a linear."""
         plan = LayerPlan("linear", tuple(linear.weight.shape), TensorPlan(form, "channel"))
         packed = layers.encode(linear.weight.detach().float(), plan)
-        weight = packed["weight"].view(self.ops.E4M3) if self.eight else packed["weight"]
-        return weight, packed["scale"].reshape(-1), linear.bias.detach()
+        weight = packed["weight"].view(E4M3) if self.eight else packed["weight"]
+        return Codes(weight, packed["scale"].reshape(-1)), linear.bias.detach()
 
-    def product(self, q: Tensor, s: Tensor, codes, gelu: bool = False, gate=None, residual=None) -> Tensor:
-        weight, scale, bias = codes
-        ends = (*[None] * 4, bias, None, None, gate, residual, q.shape[0])
-        return self.ops.w8a8_gemm(q, weight, s, scale, *ends, gelu, torch.bfloat16)
+    def product(self, x: Codes, linear: tuple[Codes, Tensor], gelu: bool = False) -> Tensor:
+        weight, bias = linear
+        return w8a8_gemm(x, weight, Epilogue(torch.bfloat16, bias, gelu=gelu))
 
-    def normed(self, stream: Stream, x: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    def added(self, x: Tensor, linear: tuple[Codes, Tensor], gate: Tensor, residual: Tensor) -> Tensor:
+        """residual + gate * linear(x)."""
+        end = launches.Gate(gate, residual, len(x))
+        return launches.gated_gemm(quant_rows(x, self.rows), *linear, end)
+
+    def normed(self, stream: Stream, x: Tensor, first: int) -> Codes:
         shift, scale = stream.modulation[first], stream.modulation[first + 1]
-        rest = (len(x), 1e-6, False, self.eight, 0, False)
-        return self.ops.adaln_quant(x, None, None, scale, shift, None, *rest)[:2]
-
-    def rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        top = 448 if self.eight else 127
-        return self.ops.quant_rows(x, None, None, top, 0, 0, self.eight, False, False, 0.0, False)[:2]
+        modulation = launches.Modulation(scale, shift, len(x))
+        return launches.adaln_quant(x.contiguous(), launches.Norm(), modulation, fp8=self.eight)
 
     def attention(self, streams: list[Stream], qkvs: list[Tensor]) -> Tensor:
         """qkv (tokens, 3 width) of each stream -> (tokens, width)."""
@@ -143,39 +146,39 @@ class Fused:
             block = self.block
             heads = [block.heads(stream, qkv) for stream, qkv in zip(streams, qkvs, strict=True)]
             return block.attention(torch.cat(heads, 1))
-        ops, stream = self.ops, streams[0]  # one norm weight for both streams: a bench needs no second launch
+        stream = streams[0]  # one norm weight for both streams: a bench needs no second launch
         qkv = qkvs[0] if len(qkvs) == 1 else torch.cat(qkvs)
         q, k, v = qkv[None].unflatten(-1, (3, self.size.heads, self.size.head)).unbind(2)
-        turn = (self.block.cos, self.block.sin)
-        mean = ops.k_mean(k, stream.k_norm, *turn, False, 1e-6)
-        factor = LOG2_E * self.size.head**-0.5
-        q8, sq = ops.qk_norm_rope_quant(q, stream.q_norm, *turn, None, False, 1e-6, factor)
-        k8, sk = ops.qk_norm_rope_quant(k, stream.k_norm, *turn, mean, False, 1e-6, 1.0)
-        values, sv = ops.v_fp8(v) if self.kind == "fp8" else (v[0].transpose(0, 1).half().contiguous(), None)
-        return ops.attn_i8(q8, k8, values, sq, sk, sv, self.size.heads, torch.bfloat16)[0].flatten(1)
+        q_how, k_how = ({"weight": weight, "rotation": self.turn} for weight in (stream.q_norm, stream.k_norm))
+        q8 = launches.qk_norm_rope_quant(q, **q_how, factor=LOG2_E * self.size.head**-0.5)
+        k8 = launches.qk_norm_rope_quant(k, **k_how, mean=launches.k_mean(k, **k_how))
+        values = launches.v_fp8(v) if self.kind == "fp8" else v[0].transpose(0, 1).half().contiguous()
+        return launches.attn_i8(q8, k8, values, self.size.heads, torch.bfloat16)[0].flatten(1)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        parts, codes, width = self.block.parts(x), self.codes, self.size.width
+        parts, weights = self.block.parts(x), self.weights
         if self.block.single:
             ((stream, x),) = parts
-            q, s = self.normed(stream, x, 0)
-            weight, scale, bias = codes[0][0]
-            ins = [
-                tuple(t[rows] for t in (weight, scale, bias)) for rows in (slice(3 * width), slice(3 * width, None))
-            ]
-            mixed = self.attention([stream], [self.product(q, s, ins[0])])
-            both = torch.cat((mixed, self.product(q, s, ins[1], gelu=True)), 1)
-            return self.product(*self.rounded(both), codes[0][1], gate=stream.modulation[2], residual=x)
-        qkvs = [self.product(*self.normed(s, part, 0), c[0]) for (s, part), c in zip(parts, codes, strict=True)]
+            return self.single(stream, x, *weights[0])
+        qkvs = [self.product(self.normed(s, part, 0), w[0]) for (s, part), w in zip(parts, weights, strict=True)]
         found = self.attention([stream for stream, _ in parts], qkvs).split([len(part) for _, part in parts])
-        return torch.cat([self.rest(*part, c, mixed) for part, c, mixed in zip(parts, codes, found, strict=True)])
+        return torch.cat([self.rest(*part, w, mixed) for part, w, mixed in zip(parts, weights, found, strict=True)])
 
-    def rest(self, stream: Stream, x: Tensor, codes: list, mixed: Tensor) -> Tensor:
+    def single(self, stream: Stream, x: Tensor, first: tuple[Codes, Tensor], second: tuple[Codes, Tensor]) -> Tensor:
+        codes, (weight, bias), width = self.normed(stream, x, 0), first, 3 * self.size.width
+        qkv, feed = (
+            (Codes(weight.q[rows], weight.scale[rows]), bias[rows]) for rows in (slice(width), slice(width, None))
+        )
+        mixed = self.attention([stream], [self.product(codes, qkv)])
+        both = torch.cat((mixed, self.product(codes, feed, gelu=True)), 1)
+        return self.added(both, second, stream.modulation[2], x)
+
+    def rest(self, stream: Stream, x: Tensor, weights: list[tuple[Codes, Tensor]], mixed: Tensor) -> Tensor:
         """The second half of a stream of a double block."""
-        x = self.product(*self.rounded(mixed), codes[1], gate=stream.modulation[2], residual=x.contiguous())
-        hidden = self.product(*self.normed(stream, x, 3), codes[2], gelu=True)
-        return self.product(*self.rounded(hidden), codes[3], gate=stream.modulation[5], residual=x)
+        x = self.added(mixed, weights[1], stream.modulation[2], x.contiguous())
+        hidden = self.product(self.normed(stream, x, 3), weights[2], gelu=True)
+        return self.added(hidden, weights[3], stream.modulation[5], x)
 
 
 def contenders(size: Size | None = None) -> Iterator[tuple[str, tuple[int, ...], int, dict[str, Callable]]]:
