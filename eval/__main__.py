@@ -74,7 +74,7 @@ def report(
     print(f"wrote {reporting.write(found)}")
     if commit:
         reporting.commit(found)
-        print(f"wrote {reporting.FILE}; `make table` puts it into README.md")
+        print(f"wrote {reporting.FILE}; `make table` puts it into docs/results/eval.md")
 
 
 @app.command()

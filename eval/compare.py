@@ -22,7 +22,7 @@ from scipy import stats
 
 from dq.errors import DQError, nearest
 from eval import intervals
-from eval.experiments.tables import line
+from eval.markdown import line
 from eval.runs import Run
 
 Place = Run | str | Path

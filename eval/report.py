@@ -14,13 +14,13 @@ from dq.disk import write_json
 from dq.errors import DQError
 from eval import page
 from eval.experiments import rows
-from eval.experiments.tables import line
+from eval.markdown import line
 from eval.runs import Run
 from eval.runs import write as write_file
 from eval.summary import Cell, columns, decimals, metrics_of, remarks, said, said_of, spoken, summary
 
 FILE = rows.FOLDER / "eval.json"
-IN_README = ("psnr", "lpips", "feature_distance", "fid", "clip", "caption_accuracy")  # all others are in the file
+IN_TABLE = ("psnr", "lpips", "feature_distance", "fid", "clip", "caption_accuracy")  # all others are in the file
 
 
 def write(run: Run) -> Path:
@@ -100,20 +100,20 @@ def _rounded(value):
 
 
 def table(found: list[dict]) -> list[str]:
-    """Markdown lines of README's table of one suite, from committed rows: IN_README, and below what is missing."""
+    """Markdown lines of the results page's table of a suite, from committed rows: IN_TABLE; below what is missing."""
     entries = {f"{row['pipeline']} {row['entry']}": row for row in found}
-    metrics = {name: metric for name, metric in metrics_of(entries).items() if name.startswith(IN_README)}
+    metrics = {name: metric for name, metric in metrics_of(entries).items() if name.startswith(IN_TABLE)}
     heads, lines = columns(metrics, {})[0], []
     for pipeline in dict.fromkeys(row["pipeline"] for row in found):
         mine = {row["entry"]: row for row in found if row["pipeline"] == pipeline}
         _, cells = columns(metrics, mine)
-        lines += [_readme_line(row, cells.get(entry), len(heads)) for entry, row in mine.items()]
+        lines += [_table_line(row, cells.get(entry), len(heads)) for entry, row in mine.items()]
     below = {"entries": {}, "missing": said_of(entries, "missing"), "notes": said_of(entries, "note")}
     head = [line(["model", "entry", *heads, "kernel"]), "|---" * (len(heads) + 3) + "|"]
     return [*head, *lines, "", *(f"- {text}" for text in remarks(below))]
 
 
-def _readme_line(row: Mapping[str, Any], cells: list[Cell] | None, width: int) -> str:
+def _table_line(row: Mapping[str, Any], cells: list[Cell] | None, width: int) -> str:
     names = [row["pipeline"], f"`{row['entry']}`"]
     if cells is None:
         return line([*names, f"missing: {row['missing']}", *[""] * width])

@@ -27,6 +27,7 @@ from dq.plan import LayerPlan
 RANK = 50
 STATUS = "stable"
 FP8_SINCE = 89  # compute capability of the first NVIDIA GPUs with fp8 units
+FP8_AMD = ("gfx950", "gfx1200", "gfx1201")  # whose e4m3 is NVIDIA's; gfx942 has one of its own
 
 
 def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> str | None:
@@ -66,6 +67,8 @@ def _why_not_fp8(op: str, plan: LayerPlan, device: str) -> str | None:
     arch = kernels.architecture()
     if arch.startswith("sm_") and int(arch[3:]) < FP8_SINCE:
         return "fp8 tensor cores need compute capability 8.9"
+    if arch.startswith("gfx") and arch not in FP8_AMD:
+        return f"{arch} has no units for this fp8 (e4m3fn)"
     if plan.shape[0] % 16 or plan.shape[1] % 16 or plan.splits or plan.act.scale != "dynamic":
         return f"_scaled_mm needs both sizes in multiples of 16 and one dynamic scale per row, got {plan.shape}"
     return None if plan.weight.granularity == "channel" else "_scaled_mm needs one weight scale per output channel"

@@ -31,8 +31,8 @@ from dq.host import mark
 from dq.layers import packed_layers
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 from eval.experiments import rows, versions
-from eval.experiments.quality import denoiser, fingerprint, kernels
-from eval.metrics import caption_accuracy, feature_distance, noise_sqnr, psnr
+from eval.experiments.quality import decibels, denoiser, fingerprint, kernels
+from eval.metrics import caption_accuracy, feature_distance, noise_sqnr
 from pipelines import tiny
 
 FILE = rows.FOLDER / "methods.json"
@@ -101,7 +101,7 @@ ENTRIES = (
     *_with_plain("tfmq-w4a8"),
     Entry("tdq-w8a8", "tdq-w8a8", against="ptq4dm-w8a8 baseline"),
 )
-# why a row does not beat the one it is set `against`, by (model, row); README's table shows it
+# why a row does not beat the one it is set `against`, by (model, row); docs/results/methods.md shows it
 REASONS: dict[tuple[str, str], str] = {
     ("tiny-pixart", "viditq-w4a8"): "rounded to nearest, as published: noise 0.1 to 0.7 dB nearer, pictures not"
 }
@@ -192,8 +192,8 @@ def measure(model: str, entry: Entry, options) -> dict:
 def compare(pipe, model: str, options) -> dict:
     """Figures of pictures and predictions of a quantized pipeline."""
     truth, images = pictures(model, options), draw(pipe, model, options)
-    scenes = [scene for _, scene in tiny.prompts(options.prompts, seed=options.seed)]
-    figures = psnr.score(images, truth) | feature_distance.score(images, truth)
+    captions, scenes = zip(*tiny.prompts(options.prompts, seed=options.seed), strict=True)
+    figures = decibels(images, truth, captions) | feature_distance.score(images, truth)
     for key, found in (("caption_accuracy", images), ("caption_accuracy_fp32", truth)):
         figures[key] = caption_accuracy.score(found, scenes)["caption_accuracy"]
     calls = recorded(model, min(REPLAYED, options.prompts), options.seed)

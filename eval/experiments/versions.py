@@ -1,10 +1,11 @@
 """Versions of result rows: a hash of the code behind a figure, so that a test can call a row old.
 
 Comments, docstrings, layout, imports and the place of a definition change no figure and do not count: a file may be
-moved or cut in two and its rows stay what they were.
+moved or cut in two and its rows stay what they were. Of C++ the includes count, the files' names and order do not.
 """
 
 import ast
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -45,6 +46,22 @@ def _imported(path: Path) -> Iterator[Path]:
             for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
                 place = ROOT / name.replace(".", "/")
                 yield from (place.with_suffix(".py"), place / "__init__.py") if name != "dq" else ()
+
+
+# what may hold the signs of a comment comes first, so that it is left as it is
+CPP = re.compile(r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'|//[^\n]*|/\*.*?\*/', re.DOTALL)
+
+
+def native(paths: Iterable[Path]) -> str:
+    """C++ sources without comments and layout, in an order of their own."""
+    return "\n".join(sorted(_uncommented(path.read_text()) for path in paths))
+
+
+def _uncommented(text: str) -> str:
+    def kept(match: re.Match) -> str:
+        return " " if match[0].startswith(("//", "/*")) else match[0]
+
+    return " ".join(CPP.sub(kept, text).split())
 
 
 def crc(text: str) -> str:

@@ -288,12 +288,12 @@ def test_the_table_of_kernels_shows_no_emulated_execution(tmp_path, monkeypatch)
     saved = {"peak_bytes": 2**30, "weight_bytes": 2**31, "saved_share": 0.7}
     more = [speed(kind="memory", contender="dq-w4a8", **saved), speed(kind="roofline", contender="dq-int8")]
     monkeypatch.setattr(rows, "FOLDER", tmp_path)
-    assert tables.render("kernels") == ""
     (tmp_path / "kernels.json").write_text(json.dumps({"rows": [speed(), base, slow, *more]}))
-    text = tables.render("kernels").splitlines()
+    text = tables.tables()["peers"][1]().splitlines()
     assert text[2] == "| FLUX width | `bf16` | 100.00 | 1.00 | aten::addmm |"
     assert text[3] == "| FLUX width | `dq-int8` | 50.00 | 2.00 | dq int8 x int8 |"
     assert not any("slow one" in line for line in text)
+    text = tables.tables()["memory"][1]()
     assert "| FLUX width | `dq-w4a8` | 1.00 GiB | 70 % of the weights' 2.00 GiB |" in text
 
 

@@ -192,20 +192,6 @@ def test_the_version_follows_code_and_options_but_not_comments(tmp_path):
     assert {"integer.py", "torchops.py", "layers.py", "plan.py"} <= names and "commands.py" not in names
 
 
-def test_readme_tables_without_markers_or_rows_stay_as_they_are(monkeypatch, tmp_path):
-    made = {"results": "R", "methods": ""}
-    monkeypatch.setattr(tables, "render", made.get)
-    text = "a\n<!-- results -->\nold\n<!-- /results -->\nb\n"
-    assert tables.written(text) == text.replace("old", "R")
-    more = f"{text}<!-- methods -->\nold\n<!-- /methods -->\n"
-    assert tables.written(more).count("old") == 1, "no rows: left alone"
-    made["methods"] = "M"
-    assert "<!-- methods -->\nM\n<!-- /methods -->" in tables.written(more)
-    assert tables.current(text, "methods") is None and tables.current(more, "methods") == "old"
-    with pytest.raises(ValueError, match="lacks the lines"):
-        tables.current("<!-- methods -->", "methods")
-
-
 @pytest.fixture(scope="module")
 def wide():
     return calibration_time.build(1, torch.bfloat16, "cpu")
@@ -274,6 +260,6 @@ def test_the_table_of_budgets_has_means_ranges_and_gains():
 
     found = [row("one format", 0, 30.0), row("mixed", 0, 32.0), row("mixed", 1, 33.0), row("random", 0, 25.0)]
     found += [row("one format, GPTQ", 0, 35.0), row("mixed, GPTQ", 0, 36.0)]
-    text = tables.mixed(found)[-1]
+    text = tables.budgets(found)[-1]
     nearest = "30.0 dB | 32.5 dB, 32.0 to 33.0 (+2.5) |  | 25.0 dB (-5.0)"
     assert text == f"| m | int4 | {nearest} | 35.0 dB | 36.0 dB (+1.0) | 99.0 % |"
