@@ -153,7 +153,9 @@ class Runner:
 
     def __init__(self, threads: int):
         torch.set_num_threads(threads)
-        self.name, self.inputs, self.expected = "", {}, None
+        self.name = ""
+        self.inputs = {}
+        self.expected = None
         self.models: dict[str, nn.Module] = {}
         self.runs: dict[str, Callable] = {}
         self.around: dict[str, Callable] = {}  # context managers, by contender, inside which its calls are timed

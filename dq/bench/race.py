@@ -188,7 +188,9 @@ def _prepare(name: str, lane: str, members: list[Contender], lanes: dict, settin
             found, mine = lanes[lane].ask("ready", each, patience=setting.patience), results[lane, each.name]
             mine.skipped = found.get("skipped", "")
             if not mine.skipped:
-                mine.kernel, mine.error_db, mine.versions = found["kernel"], found["error_db"], found["versions"]
+                mine.kernel = found["kernel"]
+                mine.error_db = found["error_db"]
+                mine.versions = found["versions"]
                 mine.ready_seconds = found["seconds"]
             setting.say(f"{name}: {each.name} " + (mine.skipped or f"is ready after {mine.ready_seconds} s"))
     except LaneLost as lost:

@@ -31,7 +31,9 @@ class DraftLinear(nn.Module):
 
     def __init__(self, module: nn.Module, plan: LayerPlan, smooth: torch.Tensor | None = None):
         super().__init__()
-        self.plan, self.source, self.clock = plan, [module], None  # a list hides the source from named_modules
+        self.plan = plan
+        self.source = [module]
+        self.clock = None  # a list hides the source from named_modules
         self.smooth = self._new(torch.ones, plan.shape[1]) if plan.smooth else None
         if smooth is not None:
             self.smooth.data.copy_(smooth)

@@ -70,7 +70,9 @@ class Layer:
     """A layer to fit: its module, plan and what it saw, the rows cut in two by calls."""
 
     def __init__(self, module: nn.Module, plan: LayerPlan, seen: LayerSeen, whole: Seen):
-        self.module, self.seen, self.whole = module, seen, whole
+        self.module = module
+        self.seen = seen
+        self.whole = whole
         self.plan = replace(plan, steps=whole.buckets if plan.act.scale == "table" else 1)
         self.bucket = seen.bucket if self.plan.steps > 1 else torch.zeros_like(seen.bucket)
         self.channels = -1 if plan.kind == "linear" else 1

@@ -77,20 +77,26 @@ class _World:
     """Rank, number of processes and barrier; alone unless accelerate or torchrun started several."""
 
     def __init__(self):
-        self.rank, self.size, self.wait = 0, 1, lambda: None
+        self.rank = 0
+        self.size = 1
+        self.wait = lambda: None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
             # without cpu=True, accelerate takes several processes without GPUs for one
             state = PartialState(cpu=not torch.cuda.is_available())
-            self.rank, self.size, self.wait = state.process_index, state.num_processes, state.wait_for_everyone
+            self.rank = state.process_index
+            self.size = state.num_processes
+            self.wait = state.wait_for_everyone
 
 
 class _Session:
     """Stores of the parts, and marks of the runs that are done."""
 
     def __init__(self, models: Mapping[str, nn.Module], folder: Path, world: _World):
-        self.models, self.folder, self.world = models, folder, world
+        self.models = models
+        self.folder = folder
+        self.world = world
         self.stores = {part: Store(folder / part) for part in models}
         self.counts: Counter[str] = Counter()
 
