@@ -148,7 +148,7 @@ SCHEMES: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-class Runner:
+class Contestant:
     """The half of a lane that stands in its process: one model at a time, quantized by each of the lane's schemes."""
 
     def __init__(self, threads: int):
@@ -279,7 +279,7 @@ def serve(connection, threads: int, folder: str, log: str) -> None:
             os.dup2(printed.fileno(), stream)
     if folder:
         sys.path.append(folder)
-    runner = Runner(threads)
+    runner = Contestant(threads)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             order, arguments = connection.recv()

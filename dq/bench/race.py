@@ -71,7 +71,7 @@ class Result:
 
 
 class Lane:
-    """A process with a `peers.Runner`, asked by pickled messages. LaneLost when it dies or is silent too long."""
+    """A process with a `peers.Contestant`, asked by pickled messages. LaneLost when it dies or is silent too long."""
 
     def __init__(self, environment: dict[str, str], setting: Setting):
         context = multiprocessing.get_context("spawn")

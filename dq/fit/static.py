@@ -34,7 +34,7 @@ GAIN = 0.9  # share of the error that a shift or a rotation, which cost time in 
 
 
 @dataclass(frozen=True)
-class Wish:
+class StaticWish:
     """How stored scales are chosen.
 
     ranges         "minmax", "search" or, for tables, "network"
@@ -101,7 +101,7 @@ class Layer:
         """Those rows or maps of the quantized stream as they are rounded."""
         return made.transform(made._padded(self.seen.hat[rows].float()))
 
-    def ranges(self, made: DraftLinear, wish: Wish, rows: torch.Tensor, flat: bool = False) -> torch.Tensor:
+    def ranges(self, made: DraftLinear, wish: StaticWish, rows: torch.Tensor, flat: bool = False) -> torch.Tensor:
         """(steps, parts) scales fitted to those rows."""
         act, steps = made.plan.act, made.plan.steps
         plain = made.plan.rotate == 0 and act.shift == 0
@@ -173,7 +173,7 @@ def _centre(layer: Layer, change: Change, rows: torch.Tensor) -> Change:
 
 
 @torch.no_grad()
-def fit(module: nn.Module, plan: LayerPlan, seen: LayerSeen, whole: Seen, wish: Wish) -> DraftLinear:
+def fit(module: nn.Module, plan: LayerPlan, seen: LayerSeen, whole: Seen, wish: StaticWish) -> DraftLinear:
     """The draft of a layer whose plan has stored activation scales, its weight rounded.
 
     `draft.plan` is final; `draft.tried` counts candidates; its clock stands at the middle bucket.
@@ -189,7 +189,7 @@ def fit(module: nn.Module, plan: LayerPlan, seen: LayerSeen, whole: Seen, wish: 
     return made
 
 
-def _choose(layer: Layer, wish: Wish) -> tuple[Change, int]:
+def _choose(layer: Layer, wish: StaticWish) -> tuple[Change, int]:
     """The candidate of least error, and how many there were. A search stands for networks, too slow to score."""
     quick = replace(wish, ranges="minmax" if wish.ranges == "minmax" else "search")
     changes = [Change(), *(Change(powers) for powers in POWERS if wish.smooth)]
@@ -212,7 +212,7 @@ def _order(plan: LayerPlan) -> int:
     return max(hadamard.orders(width, 256), default=0)
 
 
-def _score(layer: Layer, change: Change, wish: Wish, scores: dict[Change, float]) -> None:
+def _score(layer: Layer, change: Change, wish: StaticWish, scores: dict[Change, float]) -> None:
     made = layer.start(change, layer.used)
     for flat in (False, True) if made.plan.steps > 1 and wish.ranges != "minmax" else (False,):
         scale = layer.ranges(made, wish, layer.used, flat)
@@ -236,7 +236,7 @@ def _round(layer: Layer, made: DraftLinear) -> int:
     return len(variants)
 
 
-def layers(unit: Unit, seen: Seen, wish: Wish) -> dict[str, DraftLinear]:
+def layers(unit: Unit, seen: Seen, wish: StaticWish) -> dict[str, DraftLinear]:
     """Drafts of the layers of a unit that saw data and are planned to have stored activation scales."""
     made = {}
     for name, plan in unit.layers.items():
