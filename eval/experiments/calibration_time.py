@@ -50,9 +50,7 @@ def main() -> None:
     built = time.perf_counter() - began
     row = {"model": "PixArt-Sigma 512 px", "build_seconds": round(built, 1), **vars(options)}
     row |= {"parameters": sum(p.numel() for p in model.parameters()), "threads": torch.get_num_threads()}
-    row |= {"call_seconds": round(call_seconds(model), 2)} | measure(model, options) | rows.stamp()
-    if options.device == "cuda":
-        row["machine"] = torch.cuda.get_device_name()
+    row |= {"call_seconds": round(call_seconds(model), 2)} | measure(model, options) | rows.stamp(options.device)
     rows.add(FILE, row, KEYS)
     show(row)
 

@@ -116,8 +116,8 @@ def matrix(kinds: Iterable[str] = ("linear", "conv")) -> list[str]:
             columns.append(([processor], words))
     found: dict[tuple, list[str]] = {}
     for (kind, (weight, act)), *words in zip(listed, *(words for _, words in columns), strict=True):
-        shown = ("convolution, " if kind == "conv" else "") + f"`{weight}`"
-        found.setdefault((shown, *words), []).append(f"`{act}`" if act else "floating point")
+        shown = ("convolution, " if kind == "conv" else "") + weight
+        found.setdefault((shown, *words), []).append(act or "floating point")
     heads = ["weights", "activations", *(_head(group) for group, _ in columns)]
     return table(heads, [[shown, ", ".join(acts), *words] for (shown, *words), acts in found.items()])
 
