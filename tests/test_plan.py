@@ -175,5 +175,5 @@ def test_a_status_is_a_fact_and_not_part_of_the_wish():
     assert "status" not in recipe.to_dict(), "older versions read what this one saves"
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert Recipe.from_dict({**recipe.to_dict(), "status": "experimental"}).status == "experimental"
-    with pytest.raises(DQError, match="recipe 'mine': status is 'stabel'.*Did you mean 'stable'"):
+    with pytest.raises(DQError, match=r"recipe 'mine': status is 'stabel'.*Did you mean 'stable'"):
         Recipe.from_dict({**recipe.to_dict(), "status": "stabel"})
