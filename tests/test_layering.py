@@ -29,7 +29,7 @@ ROOMS = (
     ("families",),
     ("recipes",),
     ("report", "files", "adapters", "loading", "hub", "saved"),
-    ("records", "seen"),
+    ("records", "seen", "world"),
     ("running", "policies", "calibration", "units", "observe", "replay", "trace"),
     ("fit",),
     ("methods",),
