@@ -99,7 +99,7 @@ class Layer:
 
     def transformed(self, made: DraftLinear, rows: torch.Tensor) -> torch.Tensor:
         """Those rows or maps of the quantized stream as they are rounded."""
-        return made.transform(made._padded(self.seen.hat[rows].float()))
+        return made.transform(made.padded(self.seen.hat[rows].float()))
 
     def ranges(self, made: DraftLinear, wish: StaticWish, rows: torch.Tensor, flat: bool = False) -> torch.Tensor:
         """(steps, parts) scales fitted to those rows."""
@@ -151,7 +151,7 @@ def _halves(bucket: torch.Tensor, pixels: int) -> tuple[torch.Tensor, torch.Tens
 
 def outputs(made: DraftLinear, x: torch.Tensor, bucket: torch.Tensor) -> torch.Tensor:
     """The draft's output for rows or maps of different step buckets at once."""
-    z = made.transform(made._padded(x.float()))
+    z = made.transform(made.padded(x.float()))
     dim, act = (-1 if made.op == "linear" else 1), made.plan.act
     scale = made.act_scale.data[bucket if made.plan.steps > 1 else torch.zeros_like(bucket)]
     shape = (-1, *[1] * (z.dim() - 1))
@@ -159,7 +159,7 @@ def outputs(made: DraftLinear, x: torch.Tensor, bucket: torch.Tensor) -> torch.T
     for part, (a, b) in enumerate(pairwise([0, *made.plan.splits, z.shape[dim]])):
         step = scale[:, part].reshape(shape)
         parts.append(act.spec.snap((z.narrow(dim, a, b - a) + act.shift) / step) * step - act.shift)
-    return made._product(torch.cat(parts, dim) if len(parts) > 1 else parts[0], made.rounded_weight())
+    return made.product(torch.cat(parts, dim) if len(parts) > 1 else parts[0], made.rounded_weight())
 
 
 def _floored(absmax: torch.Tensor) -> torch.Tensor:
