@@ -8,6 +8,8 @@ the layer it packs into give the same output, up to the compute dtype's rounding
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -28,8 +30,9 @@ class DraftLinear(nn.Module):
     """
 
     op = "linear"
+    clock: Any  # a Clock
 
-    def __init__(self, module: nn.Module, plan: LayerPlan, smooth: torch.Tensor | None = None):
+    def __init__(self, module: Any, plan: LayerPlan, smooth: torch.Tensor | None = None):
         super().__init__()
         self.plan, self.source, self.clock = plan, [module], None  # a list hides the source from named_modules
         self.smooth = self._new(torch.ones, plan.shape[1]) if plan.smooth else None
@@ -116,7 +119,7 @@ class DraftConv2d(DraftLinear):
 
     op = "conv"
 
-    def __init__(self, module: nn.Module, plan: LayerPlan, smooth: torch.Tensor | None = None):
+    def __init__(self, module: Any, plan: LayerPlan, smooth: torch.Tensor | None = None):
         super().__init__(module, plan, smooth)
         self._geometry, self._pad, self._pad_mode = geometry(module)
 
