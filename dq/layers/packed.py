@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from dq import kernels
 from dq.errors import DQError
@@ -80,7 +79,7 @@ def encode(weight: torch.Tensor, plan: LayerPlan, scales: Sequence[Scales] | Non
     return out
 
 
-def geometry(module: _ConvNd) -> tuple[Conv, tuple[int, ...] | None, str]:
+def geometry(module: nn.modules.conv._ConvNd) -> tuple[Conv, tuple[int, ...] | None, str]:
     """-> (zero-padding geometry, explicit padding for F.pad or None, its mode) of a convolution."""
     pads = tuple(module._reversed_padding_repeated_twice)
     symmetric = pads[0::2] == pads[1::2]
@@ -124,15 +123,15 @@ class _Packed(_Frozen):
     """What packed linears and convolutions share. `plan`, `compute_dtype` and `clock` are set by `_allocate`."""
 
     op = "linear"
-    clock: Any  # a Clock; torch moves it along like a tensor
+    clock: Any  # a Clock, None without steps
     backend: str | None
     bias: torch.Tensor | None
     smooth: torch.Tensor | None
     act_scale: torch.Tensor | None
     proj_down: torch.Tensor | None
     proj_up: torch.Tensor | None
-    start_in: torch.Tensor | None
-    start_out: torch.Tensor | None
+    start_in: Any
+    start_out: Any
     _plain: Callable[[str], nn.Module]
 
     def _allocate(self, plan: LayerPlan, has_bias: bool, compute_dtype: torch.dtype, device: str) -> None:
@@ -240,7 +239,6 @@ class PackedLinear(_Packed, nn.Linear):
 
     def _started(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y (batch, tokens, out) with the stored output where the first token is the stored one."""
-        assert self.start_in is not None and self.start_out is not None
         stored = self.start_in.float()
         near = (x[:, 0].float() - stored).square().sum(-1) < STARTS_ALIKE * stored.square().sum()
         first = torch.where(near[:, None], self.start_out.to(y.dtype), y[:, 0])
@@ -254,9 +252,10 @@ class _PackedConv(_Packed):
     """A quantized convolution: x (batch, in, *space) -> (batch, out, *space); an unbatched x works as well."""
 
     op = "conv"
-    kernel_size: tuple[int, ...]
 
-    def __init__(self, module: _ConvNd, plan: LayerPlan, compute_dtype: torch.dtype, device: str = "meta"):
+    def __init__(
+        self, module: nn.modules.conv._ConvNd, plan: LayerPlan, compute_dtype: torch.dtype, device: str = "meta"
+    ):
         nn.Module.__init__(self)
         for name in _CONV_SETTINGS:
             setattr(self, name, getattr(module, name))
@@ -274,7 +273,7 @@ class _PackedConv(_Packed):
         return self._geometry
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if input.dim() == len(self.kernel_size) + 1:
+        if input.dim() == len(self.plan.shape) - 1:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         return self.run(input if self._pad is None else F.pad(input, self._pad, mode=self._pad_mode))
 
