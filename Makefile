@@ -8,7 +8,7 @@ PY := .venv/bin/python
 READY := .venv/.installed .venv/.native
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all lint table eval app docs
+.PHONY: demo test test-all lint types table eval app docs
 
 demo: $(READY)
 	$(PY) -m pipelines.first_pictures
@@ -23,6 +23,9 @@ test-all: $(READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+types: $(READY)
+	$(PY) -m basedpyright
 
 # two processes of one thread each share the pictures
 eval: $(READY)
