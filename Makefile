@@ -1,19 +1,23 @@
 # make demo   a trained pipeline, quantized, saved, reloaded and compared: out/demo.png and a table
 # make eval   pipelines x recipes, metrics and a report: out/eval/tiny/report.html      make app   the page of the demo
-# make test   install and run all tests      make lint   style      make table   tables and plots of README and docs from eval/results
+# make test   install, and all tests but the slow ones      make test-all   those, too      make lint   style
+# make table  tables and plots of README and docs from eval/results
 # make docs   the pages: out/site/index.html
 PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.installed .venv/.native
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint table eval app docs
+.PHONY: demo test test-all lint table eval app docs
 
 demo: $(READY)
 	$(PY) -m pipelines.first_pictures
 
 # one thread a worker: the models in the tests are too small to share between cores
 test: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow"
+
+test-all: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 lint: $(READY)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import importlib
 
 from dq.host import register
-
-__version__ = "0.1.0"
+from dq.version import __version__
 
 _HOMES = {
     "quantize": "api",

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from dq.plan import Plan, Recipe
 from dq.trace import capture as capturing
 from dq.trace.calibration import Calibration
 from dq.trace.walk import Trace
+from dq.version import __version__
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Stages:
     def _fitted(self, folder: Path) -> tuple[dict, dict, list[str]]:
         packed, errors, notes, tried = {}, {}, [], 0
         recipe = self.recipe if self.budget is None else methods.for_budget(self.recipe)
-        identity = json.dumps([version("dq-diffusion"), recipe.to_dict()], sort_keys=True)
+        identity = json.dumps([__version__, recipe.to_dict()], sort_keys=True)
         method = methods.files()[recipe.method]
         for part, model in self.models.items():
             place, family = folder / (part or "model"), families.of(model)

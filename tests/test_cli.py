@@ -347,7 +347,13 @@ def test_help_stands_in_panels_and_names_every_choice(monkeypatch, capsys):
         titles = [title for title in re.findall(r"^╭─ (\w+) ─", shown, re.MULTILINE) if title in panels]
         assert sorted(titles) == sorted(panels) and titles[0] == "Model"
         if command == "quantize":
-            assert "all, clustered, normal, stratified, uniform" in shown and "(stratified)" in shown
+            assert "Which of them: all, clustered, normal, stratified, uniform." in shown and "(stratified)" in shown
+
+
+def test_dq_alone_shows_the_help_and_complains_of_nothing(monkeypatch, capsys):
+    assert run(monkeypatch) == 2
+    shown = capsys.readouterr()
+    assert "Usage: dq" in shown.out and shown.err == ""
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # lowest first; a room (a file or a folder of dq/) imports only from itself and from rooms below it
 ROOMS = (
     # run half: all that a saved model needs
+    "version",
     "errors",
     "disk",
     "timing",

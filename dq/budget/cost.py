@@ -13,7 +13,6 @@ import statistics
 import weakref
 import zlib
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -28,6 +27,7 @@ from dq.budget.sensitivity import packed
 from dq.disk import write_json
 from dq.plan import LayerPlan, Plan
 from dq.trace.units import replaced, tensors_in
+from dq.version import __version__
 
 SECONDS = 0.3  # spent on the choices of one shape, all in turn
 COPIES_BYTES = 2**27  # layers of the same shape that take turns, so that weights come from memory as in the model
@@ -44,7 +44,9 @@ class Costs:
     """
 
     def __init__(self, ms: Mapping[str, Sequence[float]], fixed: float, calls: float):
-        self.ms, self.fixed, self.calls = dict(ms), fixed, calls
+        self.ms = dict(ms)
+        self.fixed = fixed
+        self.calls = calls
 
 
 @torch.inference_mode()
@@ -163,7 +165,7 @@ class _Table:
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         what = {"device": _device(device), "dtype": str(dtype), "threads": torch.get_num_threads()}
-        what |= {"torch": torch.__version__, "dq": version("dq-diffusion"), "backend": kernels.selected()}
+        what |= {"torch": torch.__version__, "dq": __version__, "backend": kernels.selected()}
         folder = Path(os.environ.get("DQ_CACHE") or Path.home() / ".cache" / "dq")
         self.path = folder / f"ms-{zlib.crc32(json.dumps(what, sort_keys=True).encode()):08x}.json"
         self.what, self.ms = what, {}

@@ -16,6 +16,7 @@ Ops: "linear" x (..., in) -> (..., out); "conv" x (batch, in, *space) -> (batch,
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,10 +89,12 @@ class Machine:
 
     gpu   architecture of its GPU as `architecture` names it, "" without one
     cpu   why dq's CPU kernels do not run there, None where they do
+    vnni  whether its processor has the instructions behind torch's int8 product
     """
 
     gpu: str = ""
     cpu: str | None = None
+    vnni: bool = True
 
 
 _imagined: ContextVar[Machine | None] = ContextVar("machine", default=None)
@@ -122,6 +125,14 @@ def architecture() -> str:
     if torch.version.hip:
         return torch.cuda.get_device_properties().gcnArchName.partition(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
+def vnni() -> bool:
+    """Whether the processor has the instructions behind torch's int8 product; hidden by DQ_CPU_LEVEL=none as well."""
+    asked = machine()
+    if asked is not None:
+        return asked.vnni
+    return torch.cpu._is_vnni_supported() and os.environ.get("DQ_CPU_LEVEL") != "none"
 
 
 @cache

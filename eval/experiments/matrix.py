@@ -49,7 +49,7 @@ class Processor:
 
 PROCESSORS = (
     Processor("CPU, AVX512-VNNI and bf16", Machine()),
-    Processor("other x86", Machine(cpu="this processor lacks AVX512 with VNNI and bf16")),
+    Processor("x86 without VNNI", Machine(cpu="this processor lacks AVX512 with VNNI and bf16", vnni=False)),
     *(Processor(gpu, Machine(gpu)) for gpu in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")),
 )
 GPUS = {"sm_80": "A100", "sm_86": "RTX 30", "sm_89": "RTX 40, L4", "sm_90": "H100", "sm_100": "B200"}

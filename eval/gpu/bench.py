@@ -95,13 +95,13 @@ def timer(kernel: str, m: int, n: int, k: int, seconds: float) -> Callable[[Mapp
     scale = torch.rand(n, k // group if group else 1, device="cuda")
     w = ops.Codes(codes(n, k // 2 if kernel.startswith("w4") else k), scale)
     branch = (randn(m, 32), randn(n, 32)) if kernel.endswith("_branch") else (None, None)
-    ends = ops.Epilogue(torch.bfloat16, randn(n), *branch)
+    epilogue = ops.Epilogue(torch.bfloat16, randn(n), *branch)
 
     def time_ms(config: Mapping[str, int]) -> float:
         if kernel.startswith("w4"):
-            run = partial(ops.launch_w4a8, x, w, ends, group, config)
+            run = partial(ops.launch_w4a8, x, w, epilogue, group, config)
         else:
-            run = partial(ops.launch_gemm, x, w, ends, "tma" in kernel, config)
+            run = partial(ops.launch_gemm, x, w, epilogue, "tma" in kernel, config)
         run()
         return in_turn({"it": run}, seconds / 10)["it"]
 
@@ -125,9 +125,9 @@ def gemm(options: argparse.Namespace, note: Callable) -> None:
             except Exception as error:  # fp8 before sm_89
                 print(f"  {form}: {str(error).splitlines()[0][:120]}")
                 continue
-            weight, ends = ops.Codes(t.weight.view(codes.q.dtype), t.scale), ops.Epilogue(torch.bfloat16, t.bias)
-            runs[f"{form} gemm"] = partial(ops.w8a8_gemm, codes, weight, ends)
-            runs[f"{form} gemm + gelu"] = partial(ops.w8a8_gemm, codes, weight, ends._replace(gelu=True))
+            weight, epilogue = ops.Codes(t.weight.view(codes.q.dtype), t.scale), ops.Epilogue(torch.bfloat16, t.bias)
+            runs[f"{form} gemm"] = partial(ops.w8a8_gemm, codes, weight, epilogue)
+            runs[f"{form} gemm + gelu"] = partial(ops.w8a8_gemm, codes, weight, epilogue._replace(gelu=True))
             if eight:
                 scales = {"scale_a": codes.scale, "scale_b": t.scale.reshape(1, -1), "out_dtype": torch.bfloat16}
                 for fast in (True, False):

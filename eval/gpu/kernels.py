@@ -12,14 +12,13 @@ import triton.language as tl
 
 from dq.kernels.triton.elements import dot16, gelu_tanh, grouped, narrow
 from dq.kernels.triton.gemm import described_sums, pointed_sums, scaled
-from dq.kernels.triton.quantize import code, put, scale_zero, source, span
+from dq.kernels.triton.quantize import code, put, scale_zero, span
 
 
 @triton.jit
 def adaln_quant(
     x_p, weight_p, bias_p, scale_p, shift_p, smooth_p, y_p, q_p, s_p, M, K, KP, tokens, pitch, eps,
-    TOP: tl.constexpr, FP8: tl.constexpr, RMS: tl.constexpr, SPLIT: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr,
+    TOP: tl.constexpr, FP8: tl.constexpr, RMS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """y = norm(x) * weight + bias, modulated: y (1 + scale[b]) + shift[b], b = row // tokens; q, s of y * smooth.
 
@@ -27,8 +26,7 @@ def adaln_quant(
     in its own dtype for a low-rank branch. RMS: root mean square instead of mean and variance. BK >= KP.
     """
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    j = tl.arange(0, BK)
-    column = source(j, SPLIT)
+    column = tl.arange(0, BK)
     real, used = m < M, column < K
     inside = real[:, None] & used[None, :]
     x = tl.load(x_p + (m * K)[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -52,8 +50,8 @@ def adaln_quant(
     low, high, bad = span(y, False)
     s, zero = scale_zero(low, high, bad, TOP, False)
     q = code(y, s, zero, TOP, FP8, False)
-    place = (m * KP)[:, None] + j[None, :]
-    put(q_p, s_p, None, None, q, s, zero, place, m, real, real[:, None] & (j[None, :] < KP))
+    place = (m * KP)[:, None] + column[None, :]
+    put(q_p, s_p, None, None, q, s, zero, place, m, real, real[:, None] & (column[None, :] < KP))
 
 
 @triton.jit
@@ -95,12 +93,11 @@ def turned(x_p, smooth_p, h, row, column, inside, norm):
 @triton.jit
 def gelu_quant(
     x_p, smooth_p, q_p, s_p, M, K, KP, pitch, shift,
-    TOP: tl.constexpr, FP8: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    TOP: tl.constexpr, FP8: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """q (M, KP), s of gelu(x * smooth) + shift; x * smooth is rounded to x's dtype, as unfused layers do. BK >= KP."""
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    j = tl.arange(0, BK)
-    column = source(j, SPLIT)
+    column = tl.arange(0, BK)
     real = m < M
     inside = real[:, None] & (column < K)[None, :]
     x = tl.load(x_p + (m * pitch)[:, None] + column[None, :], mask=inside, other=0.0)
@@ -110,8 +107,8 @@ def gelu_quant(
     low, high, bad = span(z, False)
     s, zero = scale_zero(low, high, bad, TOP, False)
     q = code(z, s, zero, TOP, FP8, False)
-    place = (m * KP)[:, None] + j[None, :]
-    put(q_p, s_p, None, None, q, s, zero, place, m, real, real[:, None] & (j[None, :] < KP))
+    place = (m * KP)[:, None] + column[None, :]
+    put(q_p, s_p, None, None, q, s, zero, place, m, real, real[:, None] & (column[None, :] < KP))
 
 
 @triton.jit

@@ -59,9 +59,9 @@ class Rotation(NamedTuple):
 # --- linears ---------------------------------------------------------------------------------------------------------
 
 
-def _codes(x: Tensor, fp8: bool, split: int = 0) -> Codes:
+def _codes(x: Tensor, fp8: bool) -> Codes:
     """Room for the codes and scales of x (M, K)."""
-    q = x.new_empty(x.shape[0], ops.up_to(x.shape[1], max(split, 16)), dtype=E4M3 if fp8 else torch.int8)
+    q = x.new_empty(x.shape[0], ops.up_to(x.shape[1], 16), dtype=E4M3 if fp8 else torch.int8)
     return Codes(q, x.new_empty(x.shape[0], 1, dtype=torch.float32))
 
 
@@ -76,16 +76,14 @@ def adaln_quant(
     *,
     smooth: Tensor | None = None,
     fp8: bool = False,
-    split: int = 0,
     copy: Tensor | None = None,
 ) -> Codes:
     """x (M, K) contiguous, K <= 16384, M = batch * tokens -> codes (M, KP) and scales (M, 1).
 
     smooth  (K,) fp32, a factor of each column
-    split   columns whose even ones are stored first, see `dq.kernels.triton.quantize`
     copy    (M, K), takes what was rounded in its own dtype, for a low-rank branch
     """
-    out = _codes(x, fp8, split)
+    out = _codes(x, fp8)
     scale, shift, tokens = modulation
     pitches = {t.stride(0) for t in (scale, shift) if t is not None}
     if len(pitches) > 1:
@@ -93,7 +91,7 @@ def adaln_quant(
     config = ops.rows_config(out.q.shape[1])
     kernels.adaln_quant[(-(-x.shape[0] // config["BM"]),)](
         x, norm.weight, norm.bias, scale, shift, smooth, copy, out.q, out.scale, *x.shape, out.q.shape[1], tokens,
-        next(iter(pitches), 0), norm.eps, _top(fp8), fp8, norm.rms, split, config["BM"], config["BK"],
+        next(iter(pitches), 0), norm.eps, _top(fp8), fp8, norm.rms, config["BM"], config["BK"],
         **ops.options(config),
     )  # fmt: skip
     return out
@@ -114,8 +112,8 @@ def gelu_quant(x: Tensor, *, smooth: Tensor | None = None, shift: float = 0.0, f
     out = _codes(x, fp8)
     config = ops.rows_config(out.q.shape[1])
     kernels.gelu_quant[(-(-x.shape[0] // config["BM"]),)](
-        x, smooth, out.q, out.scale, *x.shape, out.q.shape[1], x.stride(0), shift, _top(fp8), fp8, 0, config["BM"],
-        config["BK"], **ops.options(config),
+        x, smooth, out.q, out.scale, *x.shape, out.q.shape[1], x.stride(0), shift, _top(fp8), fp8,
+        config["BM"], config["BK"], **ops.options(config),
     )  # fmt: skip
     return out
 

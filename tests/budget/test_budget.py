@@ -294,6 +294,7 @@ def test_methods_of_mixed_precision_keep_their_mean_bits(name, bits):
     }
 
 
+@pytest.mark.slow
 def test_svdquant_is_fitted_to_the_formats_a_budget_chose():
     pipe = tiny.load("tiny-pixart")
     free = size(pipe.transformer)

@@ -134,5 +134,5 @@ class _Served:
 def _told(report: pytest.TestReport) -> str:
     """Why a test was skipped; the traceback and the output of one that failed."""
     if report.skipped and isinstance(report.longrepr, tuple):
-        return report.longrepr[2]
+        return report.longrepr[2].removeprefix("Skipped: ")
     return "\n".join((report.longreprtext, *(f"--- {title} ---\n{text}" for title, text in report.sections)))

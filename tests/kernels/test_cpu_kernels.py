@@ -289,6 +289,7 @@ def test_ops_compile_to_one_graph():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_address_sanitizer_finds_nothing(tmp_path):
     """Every kernel over ragged shapes in a process whose every read and write is checked."""
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()

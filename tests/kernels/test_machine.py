@@ -28,6 +28,7 @@ def test_every_backend_says_whether_it_was_tried(status):
 def test_a_described_machine_decides_who_runs_a_layer():
     assert backend(INT8, "cpu", Machine()) == "cpu"
     assert backend(INT8, "cpu", Machine(cpu="an old processor")) == "torchops"
+    assert backend(INT8, "cpu", Machine(cpu="an old processor", vnni=False)) == "dense"
     assert backend(INT8, "cuda", Machine(gpu="sm_75")) == "torchops"
     assert backend(INT8, "cuda", Machine(gpu="sm_90")) == "triton"
     assert backend(FP8, "cuda", Machine(gpu="sm_75")) == "dense"

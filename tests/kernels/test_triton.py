@@ -90,10 +90,10 @@ def test_shipped_configurations_say_that_nobody_measured_them(arch):
 
 
 def test_an_architecture_counts_as_measured_when_its_file_says_so(monkeypatch):
-    monkeypatch.setattr(configs, "shipped", lambda arch: {"measured": arch == "sm_90"})
-    assert configs.measured("sm_90") is True and configs.measured("sm_80") is False
-    assert configs.measured("sm_86") is False, "it runs with the tile sizes of another chip"
-    assert configs.measured("sm_75") is False
+    monkeypatch.setattr(configs, "shipped", lambda arch: {"measured": arch == "sm_89"})
+    assert configs.measured("sm_89") is True and configs.measured("sm_80") is False
+    assert configs.measured("sm_86") is False, "it runs with the tile sizes of sm_89"
+    assert configs.measured("sm_75") is False, "it has none"
 
 
 def test_small_problems_get_small_tiles(monkeypatch):

@@ -94,6 +94,7 @@ def test_a_plain_pipeline_gives_a_picture_in_two_steps(pipeline):
     assert (first - other).abs().mean() > 0.005
 
 
+@pytest.mark.slow
 def test_pictures_show_what_their_captions_say(pipeline):
     name, pipe = pipeline
     captions, drawn = zip(*tiny.prompts(16, objects=1, seed=3), strict=True)

@@ -3,7 +3,8 @@
 The environment variable DQ_CPU_LEVEL hides kernels that the processor could run. It is read when the library is first
 asked for:
 
-    none      none of dq's own CPU kernels; every layer they would run says "hidden by DQ_CPU_LEVEL=none"
+    none      none of dq's own CPU kernels; every layer they would run says "hidden by DQ_CPU_LEVEL=none"; torch's int8
+              product is refused, too, as on a processor without VNNI
     avx512    those of AVX512 with VNNI and bf16, where the processor has these: all there are, as without the variable
 
 ATEN_CPU_CAPABILITY=avx2 and ONEDNN_MAX_CPU_ISA=AVX2 do the same to PyTorch; with `none` beside them any machine

@@ -85,8 +85,8 @@ def _integer(plan: LayerPlan, gelu: bool) -> Run:
         in_workspace = bits == 4 and not in_registers
         weight = ops.w4_to_s8(t.weight, k=columns) if in_workspace else t.weight
         product = ops.w4a8_gemm if in_registers else ops.w8a8_gemm
-        ends = _epilogue(x, t, bias, gelu)
-        return product(codes, Codes(weight, scale, zero, sums if codes.zero is not None else None), ends)
+        epilogue = _epilogue(x, t, bias, gelu)
+        return product(codes, Codes(weight, scale, zero, sums if codes.zero is not None else None), epilogue)
 
     return run
 

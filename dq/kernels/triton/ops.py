@@ -186,9 +186,9 @@ def quant_rows(x: Tensor, rows: RowFormat, *, given: Tensor | None = None, sums:
 # --- products --------------------------------------------------------------------------------------------------------
 
 
-def _chunks(ends: Epilogue) -> tuple[int, int, int]:
+def _chunks(epilogue: Epilogue) -> tuple[int, int, int]:
     """Rank, chunks and columns of a chunk of a low-rank branch."""
-    rank = 0 if ends.down_x is None else ends.down_x.shape[1]
+    rank = 0 if epilogue.down_x is None else epilogue.down_x.shape[1]
     size = 16 if rank <= 16 else 32
     return rank, -(-rank // size), size
 
@@ -216,31 +216,31 @@ def descriptor(t: Tensor, shape: tuple[int, ...], block: list[int]):
 
 
 def launch_gemm(
-    x: Codes, w: Codes, ends: Epilogue, tma: bool | None = None, config: configs.Config | None = None
+    x: Codes, w: Codes, epilogue: Epilogue, tma: bool | None = None, config: configs.Config | None = None
 ) -> Tensor:
     """`w8a8_gemm` with the kernel (descriptors or pointers) and its tile sizes fixed by the caller; None chooses."""
     (n, k), m, arch = w.q.shape, x.q.shape[0], configs.architecture()
-    out = x.q.new_empty(m, n, dtype=ends.dtype)
+    out = x.q.new_empty(m, n, dtype=epilogue.dtype)
     if m == 0:
         return out
     tma = takes_tma(x.q, w.q, arch) and not INTERPRETED.value if tma is None else tma
-    name = ("gemm_tma" if tma else "gemm") + ("" if ends.down_x is None else "_branch")
+    name = ("gemm_tma" if tma else "gemm") + ("" if epilogue.down_x is None else "_branch")
     config = config or configs.pick(name, m, n, k, arch)
-    rank, *chunks = _chunks(ends)
+    rank, *chunks = _chunks(epilogue)
     tile = (config["BM"], config["BN"], config["BK"], config["GROUP"])
     tiles = -(-m // tile[0]) * -(-n // tile[1])
-    tensors = (x.scale, w.scale, *flat(*_zeros(x, w).values(), ends.bias, ends.down_x, ends.up), out)
+    tensors = (x.scale, w.scale, *flat(*_zeros(x, w).values(), epilogue.bias, epilogue.down_x, epilogue.up), out)
     fp8 = x.q.dtype == E4M3
     if tma:
         a, b = descriptor(x.q, (m, k), [tile[0], tile[2]]), descriptor(w.q, (n, k), [tile[1], tile[2]])
         programs = configs.multiprocessors()
         gemm.gemm_tma[(min(tiles, programs),)](
-            a, b, *tensors, m, n, k, rank, *tile, programs, fp8, ends.gelu, *chunks, **options(config)
+            a, b, *tensors, m, n, k, rank, *tile, programs, fp8, epilogue.gelu, *chunks, **options(config)
         )
     else:
         ragged = bool(k % tile[2])
         gemm.gemm[(tiles,)](
-            x.q, w.q, *tensors, m, n, k, rank, x.q.stride(0), *tile, ragged, fp8, ends.gelu, *chunks,
+            x.q, w.q, *tensors, m, n, k, rank, x.q.stride(0), *tile, ragged, fp8, epilogue.gelu, *chunks,
             **options(config),
         )  # fmt: skip
     return out
@@ -270,33 +270,35 @@ def _w8a8_gemm(
     return launch_gemm(Codes(q, sx, zx, qsum), Codes(w, sw, zw, wsum), Epilogue(dtype, bias, down_x, up, gelu))
 
 
-def w8a8_gemm(x: Codes, w: Codes, ends: Epilogue) -> Tensor:
+def w8a8_gemm(x: Codes, w: Codes, epilogue: Epilogue) -> Tensor:
     """x (M, >= K), w (N, K), both int8 or both e4m3, one scale a row -> (M, N). See `gemm`."""
-    return _w8a8_gemm(x.q, w.q, x.scale, w.scale, **_zeros(x, w), **ends._asdict())
+    return _w8a8_gemm(x.q, w.q, x.scale, w.scale, **_zeros(x, w), **epilogue._asdict())
 
 
-def launch_w4a8(x: Codes, w: Codes, ends: Epilogue, group: int = 0, config: configs.Config | None = None) -> Tensor:
+def launch_w4a8(
+    x: Codes, w: Codes, epilogue: Epilogue, group: int = 0, config: configs.Config | None = None
+) -> Tensor:
     """`w4a8_gemm`, with a group `w4a8_groups_gemm`, with tile sizes fixed by the caller; None chooses them."""
     (n, bytes_), (m, k) = w.q.shape, x.q.shape
-    out = x.q.new_empty(m, n, dtype=ends.dtype)
+    out = x.q.new_empty(m, n, dtype=epilogue.dtype)
     if m == 0:
         return out
     config = config or configs.pick("w4a8_groups" if group else "w4a8", m, n, k)
-    rank, *chunks = _chunks(ends)
+    rank, *chunks = _chunks(epilogue)
     tile, asm = (config["BM"], config["BN"]), bool(config["ASM"])
     grid = (-(-m // tile[0]) * -(-n // tile[1]),)
-    rest = (*flat(ends.bias, ends.down_x, ends.up), out, m, n, k, bytes_, rank, *tile)
+    rest = (*flat(epilogue.bias, epilogue.down_x, epilogue.up), out, m, n, k, bytes_, rank, *tile)
     if group:
         ragged, token = bool(bytes_ % (group // 2)), x.scale.numel() == m and k > group
         packed.w4a8_groups[grid](
-            x.q, w.q, x.scale, w.scale, *rest, group, config["GROUP"], ragged, asm, token, ends.gelu, *chunks,
+            x.q, w.q, x.scale, w.scale, *rest, group, config["GROUP"], ragged, asm, token, epilogue.gelu, *chunks,
             **options(config),
         )  # fmt: skip
     else:
         ragged, swap = bool(bytes_ % 64), bool(config["SWAP"])
         packed.w4a8[grid](
             x.q, w.q, x.scale, w.scale, *flat(*_zeros(x, w).values()), *rest, config["GROUP"], ragged, asm, swap,
-            ends.gelu, *chunks, **options(config),
+            epilogue.gelu, *chunks, **options(config),
         )  # fmt: skip
     return out
 
@@ -321,9 +323,9 @@ def _w4a8_gemm(
     return launch_w4a8(Codes(q, sx, zx, qsum), Codes(w, sw, zw, wsum), Epilogue(dtype, bias, down_x, up, gelu))
 
 
-def w4a8_gemm(x: Codes, w: Codes, ends: Epilogue) -> Tensor:
+def w4a8_gemm(x: Codes, w: Codes, epilogue: Epilogue) -> Tensor:
     """`w8a8_gemm` with w (N, ceil(K / 2)) bytes of two int4 codes and codes x (M, KP) that were split by 128."""
-    return _w4a8_gemm(x.q, w.q, x.scale, w.scale, **_zeros(x, w), **ends._asdict())
+    return _w4a8_gemm(x.q, w.q, x.scale, w.scale, **_zeros(x, w), **epilogue._asdict())
 
 
 @operator(_fake_gemm)
@@ -343,12 +345,12 @@ def _w4a8_groups_gemm(
     return launch_w4a8(Codes(q, sx), Codes(w, sw), Epilogue(dtype, bias, down_x, up, gelu), group)
 
 
-def w4a8_groups_gemm(x: Codes, w: Codes, group: int, ends: Epilogue) -> Tensor:
+def w4a8_groups_gemm(x: Codes, w: Codes, group: int, epilogue: Epilogue) -> Tensor:
     """The same with a weight scale for every `group` columns (N, groups), and codes x that were split by `group`.
 
     Scales of x are (M, 1) or as those of the weight (M, groups). No zero points.
     """
-    return _w4a8_groups_gemm(x.q, w.q, x.scale, w.scale, group=group, **ends._asdict())
+    return _w4a8_groups_gemm(x.q, w.q, x.scale, w.scale, group=group, **epilogue._asdict())
 
 
 # --- 4-bit weights ---------------------------------------------------------------------------------------------------
@@ -466,15 +468,15 @@ def tile_scales(scale: Tensor) -> Tensor:
     return out
 
 
-def launch_nvfp4(x: Blocks, w: Blocks, ends: Epilogue, config: configs.Config | None = None) -> Tensor:
+def launch_nvfp4(x: Blocks, w: Blocks, epilogue: Epilogue, config: configs.Config | None = None) -> Tensor:
     """`nvfp4_gemm` with tile sizes fixed by the caller; None chooses them."""
     (n, half), m = w.q.shape, x.q.shape[0]
-    out = x.q.new_empty(m, n, dtype=ends.dtype)
+    out = x.q.new_empty(m, n, dtype=epilogue.dtype)
     if m == 0:
         return out
     config = config or configs.pick("nvfp4", m, n, 2 * half)
     bm, bn, bk = config["BM"], config["BN"], config["BK"]
-    rank, *chunks = _chunks(ends)
+    rank, *chunks = _chunks(epilogue)
     programs = configs.multiprocessors()
     grid = (min(-(-m // bm) * -(-n // bn), programs),)
     quads = -(-half // 32)
@@ -485,13 +487,13 @@ def launch_nvfp4(x: Blocks, w: Blocks, ends: Epilogue, config: configs.Config | 
     a = descriptor(x.q, (m, half), [bm, bk // 2])
     b = descriptor(w.q.view(torch.uint8), (n, half), [bn, bk // 2])
     nvfp4.nvfp4_gemm[grid](
-        a, a_scale, b, b_scale, x.whole, w.whole, *flat(ends.bias, ends.down_x, ends.up), out, m, n, 2 * half, rank,
-        bm, bn, bk, config["GROUP"], programs, ends.gelu, *chunks, **options(config),
+        a, a_scale, b, b_scale, x.whole, w.whole, *flat(epilogue.bias, epilogue.down_x, epilogue.up), out,
+        m, n, 2 * half, rank, bm, bn, bk, config["GROUP"], programs, epilogue.gelu, *chunks, **options(config),
     )  # fmt: skip
     return out
 
 
-def _fake_nvfp4_gemm(q, w, sx, sw, gx, gw, *, dtype, **rest):
+def _fake_nvfp4_gemm(q, w, *scales, dtype, **rest):
     return q.new_empty(q.shape[0], w.shape[0], dtype=dtype)
 
 
@@ -513,6 +515,6 @@ def _nvfp4_gemm(
     return launch_nvfp4(Blocks(q, sx, gx), Blocks(w, sw, gw), Epilogue(dtype, bias, down_x, up, gelu))
 
 
-def nvfp4_gemm(x: Blocks, w: Blocks, ends: Epilogue) -> Tensor:
+def nvfp4_gemm(x: Blocks, w: Blocks, epilogue: Epilogue) -> Tensor:
     """x (M, K / 2), w (N, K / 2) bytes -> (M, N). See `nvfp4`."""
-    return _nvfp4_gemm(x.q, w.q, x.scale, w.scale, x.whole, w.whole, **ends._asdict())
+    return _nvfp4_gemm(x.q, w.q, x.scale, w.scale, x.whole, w.whole, **epilogue._asdict())

@@ -46,7 +46,7 @@ def _rows(arch: str) -> list[Specimen]:
     """At the width of FLUX (3072)."""
     from eval.gpu import kernels
 
-    rows = {"x_p": "*bf16", "smooth_p": "*fp32", "q_p": "*i8", "s_p": "*fp32", "TOP": 127.0, "FP8": False, "SPLIT": 0}
+    rows = {"x_p": "*bf16", "smooth_p": "*fp32", "q_p": "*i8", "s_p": "*fp32", "TOP": 127.0, "FP8": False}
     rows |= {"BM": 1, "BK": 4096}
     norm = rows | {"weight_p": None, "bias_p": None, "scale_p": "*bf16", "shift_p": "*bf16", "y_p": "*bf16"}
     norm |= {"RMS": False}

@@ -106,8 +106,8 @@ def test_fp8_codes_are_those_of_the_format():
 # --- products --------------------------------------------------------------------------------------------------------
 
 
-def gemm(x, w, dtype=torch.float32, tma=False, config=SMALL, **ends):
-    return ops.launch_gemm(x, w, Epilogue(dtype, **ends), tma, config)
+def gemm(x, w, dtype=torch.float32, tma=False, config=SMALL, **epilogue):
+    return ops.launch_gemm(x, w, Epilogue(dtype, **epilogue), tma, config)
 
 
 def unscaled(q):
@@ -153,14 +153,14 @@ def test_epilogues_are_within_a_bf16_ulp(what, tma):
     m, n, k, rank = 50, 40, 64, 24
     x, w = (Codes(codes(size, k, size), positive(size, seed=size) * 0.01) for size in (m, n))
     bias, down_x, up = (randn(*shape, seed=2, dtype=torch.bfloat16) for shape in ((n,), (m, rank), (n, rank)))
-    truth, ends = exact(x.q, w.q).double() * x.scale[:, None] * w.scale, {}
+    truth, epilogue = exact(x.q, w.q).double() * x.scale[:, None] * w.scale, {}
     if what in ("branch", "everything"):
-        truth, ends = truth + down_x.double() @ up.double().t(), ends | {"down_x": down_x, "up": up}
+        truth, epilogue = truth + down_x.double() @ up.double().t(), epilogue | {"down_x": down_x, "up": up}
     if what in ("bias", "everything"):
-        truth, ends = truth + bias.double(), ends | {"bias": bias}
+        truth, epilogue = truth + bias.double(), epilogue | {"bias": bias}
     if what in ("gelu", "everything"):
-        truth, ends = F.gelu(truth, approximate="tanh"), ends | {"gelu": True}
-    assert ulps(gemm(x, w, torch.bfloat16, tma, **ends), truth) <= (2 if "gelu" in ends else 1)
+        truth, epilogue = F.gelu(truth, approximate="tanh"), epilogue | {"gelu": True}
+    assert ulps(gemm(x, w, torch.bfloat16, tma, **epilogue), truth) <= (2 if "gelu" in epilogue else 1)
 
 
 def test_zero_points_of_rows_and_of_columns():
@@ -367,19 +367,19 @@ def operands(name):
     """Arguments of `torch.ops.dq.triton_<name>`."""
     x, w, scale = randn(5, 64), codes(8, 64), positive(8)
     plain, split = quantize(x, sums=True), quantize(x, split=128)
-    half, whole, ends = get("int4").pack(w >> 4), torch.ones(1), {"dtype": torch.bfloat16, "bias": positive(8)}
+    half, whole, epilogue = get("int4").pack(w >> 4), torch.ones(1), {"dtype": torch.bfloat16, "bias": positive(8)}
     blocks = Blocks(half.view(torch.uint8), torch.zeros(512, dtype=torch.uint8), whole)
     made = {
         "quant_rows": ((x,), {"affine": True, "sums": True}),
-        "w8a8_gemm": ((plain.q, w, plain.scale, scale), {"zw": w[:, 0], "qsum": plain.sums, **ends}),
-        "w4a8_gemm": ((split.q, half, split.scale, scale), {"down_x": x[:, :3], "up": randn(8, 3), **ends}),
-        "w4a8_groups_gemm": ((split.q, half, split.scale, scale[:, None]), {"group": 64, "gelu": True, **ends}),
+        "w8a8_gemm": ((plain.q, w, plain.scale, scale), {"zw": w[:, 0], "qsum": plain.sums, **epilogue}),
+        "w4a8_gemm": ((split.q, half, split.scale, scale), {"down_x": x[:, :3], "up": randn(8, 3), **epilogue}),
+        "w4a8_groups_gemm": ((split.q, half, split.scale, scale[:, None]), {"group": 64, "gelu": True, **epilogue}),
         "w4_to_s8": ((half,), {"k": 64}),
         "w4_to_float": ((half, scale[:, None]), {"k": 64, "form": "int4", "dtype": torch.bfloat16}),
         "weight_sums": ((half,), {"k": 64, "bits": 4}),
         "nvfp4_quant": ((x,), {}),
         "tile_scales": ((w[:, :4],), {}),
-        "nvfp4_gemm": ((ops.nvfp4_quant(x).q, blocks.q, *[blocks.scale] * 2, positive(5), blocks.whole), ends),
+        "nvfp4_gemm": ((ops.nvfp4_quant(x).q, blocks.q, *[blocks.scale] * 2, positive(5), blocks.whole), epilogue),
     }
     return made[name]
 
