@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton.language")
 
-from tests.test_cross_compile import compiled
+from tests.kernels.test_cross_compile import compiled
 
 from dq.kernels.triton import configs
 from tests.eval.gpu.specimens import specimens
