@@ -11,6 +11,7 @@ from torch import nn
 
 from dq.kernels import Choice
 from dq.layers import PackedStack, kind_of, packed_layers, parameter_bytes
+from dq.layers.memory import serving
 from dq.plan import LayerPlan, Plan
 from dq.report import Row
 
@@ -65,7 +66,7 @@ def _with_kernel(row: Row, layer: nn.Module | None) -> Row:
         return row
     if isinstance(layer, PackedStack):
         return replace(row, backend="decode", kernel=f"decode {layer.plan.weight.format} when used")
-    return served(row, layer.choice)
+    return served(row, serving(layer))
 
 
 def served(row: Row, choice: Choice) -> Row:

@@ -15,6 +15,9 @@ from mmap import PAGESIZE
 import torch
 from torch import nn
 
+from dq.kernels import Choice
+from dq.layers.packed import PackedLinear
+
 ALIGNMENT = 64  # bytes; torch's own allocations begin at multiples of it
 MADV_PAGEOUT = 21  # of Linux 5.4 and later; older ones answer that they do not know it
 
@@ -56,3 +59,9 @@ def page_out(tensor: torch.Tensor) -> None:
     start, stop = -(-first // PAGESIZE) * PAGESIZE, (first + tensor.nbytes) // PAGESIZE * PAGESIZE
     if stop > start:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_PAGEOUT)
+
+
+def serving(layer: PackedLinear) -> Choice:
+    """The kernel of a packed layer where its weights are, or where they last were while they are offloaded."""
+    device = layer.weight.device.type
+    return layer.ready(layer._bound[0] if device == "meta" and layer._bound is not None else device)

@@ -164,9 +164,8 @@ class _Packed(_Frozen):
 
     @property
     def choice(self) -> Choice:
-        """The kernel that serves the layer where its weights are, or where they last were while they are offloaded."""
-        device = self.weight.device.type
-        return self.ready(self._bound[0] if device == "meta" and self._bound is not None else device)
+        """The kernel that serves the layer where its weights are."""
+        return self.ready(self.weight.device.type)
 
     def _conv(self) -> Conv | None:
         return None

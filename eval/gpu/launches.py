@@ -210,7 +210,7 @@ def attention_tile(rows: int, heads: int, size: int, arch: str) -> configs.Confi
 def attn_i8(q: Codes, k: Codes, v: Tensor | Codes, heads: int, dtype: torch.dtype) -> Tensor:
     """q (B * H, L, D), k (B * H, LK, D) int8, v fp16 (B * H, LK, D) or from `v_fp8` -> (B, L, H, D) in dtype."""
     eight = isinstance(v, Codes)
-    values, sv = v[:2] if eight else (v, None)
+    values, sv = v[:2] if eight else (v.contiguous(), None)  # of one sample, heads taken apart are no copy
     (bh, n, d), length = q.q.shape, values.shape[2] if eight else 0
     out = q.q.new_empty(bh // heads, n, heads, d, dtype=dtype)
     config = attention_tile(n, bh, d, configs.architecture())

@@ -1,10 +1,9 @@
-"""The kernels of `eval.gpu` to compile, see `tests.cross_compile`."""
+"""The kernels of `eval.gpu` to compile, see `tests.kernels.cross_compile`."""
 
 from __future__ import annotations
 
-from tests.cross_compile import FP8, INT8, Specimen, launched, tiled
-
 from dq.kernels.triton import configs
+from tests.kernels.cross_compile import FP8, INT8, Specimen, launched, tiled
 
 HADAMARD = {"gfx942": "v_mfma_f32", "gfx950": "v_mfma_f32"}  # NVIDIA: HMMA, tiles of 32 rows are below wgmma's 64
 GATED = {"bias_p": "*bf16", "gate_p": "*bf16", "res_p": "*bf16", "out_p": "*bf16"}
