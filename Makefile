@@ -1,6 +1,7 @@
 # make demo   a trained pipeline, quantized, saved, reloaded and compared: out/demo.png and a table
 # make eval   pipelines x recipes, metrics and a report: out/eval/tiny/report.html      make app   the page of the demo
-# make test   install, and all tests but the slow ones      make test-all   those, too      make lint   style      make table   README's results from eval/results
+# make test   install, and all tests but the slow ones      make test-all   those, too      make lint   style
+# make table  tables and plots of README and docs from eval/results
 # make docs   the pages: out/site/index.html
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -32,6 +33,7 @@ app: $(READY)
 
 table: $(READY)
 	$(PY) -m eval.experiments.tables --write
+	$(PY) -m eval.experiments.plots
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict

@@ -17,7 +17,7 @@ from PIL import Image
 
 import dq
 from demo import drawing, look
-from demo.drawing import Drawn, Watch, Wish
+from demo.drawing import Drawn, Request, Watch
 from demo.models import Shelf
 from demo.sessions import Sessions, told
 from dq import cookbook
@@ -47,7 +47,7 @@ class Comparison:
     kernels: pd.DataFrame
 
 
-def compare(shelf: Shelf, chosen: tuple, wish: Wish, stop: Event, tell: Callable[[float, str], None]) -> Comparison:
+def compare(shelf: Shelf, chosen: tuple, wish: Request, stop: Event, tell: Callable[[float, str], None]) -> Comparison:
     """Draw with a model and its quantized form.
 
     chosen   names of the model and the recipe, and a plan's file or None, which then goes before the recipe
@@ -153,7 +153,7 @@ def tab(shelf: Shelf, sessions: Sessions) -> None:
     @told
     def run(model, recipe, plan=None, request: gr.Request = None, progress=gr.Progress(), **asked):  # noqa: B008
         """Draw one prompt with a pipeline and its quantized form: pictures, difference, clips, figures, kernels."""
-        wish = Wish(**asked)
+        wish = Request(**asked)
         with sessions.working(request) as stop:
             found = compare(shelf, (model, recipe, plan), wish, stop, lambda share, text: progress(share, desc=text))
         return shown(found)

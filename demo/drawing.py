@@ -29,7 +29,7 @@ GAIN = 8  # of the difference picture
 
 
 @dataclass(frozen=True)
-class Wish:
+class Request:
     """What to draw. Raises DQError at once when it is out of bounds. width, height, frames: 0 for the model's own."""
 
     prompt: str
@@ -131,7 +131,7 @@ class Watch:
         return statistics.median(gaps) * max(1, round(len(self.moments) / (steps + 1))) if gaps else 0.0
 
 
-def draw(pipe, wish: Wish, own: Mapping[str, Any], watch: Watch) -> Drawn:
+def draw(pipe, wish: Request, own: Mapping[str, Any], watch: Watch) -> Drawn:
     """Draw once. DQError when the pipeline refuses, Stopped when the watch says so."""
     call = wish.arguments(pipe, own)
     with _own_failures(type(pipe).__name__):

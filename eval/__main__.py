@@ -46,11 +46,12 @@ def run(
 ) -> None:
     """Draw every picture of a suite, compute the scores, write the report."""
     quiet_loading()
+    from dq.trace.world import processes
     from eval import generate
     from eval import score as scoring
     from eval.suite import Suite
 
-    asked, state = Suite.read(suite), generate.processes()
+    asked, state = Suite.read(suite), processes()
     chosen = _chosen(asked, only)
     scoring.check(asked)
     found = generate.generate(asked, out, chosen)

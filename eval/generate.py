@@ -12,12 +12,10 @@ import inspect
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from tqdm import tqdm
 
@@ -27,23 +25,18 @@ from dq.errors import DQError, nearest
 from dq.host import saved
 from dq.layers.memory import align
 from dq.trace.running import drawing, modules_of
+from dq.trace.world import processes
 from eval import prompts, timing
 from eval.metrics import trajectory_error
 from eval.runs import Item, Run, write
 from eval.suite import FULL, Entry, Pipeline, Suite
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
 REPORT = "dq_report.json"  # what dq.quantize said, beside the model
 PROMPT_SEEDS = 1_000_000  # seed of an item: seed * this + number of the prompt, as in pipelines.tiny
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-def processes() -> PartialState:
-    """Rank, number and barrier of the processes that share a run; alone unless accelerate or torchrun started several.
-
-    The first process may quantize or score for long while the others wait.
-    """
-    # without cpu=True, accelerate takes several processes without GPUs for one
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
 
 
 def generate(suite: Suite, folder: Path, chosen: Sequence[tuple[str, str]], progress: bool = True) -> Run:

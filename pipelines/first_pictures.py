@@ -32,7 +32,6 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-pixart", choices=tiny.NAMES)
     parser.add_argument("--recipe", default="int8")
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--pair", type=Path, help="also write the first two rows alone, for the README")
     options = parser.parse_args()
     quiet()
     captions, scenes = zip(*tiny.prompts(PICTURES), strict=True)
@@ -43,8 +42,6 @@ def main() -> None:
     after = draw(quantized, options.model, captions, "quantized")
     rows = {"original": before, "quantized": after, f"difference x{AMPLIFY}": AMPLIFY * (after - before).abs()}
     grid(rows).save(options.out / "demo.png", optimize=True)
-    if options.pair:
-        grid({key: rows[key] for key in ("original", "quantized")}).save(options.pair, optimize=True)
     Console().print(summary(options, report, (original, quantized), (before, after), scenes))
     print(f"{options.out / 'demo.png'}: {PICTURES} prompts, the same seeds in every row")
 

@@ -168,3 +168,12 @@ def test_nearest_names_the_closest_and_lists_all():
         "expected one of int8, int8-weight. Did you mean 'int8-weight'?"
     )
     assert nearest("zzz", ("int8",)) == "expected one of int8."
+
+
+def test_a_status_is_a_fact_and_not_part_of_the_wish():
+    recipe = Recipe("mine", ("int8/channel", None), ("int8/channel", None), status="experimental")
+    assert "status" not in recipe.to_dict(), "older versions read what this one saves"
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert Recipe.from_dict({**recipe.to_dict(), "status": "experimental"}).status == "experimental"
+    with pytest.raises(DQError, match=r"recipe 'mine': status is 'stabel'.*Did you mean 'stable'"):
+        Recipe.from_dict({**recipe.to_dict(), "status": "stabel"})

@@ -125,7 +125,10 @@ class _Kernels(TorchFunctionMode):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.lines, self.hooks, self.began = model, {}, [], 0.0
+        self.model = model
+        self.lines = {}
+        self.hooks = []
+        self.began = 0.0
 
     def __enter__(self):
         for layer in layers.packed_layers(self.model).values():

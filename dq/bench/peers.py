@@ -148,12 +148,14 @@ SCHEMES: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-class Runner:
+class Contestant:
     """The half of a lane that stands in its process: one model at a time, quantized by each of the lane's schemes."""
 
     def __init__(self, threads: int):
         torch.set_num_threads(threads)
-        self.name, self.inputs, self.expected = "", {}, None
+        self.name = ""
+        self.inputs = {}
+        self.expected = None
         self.models: dict[str, nn.Module] = {}
         self.runs: dict[str, Callable] = {}
         self.around: dict[str, Callable] = {}  # context managers, by contender, inside which its calls are timed
@@ -277,7 +279,7 @@ def serve(connection, threads: int, folder: str, log: str) -> None:
             os.dup2(printed.fileno(), stream)
     if folder:
         sys.path.append(folder)
-    runner = Runner(threads)
+    runner = Contestant(threads)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             order, arguments = connection.recv()

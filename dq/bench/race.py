@@ -71,7 +71,7 @@ class Result:
 
 
 class Lane:
-    """A process with a `peers.Runner`, asked by pickled messages. LaneLost when it dies or is silent too long."""
+    """A process with a `peers.Contestant`, asked by pickled messages. LaneLost when it dies or is silent too long."""
 
     def __init__(self, environment: dict[str, str], setting: Setting):
         context = multiprocessing.get_context("spawn")
@@ -188,7 +188,9 @@ def _prepare(name: str, lane: str, members: list[Contender], lanes: dict, settin
             found, mine = lanes[lane].ask("ready", each, patience=setting.patience), results[lane, each.name]
             mine.skipped = found.get("skipped", "")
             if not mine.skipped:
-                mine.kernel, mine.error_db, mine.versions = found["kernel"], found["error_db"], found["versions"]
+                mine.kernel = found["kernel"]
+                mine.error_db = found["error_db"]
+                mine.versions = found["versions"]
                 mine.ready_seconds = found["seconds"]
             setting.say(f"{name}: {each.name} " + (mine.skipped or f"is ready after {mine.ready_seconds} s"))
     except LaneLost as lost:

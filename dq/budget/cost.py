@@ -44,7 +44,9 @@ class Costs:
     """
 
     def __init__(self, ms: Mapping[str, Sequence[float]], fixed: float, calls: float):
-        self.ms, self.fixed, self.calls = dict(ms), fixed, calls
+        self.ms = dict(ms)
+        self.fixed = fixed
+        self.calls = calls
 
 
 @torch.inference_mode()

@@ -71,7 +71,9 @@ class _Layers:
     """Packed layers, made when asked for and kept as long as together they take no more than the model's weights."""
 
     def __init__(self, model: nn.Module, menus: Mapping[str, Sequence[Choice]], dtype: torch.dtype):
-        self.model, self.menus, self.dtype = model, menus, dtype
+        self.model = model
+        self.menus = menus
+        self.dtype = dtype
         self.kept: dict[tuple[str, int], nn.Module] = {}
         self.left = parameter_bytes(model)
 

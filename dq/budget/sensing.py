@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -29,6 +28,7 @@ from dq.plan import Plan, Recipe, read_json
 from dq.trace.calibration import Calibration
 from dq.trace.records import Store
 from dq.trace.running import Runner, kept_modes, modules_of
+from dq.trace.world import processes
 
 CALLS = 24  # single calls walked forward and back
 JUDGED_CALLS, JUDGED_RUNS = 6, 2  # run again for every changed layer or plan
@@ -75,7 +75,7 @@ class Subject:
 
 def find(subject: Subject, folder: Path, wish: Wish, progress: bool = True) -> Search:
     """Measure every denoiser's layers on the calls below `folder`. The first process measures, the others read."""
-    state, path = PartialState(cpu=not torch.cuda.is_available()), folder / "search.json"
+    state, path = processes(), folder / "search.json"
     if state.is_main_process:
         with kept_modes(subject.models), aligned(modules_of(subject.target)):
             write_json(path, _measured(subject, folder, wish, progress).to_dict())

@@ -87,7 +87,10 @@ class _Again:
     """A model's forward that keeps only its inputs, and runs again, with gradients, when its turn comes back."""
 
     def __init__(self, model: nn.Module, listener: Listener, steps: int):
-        self.forward, self.listener, self.steps, self.count = model.forward, listener, steps, 0
+        self.forward = model.forward
+        self.listener = listener
+        self.steps = steps
+        self.count = 0
 
     def __call__(self, *args, **kwargs):
         leaves, self.tree = tree_flatten((args, kwargs))
@@ -105,7 +108,10 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, again: _Again, leaves: list, tree, bucket: int, made: list, ask, *tensors):
-        ctx.again, ctx.leaves, ctx.tree, ctx.bucket = again, leaves, tree, bucket
+        ctx.again = again
+        ctx.leaves = leaves
+        ctx.tree = tree
+        ctx.bucket = bucket
         args, kwargs = tree_unflatten(leaves, tree)
         with torch.no_grad():
             outputs, shape = tree_flatten(again.forward(*args, **kwargs))

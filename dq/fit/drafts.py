@@ -8,6 +8,8 @@ the layer it packs into give the same output, up to the compute dtype's rounding
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -25,19 +27,25 @@ class DraftLinear(nn.Module):
     fp32 Parameters, None where the plan lacks it. Starts with the given smooth (else 1), branch 0, act_scale 1
     and the layer's own weight. scales: weight scales of each part, None to follow the weight's range.
     start_in (in,): the first token whose output is stored, None to store none; it counts only in the packed layer.
+    soft: gives the weight (as `rounded_weight` does) while its rounding is being learned; None otherwise.
+    tried: how many candidates were weighed up for this layer, for the report.
     """
 
     op = "linear"
 
     def __init__(self, module: nn.Module, plan: LayerPlan, smooth: torch.Tensor | None = None):
         super().__init__()
-        self.plan, self.source, self.clock = plan, [module], None  # a list hides the source from named_modules
+        self.plan = plan
+        self.source = [module]
+        self.clock = None  # a list hides the source from named_modules
         self.smooth = self._new(torch.ones, plan.shape[1]) if plan.smooth else None
         if smooth is not None:
             self.smooth.data.copy_(smooth)
         self.weight = nn.Parameter(self.unrounded().clone())
         self.scales: list[Scales] | None = None
         self.start_in: torch.Tensor | None = None
+        self.soft: Callable[[], torch.Tensor] | None = None
+        self.tried = 0
         self.bias = None if module.bias is None else nn.Parameter(module.bias.detach().float().clone())
         self.proj_down = self._new(torch.zeros, plan.rank, plan.columns) if plan.rank else None
         self.proj_up = self._new(torch.zeros, plan.rows, plan.rank) if plan.rank else None
@@ -57,6 +65,8 @@ class DraftLinear(nn.Module):
 
     def rounded_weight(self) -> torch.Tensor:
         """The weight as the packed layer will hold it: fp32, full shape, straight-through gradient."""
+        if self.soft is not None:
+            return self.soft()
         spec, grain = self.plan.weight.spec, self.plan.weight.grain
         rows = self.weight.reshape(self.plan.rows, -1)
         given = self.scales or [()] * len(self.plan.parts)
@@ -71,20 +81,22 @@ class DraftLinear(nn.Module):
         return hadamard.rotate(x, self.plan.rotate, 1 if self.op == "conv" else -1) if self.plan.rotate else x
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        wide = self.transform(self._padded(input.float()))
+        wide = self.transform(self.padded(input.float()))
         stored = self.act_scale
         if stored is not None:
             stored = stored.index_select(0, self.clock.to(stored.device))[0] if self.plan.steps > 1 else stored[0]
-        y = self._product(self._round(wide, stored), self.rounded_weight())
+        y = self.product(self._round(wide, stored), self.rounded_weight())
         if self.proj_up is not None:
             branch = Tensors(self.weight, self.weight, down=self.proj_down, up=self.proj_up)
             y = y + dense.low_rank(wide, branch, self.plan, self._conv())
         return y.to(input.dtype)
 
-    def _padded(self, x: torch.Tensor) -> torch.Tensor:
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
+        """The input with the layer's own padding."""
         return x
 
-    def _product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The layer's own product of a padded input and a weight (full shape), and its bias."""
         return F.linear(x, weight, self.bias)
 
     def _conv(self) -> Conv | None:
@@ -120,10 +132,10 @@ class DraftConv2d(DraftLinear):
         super().__init__(module, plan, smooth)
         self._geometry, self._pad, self._pad_mode = geometry(module)
 
-    def _padded(self, x: torch.Tensor) -> torch.Tensor:
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
         return x if self._pad is None else F.pad(x, self._pad, mode=self._pad_mode)
 
-    def _product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return reference.CONVS[len(self.plan.shape) - 2](x, weight, self.bias, *self._geometry)
 
     def _conv(self) -> Conv:

@@ -24,7 +24,7 @@ def shared(unit: Unit, seen: Seen) -> Iterator[Shared]:
 
 
 def fit(
-    shared: Shared, seen: Seen, search: smooth.Search | None, wishes: Mapping[str, weights.Wish]
+    shared: Shared, seen: Seen, search: smooth.SmoothSearch | None, wishes: Mapping[str, weights.WeightWish]
 ) -> dict[str, DraftLinear]:
     """One transform for all layers of an input (none without a search), then each layer's branch and weight."""
     found = smooth.search(shared, search) if search is not None else smooth.NOTHING

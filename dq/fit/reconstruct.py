@@ -239,11 +239,11 @@ class AdaRound(Learning):
 
     def soften(self) -> None:
         for name, draft in self.drafts.items():
-            draft.rounded_weight = _soft(self.roundings[name], draft)
+            draft.soft = _soft(self.roundings[name], draft)
 
     def harden(self) -> None:
         for name, draft in self.drafts.items():
-            del draft.rounded_weight
+            draft.soft = None
             draft.weight.data.copy_(self.roundings[name].hard().reshape(draft.plan.shape))
 
     def undo(self) -> None:

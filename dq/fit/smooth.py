@@ -98,7 +98,7 @@ def transformed(module: nn.Module, plan: LayerPlan, change: Transform) -> DraftL
 
 
 @dataclass(frozen=True)
-class Search:
+class SmoothSearch:
     """How far to look. rotations: orders of Hadamard blocks; acts: further activation formats; rank: branch scored."""
 
     rank: int = 0
@@ -186,7 +186,7 @@ def put_branch(made: DraftLinear, down: torch.Tensor, up: torch.Tensor, rest: to
 
 
 @torch.no_grad()
-def search(shared: Shared, wish: Search) -> Found:
+def search(shared: Shared, wish: SmoothSearch) -> Found:
     """The transform of a shared input that leaves the least error: smoothing, then rotation, then format."""
     score = _Scorer(shared, wish.rank)
     nothing = Transform()
@@ -203,7 +203,7 @@ def search(shared: Shared, wish: Search) -> Found:
     return Found(best, score(best), score(nothing), len(score.errors))
 
 
-def _pairs(wish: Search) -> Iterator[tuple[float, float]]:
+def _pairs(wish: SmoothSearch) -> Iterator[tuple[float, float]]:
     for alpha in wish.alphas:
         yield from ((alpha, 0.0 if beta == "0" else 1 - alpha) for beta in wish.betas)
 

@@ -34,7 +34,7 @@ GAIN = 0.9  # share of the error that a shift or a rotation, which cost time in 
 
 
 @dataclass(frozen=True)
-class Wish:
+class StaticWish:
     """How stored scales are chosen.
 
     ranges         "minmax", "search" or, for tables, "network"
@@ -70,7 +70,9 @@ class Layer:
     """A layer to fit: its module, plan and what it saw, the rows cut in two by calls."""
 
     def __init__(self, module: nn.Module, plan: LayerPlan, seen: LayerSeen, whole: Seen):
-        self.module, self.seen, self.whole = module, seen, whole
+        self.module = module
+        self.seen = seen
+        self.whole = whole
         self.plan = replace(plan, steps=whole.buckets if plan.act.scale == "table" else 1)
         self.bucket = seen.bucket if self.plan.steps > 1 else torch.zeros_like(seen.bucket)
         self.channels = -1 if plan.kind == "linear" else 1
@@ -97,9 +99,9 @@ class Layer:
 
     def transformed(self, made: DraftLinear, rows: torch.Tensor) -> torch.Tensor:
         """Those rows or maps of the quantized stream as they are rounded."""
-        return made.transform(made._padded(self.seen.hat[rows].float()))
+        return made.transform(made.padded(self.seen.hat[rows].float()))
 
-    def ranges(self, made: DraftLinear, wish: Wish, rows: torch.Tensor, flat: bool = False) -> torch.Tensor:
+    def ranges(self, made: DraftLinear, wish: StaticWish, rows: torch.Tensor, flat: bool = False) -> torch.Tensor:
         """(steps, parts) scales fitted to those rows."""
         act, steps = made.plan.act, made.plan.steps
         plain = made.plan.rotate == 0 and act.shift == 0
@@ -149,7 +151,7 @@ def _halves(bucket: torch.Tensor, pixels: int) -> tuple[torch.Tensor, torch.Tens
 
 def outputs(made: DraftLinear, x: torch.Tensor, bucket: torch.Tensor) -> torch.Tensor:
     """The draft's output for rows or maps of different step buckets at once."""
-    z = made.transform(made._padded(x.float()))
+    z = made.transform(made.padded(x.float()))
     dim, act = (-1 if made.op == "linear" else 1), made.plan.act
     scale = made.act_scale.data[bucket if made.plan.steps > 1 else torch.zeros_like(bucket)]
     shape = (-1, *[1] * (z.dim() - 1))
@@ -157,7 +159,7 @@ def outputs(made: DraftLinear, x: torch.Tensor, bucket: torch.Tensor) -> torch.T
     for part, (a, b) in enumerate(pairwise([0, *made.plan.splits, z.shape[dim]])):
         step = scale[:, part].reshape(shape)
         parts.append(act.spec.snap((z.narrow(dim, a, b - a) + act.shift) / step) * step - act.shift)
-    return made._product(torch.cat(parts, dim) if len(parts) > 1 else parts[0], made.rounded_weight())
+    return made.product(torch.cat(parts, dim) if len(parts) > 1 else parts[0], made.rounded_weight())
 
 
 def _floored(absmax: torch.Tensor) -> torch.Tensor:
@@ -171,7 +173,7 @@ def _centre(layer: Layer, change: Change, rows: torch.Tensor) -> Change:
 
 
 @torch.no_grad()
-def fit(module: nn.Module, plan: LayerPlan, seen: LayerSeen, whole: Seen, wish: Wish) -> DraftLinear:
+def fit(module: nn.Module, plan: LayerPlan, seen: LayerSeen, whole: Seen, wish: StaticWish) -> DraftLinear:
     """The draft of a layer whose plan has stored activation scales, its weight rounded.
 
     `draft.plan` is final; `draft.tried` counts candidates; its clock stands at the middle bucket.
@@ -187,7 +189,7 @@ def fit(module: nn.Module, plan: LayerPlan, seen: LayerSeen, whole: Seen, wish: 
     return made
 
 
-def _choose(layer: Layer, wish: Wish) -> tuple[Change, int]:
+def _choose(layer: Layer, wish: StaticWish) -> tuple[Change, int]:
     """The candidate of least error, and how many there were. A search stands for networks, too slow to score."""
     quick = replace(wish, ranges="minmax" if wish.ranges == "minmax" else "search")
     changes = [Change(), *(Change(powers) for powers in POWERS if wish.smooth)]
@@ -210,7 +212,7 @@ def _order(plan: LayerPlan) -> int:
     return max(hadamard.orders(width, 256), default=0)
 
 
-def _score(layer: Layer, change: Change, wish: Wish, scores: dict[Change, float]) -> None:
+def _score(layer: Layer, change: Change, wish: StaticWish, scores: dict[Change, float]) -> None:
     made = layer.start(change, layer.used)
     for flat in (False, True) if made.plan.steps > 1 and wish.ranges != "minmax" else (False,):
         scale = layer.ranges(made, wish, layer.used, flat)
@@ -234,7 +236,7 @@ def _round(layer: Layer, made: DraftLinear) -> int:
     return len(variants)
 
 
-def layers(unit: Unit, seen: Seen, wish: Wish) -> dict[str, DraftLinear]:
+def layers(unit: Unit, seen: Seen, wish: StaticWish) -> dict[str, DraftLinear]:
     """Drafts of the layers of a unit that saw data and are planned to have stored activation scales."""
     made = {}
     for name, plan in unit.layers.items():

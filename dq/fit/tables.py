@@ -153,7 +153,9 @@ class Network(nn.Module):
         layers[-1].weight.data.mul_(0.01)
         layers[-1].bias.data.fill_(0.5413248546)  # softplus of it is 1
         self.layers = nn.ModuleList(layers)
-        self.start, self.first, self.span = start.detach().clone(), first, max(last - first, 1e-12)
+        self.start = start.detach().clone()
+        self.first = first
+        self.span = max(last - first, 1e-12)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         y = (2 * (t.float().reshape(-1, 1) - self.first) / self.span) - 1

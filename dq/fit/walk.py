@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ from dq.trace.records import Store
 from dq.trace.seen import Seen, Unit
 from dq.trace.units import tensors_in
 from dq.trace.walk import Trace
+from dq.trace.world import processes
 
 FEWEST_CALLS = 16
 ENOUGH = 2**18
@@ -69,7 +69,7 @@ def walk(trace: Trace, method: ModuleType, recipe: Recipe, dtype: torch.dtype, p
     method  the recipe's file of dq/methods
     dtype   compute dtype of the packed layers
     """
-    fitted, state = Fitted(), PartialState()
+    fitted, state = Fitted(), processes()
     bar = tqdm(trace.units, desc=f"fit {recipe.name}", disable=not (progress and state.is_main_process), delay=2)
     with aligned([trace.model]):
         for index, unit in enumerate(bar):
@@ -99,7 +99,7 @@ def _fit_unit(
     trace: Trace, index: int, method: ModuleType, options: Mapping, dtype: torch.dtype, spent: Counter
 ) -> None:
     """Observe and fit one unit and store what it becomes. All processes observe; the first one fits."""
-    unit, state = trace.units[index], PartialState()
+    unit, state = trace.units[index], processes()
     with _Timed(spent, "observe"):
         seen = trace.observe(unit, method.NEEDS)
     if state.is_main_process:
@@ -129,7 +129,7 @@ def _store(trace: Trace, index: int, made: Mapping[str, DraftLinear], seen: Seen
         tensors |= {f"{name}.{key}": value.detach() for key, value in packed.named_parameters()}
         rows[name] = made[name].plan.to_dict()
     errors = {name: _error_db(unit, name, made[name], seen) for name in unit.layers if name in seen.layers}
-    tried = sum(getattr(draft, "tried", 0) for draft in made.values())
+    tried = sum(draft.tried for draft in made.values())
     trace.save_unit(index, tensors, {"layers": rows, "error_db": errors, "tried": tried})
 
 

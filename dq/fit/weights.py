@@ -21,7 +21,7 @@ from dq.trace.seen import LayerSeen
 
 
 @dataclass(frozen=True)
-class Wish:
+class WeightWish:
     """rank of the branch, 0 for none; rounding "nearest" or "gptq"; iterations of branch and rounding in turn."""
 
     rank: int = 0
@@ -30,7 +30,7 @@ class Wish:
 
 
 @torch.no_grad()
-def fit(made: DraftLinear, module: nn.Module, seen: LayerSeen, wish: Wish) -> list[float]:
+def fit(made: DraftLinear, module: nn.Module, seen: LayerSeen, wish: WeightWish) -> list[float]:
     """Set weight, scales and branch of a draft (smoothed and rotated already, branch empty).
 
     -> error of each variant tried, as a share of the output's power; the best one stays. Nearest rounding of the
@@ -48,7 +48,7 @@ def fit(made: DraftLinear, module: nn.Module, seen: LayerSeen, wish: Wish) -> li
     return errors
 
 
-def _variants(made: DraftLinear, seen: LayerSeen, wish: Wish) -> Iterator[tuple]:
+def _variants(made: DraftLinear, seen: LayerSeen, wish: WeightWish) -> Iterator[tuple]:
     """(rounded weight, its scales, down, up): to nearest without a branch, then what is wished for."""
     plan, weight = made.plan, made.weight.data.reshape(made.plan.rows, -1).clone()
     nothing = (weight[:0], weight[:, :0])

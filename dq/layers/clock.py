@@ -43,7 +43,9 @@ class Clock:
 class _ReadTimestep(ModelHook):
     def __init__(self, clock: Clock, name: str, position: int):
         super().__init__()
-        self.clock, self.name, self.position = clock, name, position
+        self.clock = clock
+        self.name = name
+        self.position = position
 
     def pre_forward(self, module: nn.Module, *args, **kwargs):
         if self.name not in kwargs and len(args) <= self.position:

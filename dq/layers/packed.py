@@ -117,7 +117,9 @@ class _Packed(_Frozen):
     op = "linear"
 
     def _allocate(self, plan: LayerPlan, has_bias: bool, compute_dtype: torch.dtype, device: str) -> None:
-        self.plan, self.compute_dtype, self.clock = plan, compute_dtype, None
+        self.plan = plan
+        self.compute_dtype = compute_dtype
+        self.clock = None
         self.backend = None  # one of its own, set by dq.set_backend for its model
         self._choice = self._bound = self._turn = None
         for name, (shape, dtype) in tensor_shapes(plan).items():
@@ -288,7 +290,9 @@ class PackedStack(_Frozen, nn.Module):
 
     def __init__(self, plan: LayerPlan, compute_dtype: torch.dtype, device: str = "meta"):
         super().__init__()
-        self.plan, self.compute_dtype, self.dtype = plan, compute_dtype, compute_dtype
+        self.plan = plan
+        self.compute_dtype = compute_dtype
+        self.dtype = compute_dtype
         for name, (shape, dtype) in tensor_shapes(plan).items():
             self.put(name, torch.empty(shape, dtype=dtype or compute_dtype, device=device))
         for name in ("zero", "scale_global"):

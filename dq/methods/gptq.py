@@ -27,5 +27,5 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     """Drafts of all layers of a unit that saw data."""
     made = {}
     for shared in groups.shared(unit, seen):
-        made |= groups.fit(shared, seen, None, dict.fromkeys(shared.plans, weights.Wish()))
+        made |= groups.fit(shared, seen, None, dict.fromkeys(shared.plans, weights.WeightWish()))
     return made

@@ -24,10 +24,10 @@ NEEDS = Needs(rows=4096, gram=True, absmax=True, hat=False)
 FORMATS = ("int8/channel", "int8/tensor/static")
 RECIPES = (Recipe("ptq4dm-w8a8", FORMATS, FORMATS, method="ptq4dm"),)
 BASELINE = Recipe("ptq4dm-w8a8-minmax", FORMATS, FORMATS, method="ptq4dm", options={"plain": True})
-PLAIN = static.Wish("minmax", smooth=False, shift=False, rotate=False, margins=(1.0,), round="nearest")
+PLAIN = static.StaticWish("minmax", smooth=False, shift=False, rotate=False, margins=(1.0,), round="nearest")
 
 
 def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     """Drafts of the unit's layers with stored ranges; weight-only layers are left to plain rounding."""
     asked = {key: value for key, value in options.items() if key != "plain"}
-    return static.layers(unit, seen, PLAIN if options.get("plain") else static.Wish(**asked))
+    return static.layers(unit, seen, PLAIN if options.get("plain") else static.StaticWish(**asked))

@@ -58,7 +58,7 @@ def rounded(
 ) -> tuple[DraftLinear, torch.Tensor]:
     """A draft whose weight is rounded by itself, and the weight (rows, columns) before that."""
     stored = plan.act is not None and plan.act.scale != "dynamic"
-    made = static.fit(module, plan, layer, seen, static.Wish(round="nearest")) if stored else draft(module, plan)
+    made = static.fit(module, plan, layer, seen, static.StaticWish(round="nearest")) if stored else draft(module, plan)
     start = made.unrounded().reshape(made.plan.rows, -1)
     if options.get("start", "gptq") == "gptq" and layer.gram is not None:
         weight, made.scales = rounding.gptq(start, made.plan, moments.rounded(layer, made), search=True)

@@ -62,24 +62,24 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     return made
 
 
-def _wish(plan: LayerPlan, module: nn.Module, options: Mapping) -> weights.Wish:
+def _wish(plan: LayerPlan, module: nn.Module, options: Mapping) -> weights.WeightWish:
     """A branch of as many columns as its bytes allow; none for weight-only layers."""
     rank = 0
     if options["rank"] is None:  # chosen under a budget
         rank = plan.rank
     elif plan.act is not None:
         rank = groups.affordable_rank(plan, options["rank"], options["share"], module.weight.element_size())
-    return weights.Wish(rank, iterations=2 if module.weight.numel() < WIDE else 1)
+    return weights.WeightWish(rank, iterations=2 if module.weight.numel() < WIDE else 1)
 
 
-def wish(plan: LayerPlan, shared: smooth.Shared, rank: int) -> smooth.Search:
+def wish(plan: LayerPlan, shared: smooth.Shared, rank: int) -> smooth.SmoothSearch:
     """What is tried for an input: rotations for linears, unsigned codes for one-sided 4-bit integers."""
     rotations = smooth.orders(plan) if plan.kind == "linear" else ()
     acts = ()
     if plan.act.format == "int4":
         acts = (replace(plan.act, format="int4a"), replace(plan.act, format="int4a", shift=GELU_SHIFT))
         acts = acts if _one_sided(shared) else acts[:1]
-    return smooth.Search(rank, rotations=rotations, acts=acts)
+    return smooth.SmoothSearch(rank, rotations=rotations, acts=acts)
 
 
 def _one_sided(shared: smooth.Shared) -> bool:

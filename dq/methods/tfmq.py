@@ -56,7 +56,7 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
         if temporal(plan) and options.get("temporal", True):
             made[name] = aligned(module, plan, layer, seen, options)
         elif plan.act is not None and plan.weight.spec.bits > LEARNED_BITS:
-            made[name] = static.fit(module, plan, layer, seen, static.Wish())
+            made[name] = static.fit(module, plan, layer, seen, static.StaticWish())
         else:
             made[name], targets[name] = qdiffusion.rounded(module, plan, layer, seen, options)
     few = {name: target for name, target in targets.items() if _few(made[name].plan)}

@@ -53,8 +53,8 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     for shared in groups.shared(unit, seen):
         shared.seen = _early(shared.seen)
         rotations = smooth.orders(shared.plan) if shared.plan.kind == "linear" and shared.plan.act else ()
-        wish = smooth.Search(betas=("1-alpha",), rotations=rotations) if shared.plan.act else None
-        made |= groups.fit(shared, seen, wish, dict.fromkeys(shared.plans, weights.Wish(rounding="nearest")))
+        wish = smooth.SmoothSearch(betas=("1-alpha",), rotations=rotations) if shared.plan.act else None
+        made |= groups.fit(shared, seen, wish, dict.fromkeys(shared.plans, weights.WeightWish(rounding="nearest")))
     return made
 
 

@@ -11,12 +11,11 @@ Layout: `<part>/calls/<run>-<number>.entry` (see `records`), `runs/<run>.json` o
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +30,10 @@ from dq.trace import policies
 from dq.trace.calibration import Calibration
 from dq.trace.records import Store
 from dq.trace.running import Call, Runner, drawing, kept_modes, modules_of, telling, watching
+from dq.trace.world import processes
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 SKETCH = 256  # numbers that stand for the latents of a call when calls are clustered
 
@@ -53,17 +56,17 @@ def capture(target, models: Mapping[str, nn.Module], calibration: Calibration, f
     if not bare and calibration.forward_loop is not None:
         raise DQError("calibration: forward_loop is for a bare model, got a pipeline; pass the model, or prompts")
     runner = None if bare else Runner(target, calibration)
-    world = _World()
-    if world.rank == 0:
+    world = processes()
+    if world.is_main_process:
         _claim(folder, _identity(target, models, calibration))
-    world.wait()
+    world.wait_for_everyone()
     session = _Session(models, folder, world)
     with kept_modes(models), aligned(modules_of(target)), torch.no_grad():
         if bare:
             _record_loop(session, target, calibration)
         else:
             _record_pipeline(session, runner, calibration, progress)
-    world.wait()
+    world.wait_for_everyone()
     silent = [
         name or type(models[name]).__name__ for name, store in session.stores.items() if not store.keys("calls/")
     ]
@@ -73,29 +76,18 @@ def capture(target, models: Mapping[str, nn.Module], calibration: Calibration, f
         raise DQError(f"denoiser {silent[0]!r} was never called at a recorded step; raise samples or name other steps")
 
 
-class _World:
-    """Rank, number of processes and barrier; alone unless accelerate or torchrun started several."""
-
-    def __init__(self):
-        self.rank, self.size, self.wait = 0, 1, lambda: None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from accelerate import PartialState
-
-            # without cpu=True, accelerate takes several processes without GPUs for one
-            state = PartialState(cpu=not torch.cuda.is_available())
-            self.rank, self.size, self.wait = state.process_index, state.num_processes, state.wait_for_everyone
-
-
 class _Session:
     """Stores of the parts, and marks of the runs that are done."""
 
-    def __init__(self, models: Mapping[str, nn.Module], folder: Path, world: _World):
-        self.models, self.folder, self.world = models, folder, world
+    def __init__(self, models: Mapping[str, nn.Module], folder: Path, world: PartialState):
+        self.models = models
+        self.folder = folder
+        self.world = world
         self.stores = {part: Store(folder / part) for part in models}
         self.counts: Counter[str] = Counter()
 
     def mine(self, runs) -> list[int]:
-        return [run for run in runs if run % self.world.size == self.world.rank]
+        return [run for run in runs if run % self.world.num_processes == self.world.process_index]
 
     def keep(self, call: Call, branches: list[int]) -> None:
         info = {"run": call.run, "step": call.step, "timestep": call.timestep, "branches": branches}
@@ -123,7 +115,7 @@ class _Session:
 
 def _record_loop(session: _Session, model: nn.Module, calibration: Calibration) -> None:
     """Every call of the user's loop, on the first process; a killed one starts anew."""
-    if session.world.rank != 0 or session.finished("loop", ""):
+    if not session.world.is_main_process or session.finished("loop", ""):
         return
     session.begin("")
     (part,) = session.models
@@ -144,7 +136,7 @@ def _record_pipeline(session: _Session, runner: Runner, calibration: Calibration
         for run in tqdm(missing, desc="calibrate: survey", disable=not progress):
             runner.run(run, session.models, pool.add)
             pool.finish(run)
-        session.world.wait()
+        session.world.wait_for_everyone()
         pairs = policies.choose(calibration, *pool.load(policies.runs(calibration)))
     else:
         pairs = policies.choose(calibration)

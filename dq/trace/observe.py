@@ -115,7 +115,11 @@ class Observer:
     def __init__(
         self, unit: Unit, needs: Needs, calls: int, buckets: int, twice: bool, apart: frozenset[str] = frozenset()
     ):
-        self.needs, self.calls, self.buckets, self.twice, self.apart = needs, calls, buckets, twice, apart
+        self.needs = needs
+        self.calls = calls
+        self.buckets = buckets
+        self.twice = twice
+        self.apart = apart
         self.name = unit.name
         self.layers = {name: _Layer(unit.layer(name), "expert" in name) for name in unit.layers}
         self.sums: dict[str, Sums] = {}
@@ -133,7 +137,9 @@ class Observer:
         Gives a function to be told the unit's own inputs: a unit that is itself a layer is being called already, and
         hooks set now would come too late.
         """
-        self._call, self._draws, self._inputs = call, {}, {}
+        self._call = call
+        self._draws = {}
+        self._inputs = {}
         if not hat:
             self._taken = {name: [] for name in self.layers}
 
@@ -241,7 +247,9 @@ class _Layer:
     """
 
     def __init__(self, module: nn.Module, routed: bool):
-        self.module, self.routed, self.linear = module, routed, isinstance(module, nn.Linear)
+        self.module = module
+        self.routed = routed
+        self.linear = isinstance(module, nn.Linear)
         self.dims = 0 if self.linear else len(module.kernel_size)
         self.has_gram = self.linear or module.groups == 1
         width = prod(module.weight.shape[1:])

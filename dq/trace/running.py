@@ -56,7 +56,9 @@ class Runner:
     """Calls a pipeline as its user would, one prompt at a time."""
 
     def __init__(self, pipe, calibration: Calibration):
-        self.pipe, self.calibration, self.texts = pipe, calibration, calibration.texts()
+        self.pipe = pipe
+        self.calibration = calibration
+        self.texts = calibration.texts()
         self.accepted = inspect.signature(pipe.__call__).parameters
         named = [name for name, item in self.accepted.items() if item.kind is not item.VAR_KEYWORD]
         for name in calibration.call_kwargs:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from dq.errors import DQError
@@ -31,6 +30,7 @@ from dq.trace.records import Store
 from dq.trace.replay import ABSENT, Replay, entry
 from dq.trace.seen import Needs, Seen, Unit, UnitCall
 from dq.trace.units import Hollow, map_tree
+from dq.trace.world import processes
 
 PIECES = 8  # calls are dealt into so many pieces; which process works on which piece changes nothing
 MOST_BUCKETS = 64
@@ -64,8 +64,7 @@ class Trace(Replay):
         Raises DQError when there are no calls.
         """
         super().__init__(model, Store(folder))
-        # without cpu=True, accelerate takes several processes without GPUs for one
-        self.seed, self._ranks = seed, PartialState(cpu=not torch.cuda.is_available())
+        self.seed, self._ranks = seed, processes()
         self._calls = self._store.keys("calls/")
         if not self._calls:
             raise DQError(f"{str(folder)!r} holds no recorded calls; record some with dq.Calibration first")

@@ -23,7 +23,7 @@ import dq
 from dq.bench import widths
 from dq.layers import packed_layers
 from eval.experiments import rows
-from eval.experiments.methods import branch_share, candidates
+from eval.experiments.methods import branch_share
 
 FILE = rows.FOLDER / "calibration_time.json"
 KEYS = ("model", "recipe", "budget_bits", "layers", "samples", "steps", "dtype", "device", "threads", "machine")
@@ -50,9 +50,7 @@ def main() -> None:
     built = time.perf_counter() - began
     row = {"model": "PixArt-Sigma 512 px", "build_seconds": round(built, 1), **vars(options)}
     row |= {"parameters": sum(p.numel() for p in model.parameters()), "threads": torch.get_num_threads()}
-    row |= {"call_seconds": round(call_seconds(model), 2)} | measure(model, options) | rows.stamp()
-    if options.device == "cuda":
-        row["machine"] = torch.cuda.get_device_name()
+    row |= {"call_seconds": round(call_seconds(model), 2)} | measure(model, options) | rows.stamp(options.device)
     rows.add(FILE, row, KEYS)
     show(row)
 
@@ -148,7 +146,7 @@ def measure(model: torch.nn.Module, options) -> dict:
         seconds, used = time.perf_counter() - began, time.process_time() - used
     figures = {"seconds": round(seconds, 1), "cpu_seconds": round(used, 1), "load": round(os.getloadavg()[0], 2)}
     figures |= {"seconds_a_block": round(seconds / options.layers, 2)}
-    figures |= {"peak_gib": round(peak_gib(options.device), 2), "candidates": candidates(report.notes)}
+    figures |= {"peak_gib": round(peak_gib(options.device), 2), "candidates": report.candidates}
     figures |= {"bytes": report.bytes_after, "bytes_before": report.bytes_before, "notes": report.notes}
     figures["branch_share"] = round(branch_share(packed_layers(model)), 4)
     return figures | {"profile_seconds": watch.seconds(seconds), "passes_seconds": watch.passes(seconds)}

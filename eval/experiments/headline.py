@@ -27,12 +27,12 @@ def headline() -> list[str]:
     """Three lines of markdown, each with a link to the page of its rows."""
     one, two = (_row("quality", "int8", model) for model in MODELS)
     other = f"{MODELS[1]}: {_size(two)}, {two['psnr_db']:.1f} dB"
-    first = f"to the fp32 pictures of the same seeds (`int8`, {MODELS[0]}; {other})."
+    first = f"to the fp32 pictures of the same seeds (`int8`, {MODELS[0]}; {other}){_mark(one, two)}."
     fast = {row["contender"]: row["times_bf16"] for row in _kernels("flux")}
     rivals = ", ".join(f"{name} {fast[key]:.2f}" for name, key in RIVALS.items())
     second = f"at the widths of FLUX, random weights, 2 CPU cores with AVX512 (`int8`; beside it, compiled: {rivals})."
     return [
-        f"- [**8 bits: {_size(one)} the bytes, {one['psnr_db']:.1f} dB**]({QUALITY}) {first}{_mark(one, two)}",
+        f"- [**8 bits: {_size(one)} the bytes, {one['psnr_db']:.1f} dB**]({QUALITY}) {first}",
         f"- [**{fast['dq-int8']:.2f} times as fast as bf16**]({SPEED}) {second}",
         _four_bits(),
     ]
@@ -42,15 +42,15 @@ def _four_bits() -> str:
     one, two = (_row("methods", "svdquant-int4", model) for model in MODELS)
     plain = [_row("methods", "plain of svdquant-int4", model) for model in MODELS]
     told = f"where plain rounding of the same layers has {plain[0]['psnr_db']:.1f} (`svdquant-int4`, {MODELS[0]}; "
-    told += f"{MODELS[1]}: {_size(two)}, {two['psnr_db']:.1f} and {plain[1]['psnr_db']:.1f} dB)."
-    return (
-        f"- [**4 bits: {_size(one)} the bytes, {one['psnr_db']:.1f} dB**]({METHODS}) {told}{_mark(one, two, *plain)}"
+    told += (
+        f"{MODELS[1]}: {_size(two)}, {two['psnr_db']:.1f} and {plain[1]['psnr_db']:.1f} dB){_mark(one, two, *plain)}."
     )
+    return f"- [**4 bits: {_size(one)} the bytes, {one['psnr_db']:.1f} dB**]({METHODS}) {told}"
 
 
 def needs() -> list[str]:
     """Markdown lines: need, recipe, bits, size, decibels and minutes of calibration on both embedded models."""
-    head = ["you want", "recipe", "weights, activations", "size", "PSNR, dB", "calibration, min", "rows"]
+    head = ["you want", "recipe", "bits", "size, of fp32", "PSNR, dB", "calibration, min", "rows"]
     return table(head, [_needed(*given) for given in NEEDS])
 
 
@@ -70,7 +70,10 @@ def _either(numbers: set[int]) -> str:
 
 def _needed(need: str, recipe: str, page: str, entry: str) -> list[str]:
     found = [_row(page, entry or recipe, model) for model in MODELS]
-    sizes, decibels = ", ".join(map(_size, found)), ", ".join(f"{row['psnr_db']:.1f}" for row in found)
+    sizes, decibels = (
+        ", ".join(_size(row).rstrip("x") for row in found),
+        ", ".join(f"{row['psnr_db']:.1f}" for row in found),
+    )
     fitted = bool(entry) or cookbook.get(recipe).needs_calibration
     minutes = ", ".join(f"{row['seconds'] / 60:.1f}" for row in found) if fitted else "none"
     link = f"[{page}](docs/results/{page}.md)" + _mark(*found)
@@ -78,9 +81,9 @@ def _needed(need: str, recipe: str, page: str, entry: str) -> list[str]:
 
 
 def _bits(recipe: Recipe, mixed: bool) -> str:
-    """`4, 8`: bits of most weights and of activations; of weights under a budget their mean."""
+    """`W4A8`: bits of most weights and of activations; of weights under a budget their mean."""
     weight, act = (None if text is None else TensorPlan.parse(text).spec.bits for text in recipe.linear)
-    return ("5 on average" if mixed else f"{weight}") + ("" if act is None else f", {act}")
+    return ("W5, mean" if mixed else f"W{weight}") + ("" if act is None else f"A{act}")
 
 
 def _row(page: str, name: str, model: str) -> dict:

@@ -22,6 +22,7 @@ from eval.markdown import table
 SHAPES = {"linear": (1152, 1152), "conv": (320, 320, 3, 3)}
 CONV = Conv((1, 1), (1, 1), (1, 1), 1)
 AVX512 = ("avx512_vnni", "avx512_bf16")
+UNTIMED = ", not measured"
 TIMES = ("speed.json", "kernels.json", "eval.json")
 
 Pair = tuple[str, str | None]  # formats of a weight and of activations, as recipes write them
@@ -48,7 +49,7 @@ class Processor:
 
 PROCESSORS = (
     Processor("CPU, AVX512-VNNI and bf16", Machine()),
-    Processor("other x86", Machine(cpu="this processor lacks AVX512 with VNNI and bf16")),
+    Processor("x86 without VNNI", Machine(cpu="this processor lacks AVX512 with VNNI and bf16", vnni=False)),
     *(Processor(gpu, Machine(gpu)) for gpu in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")),
 )
 GPUS = {"sm_80": "A100", "sm_86": "RTX 30", "sm_89": "RTX 40, L4", "sm_90": "H100", "sm_100": "B200"}
@@ -74,10 +75,10 @@ def word(kind: str, pair: Pair, processor: Processor) -> str:
     with kernels.imagined(processor.machine):
         name, _ = kernels.chosen(kind, given, processor.device, CONV if kind == "conv" else None, "auto")
     if kernels.emulates(name, kind, given):
-        return "emulated" if processor.device == "cpu" else "emulated, not measured"
+        return "emulated"
     how = "decoded" if given.act is None else "native"
     label = kernels.backends()[name].label(kind, given)
-    return how if timed(label, processor) else f"{how}, not measured"
+    return how if timed(label, processor) else how + UNTIMED
 
 
 def timed(label: str, processor: Processor) -> bool:
@@ -115,11 +116,18 @@ def matrix(kinds: Iterable[str] = ("linear", "conv")) -> list[str]:
         else:
             columns.append(([processor], words))
     found: dict[tuple, list[str]] = {}
-    for (kind, (weight, act)), *words in zip(listed, *(words for _, words in columns), strict=True):
-        shown = ("convolution, " if kind == "conv" else "") + f"`{weight}`"
-        found.setdefault((shown, *words), []).append(f"`{act}`" if act else "floating point")
-    heads = ["weights", "activations", *(_head(group) for group, _ in columns)]
-    return table(heads, [[shown, ", ".join(acts), *words] for (shown, *words), acts in found.items()])
+    shown = [words if _measured(words) else [each.removesuffix(UNTIMED) for each in words] for _, words in columns]
+    for (kind, (weight, act)), *words in zip(listed, *shown, strict=True):
+        name = ("convolution, " if kind == "conv" else "") + weight
+        found.setdefault((name, *words), []).append(act or "floating point")
+    heads = [_head(group) + ("" if _measured(words) else f": {UNTIMED[2:]}") for group, words in columns]
+    lines = [[name, ", ".join(acts), *words] for (name, *words), acts in found.items()]
+    return table(["weights", "activations", *heads], lines)
+
+
+def _measured(words: Iterable[str]) -> bool:
+    """Whether anything of a column was timed; else its head says that nothing was, once for all."""
+    return any(each in ("native", "decoded") for each in words)
 
 
 def _head(group: list[Processor]) -> str:

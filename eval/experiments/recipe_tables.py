@@ -26,22 +26,20 @@ TITLE = re.compile(r"(?P<name>[^:]+): (?P<idea>.*?)\. (?P<source>.+)", re.DOTALL
 
 def recipes() -> list[str]:
     """Markdown lines: what each recipe does to linears and convolutions, whose idea it is, and what it needs."""
-    head = ["recipe", "linears", "convolutions", "method", "calibration", "while loading", "status"]
+    head = ["recipe", "linears", "convolutions", "method", "calibration", "status"]
     return table(head, map(_cells, map(cookbook.get, cookbook.names())))
 
 
 def _cells(recipe: Recipe) -> list[str]:
-    needs = recipe.needs_calibration
     layers = [_layers(recipe, kind) for kind in ("linear", "conv")]
     found = _method(recipe) + (SAGE if recipe.attention else "")
-    return [f"`{recipe.name}`", *layers, found, "yes" if needs else "no", "no" if needs else "yes", recipe.status]
+    return [f"`{recipe.name}`", *layers, found, "yes" if recipe.needs_calibration else "no", recipe.status]
 
 
 def _layers(recipe: Recipe, kind: str) -> str:
     """Formats of a kind of layer: weights, or those a method chooses among, and activations."""
     weight, act = getattr(recipe, kind)
-    weights = " or ".join(f"`{choice}`" for choice in recipe.options.get("choices", (weight,)))
-    formats = weights + (f" x `{act}`" if act else "")
+    formats = " or ".join(recipe.options.get("choices", (weight,))) + (f" x {act}" if act else "")
     return formats + (", emulated" if matrix.emulated_on_cpu(recipe, kind) else "")
 
 
@@ -97,7 +95,7 @@ def gpus() -> list[str]:
     for arch in configs.ARCHITECTURES:
         units = [unit for unit in UNITS if arch not in triton.WITHOUT.get(unit, ())]
         names = ", ".join(filter(None, [matrix.GPUS.get(arch, ""), *(f"also {chip}" for chip in _alike(arch))]))
-        timed = f"{len(configs.shipped(arch)['best'])} problems" if configs.shipped(arch)["measured"] else "no"
+        timed = f"{len(configs.shipped(arch)['best'])} problems" if configs.measured(arch) else "no"
         lines.append([f"`{arch}`", names, ", ".join(units), timed])
     return table(["architecture", "for example", "matrix units that kernels use", "tile sizes timed"], lines)
 

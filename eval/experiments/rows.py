@@ -28,9 +28,19 @@ def add(path: Path, row: dict, keys: tuple[str, ...]) -> None:
     write_json(path, {"rows": rows})
 
 
-def stamp() -> dict:
-    """Commit (with `+` when files differ from it), versions and machine of the rows measured now."""
-    return {"commit": _commit(), "versions": {name: version(name) for name in PACKAGES}, "machine": _machine()}
+def stamp(device: str = "cpu") -> dict:
+    """Commit (with `+` when files differ from it), versions and machine of the rows measured now on a device type."""
+    machine = _gpu() if device == "cuda" else _machine()
+    return {"commit": _commit(), "versions": {name: version(name) for name in PACKAGES}, "machine": machine}
+
+
+def _gpu() -> str:
+    """`NVIDIA H100 80GB HBM3 (sm_90)`: the support matrix looks for the architecture."""
+    import torch  # here: the command line answers without it
+
+    from dq import kernels
+
+    return f"{torch.cuda.get_device_name()} ({kernels.architecture()})"
 
 
 def _commit() -> str:

@@ -56,9 +56,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def alone(options: argparse.Namespace) -> None:
     """Rows of dq next to full precision."""
-    load, stamp = round(os.getloadavg()[0], 2), rows.stamp()
-    if options.device == "cuda":
-        stamp["machine"] = torch.cuda.get_device_name()
+    load, stamp = round(os.getloadavg()[0], 2), rows.stamp(options.device)
     for recipe in options.recipes:
         for dtype in options.dtypes:
             timings = [step(name, recipe, options.device, DTYPES[dtype], options.seconds) for name in tiny.NAMES]

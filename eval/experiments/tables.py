@@ -23,16 +23,7 @@ OLD_SAYS = (
 
 def quality(found: list[dict], version: str) -> list[str]:
     """Markdown lines of the quality table; version: of today's code."""
-    head = [
-        "model",
-        "recipe",
-        "computes in",
-        "size",
-        "PSNR to fp32, dB",
-        "worst",
-        "caption accuracy",
-        "kernels (layers)",
-    ]
+    head = ["model", "recipe", "computes in", "size", "PSNR to fp32, dB", "worst", "caption accuracy", "kernel"]
     return table(head, [_quality_cells(row, row.get("version") != version) for row in found])
 
 
@@ -40,9 +31,14 @@ def _quality_cells(row: dict, old: bool) -> list[str]:
     name = "not quantized" if row["recipe"] == "none" else f"`{row['recipe']}`"
     share = "" if row["bytes_share"] is None else f"{row['bytes_share']:.2f}x"
     accuracy = f"{100 * row['caption_accuracy']:.0f} % (fp32: {100 * row['caption_accuracy_fp32']:.0f} %)"
-    kernels = ", ".join(f"{name} ({count})" for name, count in row["kernels"].items()) or "torch"
     cells = [row["model"], name + (OLD if old else ""), SHORT[row["dtype"]], share, decibels(row)]
-    return [*cells, f"{row['psnr_db_worst']:.1f}", accuracy, kernels]
+    return [*cells, f"{row['psnr_db_worst']:.1f}", accuracy, _kernel(row["kernels"])]
+
+
+def _kernel(kernels: Mapping[str, int]) -> str:
+    """The kernel of most layers."""
+    name, count = max(kernels.items(), key=lambda item: item[1], default=("torch", 0))
+    return f"{name} ({count} of {sum(kernels.values())})" if count else name
 
 
 def decibels(row: Mapping) -> str:
@@ -89,12 +85,11 @@ def methods(found: list[dict]) -> list[str]:
 def _method_cells(row: dict, gain: float | None, old: bool) -> list[str]:
     noise = " / ".join(f"{row[f'noise_sqnr_{third}_db']:.1f}" for third in ("early", "middle", "late"))
     accuracy = f"{100 * row['caption_accuracy']:.0f} % (fp32: {100 * row['caption_accuracy_fp32']:.0f} %)"
-    kernel, count = max(row["kernels"].items(), key=lambda item: item[1])
     cells = [row["model"], row["row"] + (OLD if old else ""), row["bits"]]
     cells += [decibels(row) + ("" if gain is None else f" ({gain:+.1f})"), f"{row['feature_distance']:.3f}", accuracy]
     branch = f"{100 * row['branch_share']:.0f} %" if row["branch_share"] else ""
     cells += [noise, f"{row['bytes'] / row['fp32_bytes']:.2f}x", branch]
-    return [*cells, f"{row['seconds']:.0f}", f"{kernel} ({count} of {sum(row['kernels'].values())})"]
+    return [*cells, f"{row['seconds']:.0f}", _kernel(row["kernels"])]
 
 
 def peers(found: list[dict]) -> list[str]:

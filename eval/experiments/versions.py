@@ -1,7 +1,8 @@
 """Versions of result rows: a hash of the code behind a figure, so that a test can call a row old.
 
-Comments, docstrings, layout, imports and the place of a definition change no figure and do not count: a file may be
-moved or cut in two and its rows stay what they were. Of C++ the includes count, the files' names and order do not.
+Comments, docstrings, annotations, layout, imports and the place of a definition change no figure and do not count: a
+file may be moved or cut in two and its rows stay what they were. Of C++ the includes count, the files' names and order
+do not.
 """
 
 import ast
@@ -20,9 +21,15 @@ def code(roots: Iterable[Path]) -> str:
 
 
 def definitions(path: Path) -> Iterator[str]:
-    """Source of each top-level statement of a file, without imports, comments, docstrings and layout."""
+    """Source of each top-level statement of a file, without imports, comments, docstrings, annotations and layout."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        if isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(...)  # a field stays a field
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) is not None else node.body
             node.body = [item for item in body if not isinstance(item, PLACES)] or [ast.Pass()]

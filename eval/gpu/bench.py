@@ -251,7 +251,7 @@ def main() -> None:
         print("eval.gpu.bench: no CUDA device is visible; run it on a machine with a GPU", file=sys.stderr)
         raise SystemExit(2)
     torch.manual_seed(0)
-    stamp = rows.stamp() | {"machine": torch.cuda.get_device_name()}
+    stamp = rows.stamp("cuda")
     stamp["versions"]["triton"] = version("triton")
 
     def note(what: str, contender: str, shape: tuple[int, ...], ms: float, operations: int = 0, **more) -> None:

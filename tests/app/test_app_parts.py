@@ -17,7 +17,7 @@ from PIL import Image
 
 import dq
 from demo import compare, drawing, job, models, quantizing, sessions
-from demo.drawing import Wish
+from demo.drawing import Request
 from dq.errors import DQError
 from eval import metrics
 from pipelines import tiny
@@ -138,7 +138,7 @@ def test_a_quantized_pipeline_is_refused_as_an_original(places, tmp_path):
 )
 def test_inputs_are_bounded(asked, text):
     with pytest.raises(DQError, match=re.escape(text)):
-        Wish(**{"prompt": "a red circle"} | asked)
+        Request(**{"prompt": "a red circle"} | asked)
 
 
 def test_drawing_stops_at_the_next_step(places):
@@ -151,7 +151,7 @@ def test_drawing_stops_at_the_next_step(places):
 
     with pytest.raises(sessions.Stopped):
         drawing.draw(
-            tiny.load("tiny-sd"), Wish("a red circle", steps=50), tiny.CALL["tiny-sd"], drawing.Watch(stop, tell)
+            tiny.load("tiny-sd"), Request("a red circle", steps=50), tiny.CALL["tiny-sd"], drawing.Watch(stop, tell)
         )
     assert seen == [0, 1, 2, 3]
 
@@ -160,7 +160,7 @@ def test_drawing_stops_at_the_next_step(places):
 def test_what_is_drawn_is_what_the_pipeline_draws(name):
     pipe = tiny.load(name)
     watch = drawing.Watch(threading.Event(), lambda step: None)
-    mine = drawing.draw(pipe, Wish("a red circle", seed=3, steps=3, guidance=2.0), tiny.CALL[name], watch)
+    mine = drawing.draw(pipe, Request("a red circle", seed=3, steps=3, guidance=2.0), tiny.CALL[name], watch)
     call = tiny.CALL[name] | {"num_inference_steps": 3, "guidance_scale": 2.0}
     theirs = pipe("a red circle", generator=torch.Generator().manual_seed(3), **call).images[0]
     assert mine.frames[0].tobytes() == theirs.convert("RGB").tobytes() and not mine.video
@@ -171,7 +171,7 @@ def test_what_the_pipeline_refuses_is_told_in_one_line():
     watch = drawing.Watch(threading.Event(), lambda step: None)
     pipe = tiny.load("tiny-sd")
     with pytest.raises(DQError, match="StableDiffusionPipeline: "):
-        drawing.draw(pipe, Wish("x", steps=1), {"callback_on_step_end_tensor_inputs": ["none"]}, watch)
+        drawing.draw(pipe, Request("x", steps=1), {"callback_on_step_end_tensor_inputs": ["none"]}, watch)
 
 
 def test_the_kernel_table_counts_every_layer():

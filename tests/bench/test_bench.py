@@ -37,7 +37,7 @@ class Here:
     lost: tuple = ()
 
     def __init__(self, environment, setting):
-        self.runner, self.environment = peers.Runner(setting.threads), environment
+        self.runner, self.environment = peers.Contestant(setting.threads), environment
 
     def ask(self, order, *arguments, patience=None):
         self.log.append((order, arguments))

@@ -54,7 +54,7 @@ def test_processors_own_the_rows_that_were_measured_on_them():
         return [processor.name for processor in PROCESSORS if processor.owns({"machine": machine})]
 
     assert owners("2 cores AMD EPYC (avx512_vnni, avx512_bf16)") == [PROCESSORS[0].name]
-    assert owners("2 cores AMD EPYC (avx_vnni)") == owners("8 cores old (no low-precision units)") == ["other x86"]
+    assert owners("2 cores AMD EPYC (avx_vnni)") == owners("8 cores (none)") == [PROCESSORS[1].name]
     assert owners("NVIDIA H100 80GB HBM3 (sm_90)") == ["sm_90"]
 
 

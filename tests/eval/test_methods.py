@@ -76,7 +76,7 @@ def test_an_entry_that_fails_leaves_the_others(place, monkeypatch):
 def test_a_row_taken_by_another_process_is_left_to_it(place):
     code = f"""
 import sys, pathlib
-from eval import methods
+from eval.experiments import methods
 methods.WORK = pathlib.Path({str(methods.WORK)!r})
 with methods.claimed("tiny-pixart stand-in"):
     print("holding", flush=True)
@@ -152,11 +152,6 @@ def test_bits_name_convolutions_apart():
     assert methods.bits({"a": replace(LAYER, act=None)}) == "W4"
 
 
-def test_candidates_are_read_from_the_notes_of_a_report():
-    assert methods.candidates(["34 units, 21.5 candidates tried a layer; peak memory 1.0 GiB"]) == 21.5
-    assert methods.candidates([]) is None
-
-
 def test_calibration_prompts_are_none_of_the_evaluation(monkeypatch):
     monkeypatch.setattr(methods.dq, "Calibration", lambda **given: given, raising=False)
     given = methods.calibration(
@@ -180,6 +175,10 @@ def test_the_version_follows_code_and_options_but_not_comments(tmp_path):
     before = version()
     path.write_text("A = 1\n\n\ndef f():\n    return 1\n")
     assert version() == before and "Doc" not in versions.code([path])
+    path.write_text("A: int = 1\n\n\ndef f() -> int:\n    return 1\n")
+    assert version() != before, "a name became a field"
+    path.write_text("A = 1\n\n\ndef f() -> int:\n    return 1\n")
+    assert version() == before
     path.write_text("import sys\n\nA = 1\n")
     other.write_text("def f():\n    return 1\n")
     assert version() == before, "the file was cut in two"
@@ -189,7 +188,7 @@ def test_the_version_follows_code_and_options_but_not_comments(tmp_path):
     assert methods.version(entry) == methods.version(replace(entry, against="x"))
     assert methods.version(entry) != methods.version(replace(entry, options={"a": 1}))
     names = {path.name for path in versions.sources(methods.roots(""))}
-    assert {"integer.py", "torchops.py", "layers.py", "plan.py"} <= names and "commands.py" not in names
+    assert {"integer.py", "torchops.py", "packed.py", "plan.py"} <= names and "commands.py" not in names
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,7 @@ def test_the_unit_stays_as_it_was(unit):
     assert unit.module.training and type(unit.module.up) is nn.Linear
     assert [p.requires_grad for p in unit.module.parameters()] == flags
     assert all(p.grad is None for p in (*unit.module.parameters(), *made["blocks.0.up"].parameters()))
-    assert "rounded_weight" not in vars(made["blocks.0.up"])
+    assert made["blocks.0.up"].soft is None
 
 
 def test_what_does_not_help_is_taken_back(unit):

@@ -164,7 +164,7 @@ def test_moments_are_those_of_the_transformed_input(kind):
 def test_the_search_is_never_worse_than_nothing_and_says_the_truth(seed, rank, act):
     module, x = linear(seed=seed), rows(seed=seed, factor=1.0 + 3 * seed)
     plan = plan_of(module, act=act)
-    found = smooth.search(shared(module, plan, x), smooth.Search(rank, rotations=smooth.orders(plan)))
+    found = smooth.search(shared(module, plan, x), smooth.SmoothSearch(rank, rotations=smooth.orders(plan)))
     assert found.error <= found.before and found.tried > 6
 
     def measured(change):
@@ -180,7 +180,7 @@ def test_the_search_is_never_worse_than_nothing_and_says_the_truth(seed, rank, a
 def test_nothing_wins_where_every_smoothing_hurts():
     module, x = linear(), rows(factor=1.0)
     misleading = torch.logspace(-2, 2, 64)[torch.randperm(64, generator=generator(3))].expand(2, 2, 64)
-    found = smooth.search(shared(module, plan_of(module), x, absmax=misleading), smooth.Search())
+    found = smooth.search(shared(module, plan_of(module), x, absmax=misleading), smooth.SmoothSearch())
     assert found.best.label == "none" and found.error == found.before
     assert found.reason == f"best of {found.tried}: input as it is"
 
@@ -188,7 +188,7 @@ def test_nothing_wins_where_every_smoothing_hurts():
 @pytest.mark.parametrize(("act", "gain"), [("int8/token", 6), ("int4/token", 4), ("int4/group:16", 3)])
 def test_outlier_channels_are_smoothed_away(act, gain):
     module, x = linear(), rows()
-    found = smooth.search(shared(module, plan_of(module, act=act), x), smooth.Search())
+    found = smooth.search(shared(module, plan_of(module, act=act), x), smooth.SmoothSearch())
     assert found.best.smooth is not None and decibels(found.before, found.error) > gain
     assert found.best.smooth[[3, 17, 40]].max() < found.best.smooth.median()
     assert found.best.label in found.reason and found.reason.endswith(" dB")
@@ -201,8 +201,8 @@ def test_outliers_that_move_from_row_to_row_are_rotated_away():
     x[torch.arange(512), where] *= 60.0
     plan = plan_of(module, weight="int8/channel", act="int4/token")
     around = shared(module, plan, x)
-    without = smooth.search(around, smooth.Search())
-    found = smooth.search(around, smooth.Search(rotations=smooth.orders(plan)))
+    without = smooth.search(around, smooth.SmoothSearch())
+    found = smooth.search(around, smooth.SmoothSearch(rotations=smooth.orders(plan)))
     assert found.best.rotate == 64 and decibels(without.error, found.error) > 3
 
 
@@ -312,7 +312,12 @@ def test_wide_layers_have_the_published_rank():
 # --- branch and rounding ---------------------------------------------------------------------------------------------
 
 
-WISHES = [weights.Wish(0, "nearest"), weights.Wish(0), weights.Wish(4, "nearest"), weights.Wish(4, iterations=3)]
+WISHES = [
+    weights.WeightWish(0, "nearest"),
+    weights.WeightWish(0),
+    weights.WeightWish(4, "nearest"),
+    weights.WeightWish(4, iterations=3),
+]
 
 
 @torch.no_grad()
@@ -346,7 +351,7 @@ def test_a_branch_takes_outlier_directions_out_of_the_weight():
     plan, found = plan_of(module, weight="int4/channel"), {}
     for rank in (0, 2, 8):
         made = smooth.transformed(module, plan, smooth.Transform())
-        weights.fit(made, module, seen_of(x), weights.Wish(rank, "nearest"))
+        weights.fit(made, module, seen_of(x), weights.WeightWish(rank, "nearest"))
         found[rank] = error(made, module, x)
         assert made.plan.rank == rank and (rank == 0 or made.proj_down.shape == (rank, 64))
     assert decibels(found[0], found[2]) > 10 and found[8] < found[2]
@@ -361,7 +366,7 @@ def test_gptq_makes_up_for_errors_where_inputs_go_together():
     )
     plan = plan_of(module, weight="int4/channel", act=None)
     made = smooth.transformed(module, plan, smooth.Transform())
-    weights.fit(made, module, seen_of(train), weights.Wish())
+    weights.fit(made, module, seen_of(train), weights.WeightWish())
     assert error(made, module, new) < 0.5 * error(draft(module, plan), module, new)
 
 
@@ -372,6 +377,6 @@ def test_the_worst_of_several_wishes_is_thrown_away():
     wrong = torch.randn(64, 2, generator=generator(9))
     plan = plan_of(module, weight="int4/channel", act=None)
     made = smooth.transformed(module, plan, smooth.Transform())
-    errors = weights.fit(made, module, seen_of(x, gram=wrong @ wrong.t() * 100), weights.Wish())
+    errors = weights.fit(made, module, seen_of(x, gram=wrong @ wrong.t() * 100), weights.WeightWish())
     assert errors[1] > errors[0]
     assert torch.equal(made.rounded_weight(), draft(module, plan).rounded_weight())

@@ -498,8 +498,9 @@ def test_class_labels_are_drawn_and_their_empty_half_comes_second(tmp_path):
 def test_processes_deal_out_the_runs_and_together_record_the_same(pixart, tmp_path, monkeypatch):
     record(pixart, tmp_path / "one", policy="uniform")
     for rank in (0, 1):
-        world = SimpleNamespace(rank=rank, size=2, wait=lambda: None)
-        monkeypatch.setattr(capture_module, "_World", lambda world=world: world)
+        world = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=rank == 0)
+        world.wait_for_everyone = lambda: None
+        monkeypatch.setattr(capture_module, "processes", lambda world=world: world)
         if rank == 0:  # whose check for silent denoisers comes after the barrier
             record(pixart, tmp_path / "two", policy="uniform")
             assert files(tmp_path / "one") != files(tmp_path / "two")
