@@ -8,7 +8,7 @@ PY := .venv/bin/python
 READY := .venv/.installed .venv/.native
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all lint table eval app docs
+.PHONY: demo test test-all lint types table eval app gpu docs
 
 demo: $(READY)
 	$(PY) -m pipelines.first_pictures
@@ -24,6 +24,9 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
+types: $(READY)
+	$(PY) -m basedpyright
+
 # two processes of one thread each share the pictures
 eval: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --nproc-per-node 2 -m eval run eval/suites/tiny.yaml --out out/eval/tiny
@@ -34,6 +37,10 @@ app: $(READY)
 table: $(READY)
 	$(PY) -m eval.experiments.tables --write
 	$(PY) -m eval.experiments.plots
+
+# on a machine with a card: checks, tiles, times
+gpu: $(READY)
+	$(PY) -m eval.gpu.bench
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict

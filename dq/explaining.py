@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,7 +51,7 @@ def kept_row(part: str, model: nn.Module, name: str, reason: str) -> Row:
     return Row(full, kind, None, None, 0, parameter_bytes(layer), None, reason)
 
 
-def with_kernels(rows: list[Row], models: Mapping[str, object]) -> list[Row]:
+def with_kernels(rows: list[Row], models: Mapping[str, Any]) -> list[Row]:
     """Rows with the kernel that serves each packed layer, and the refusals of those preferred to it."""
     found = {}
     for part, entry in models.items():
@@ -79,6 +80,6 @@ def dense_bytes(model: nn.Module) -> int:
     total = parameter_bytes(model) - sum(parameter_bytes(layer) for layer in packed.values())
     for layer in packed.values():
         elements = layer.plan.rows * layer.plan.columns
-        bias = getattr(layer, "bias", None)
+        bias: torch.Tensor | None = getattr(layer, "bias", None)
         total += (elements + (0 if bias is None else bias.numel())) * layer.compute_dtype.itemsize
     return total

@@ -5,6 +5,8 @@ A plan is checked against the model before anything is changed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import ModelMixin
 from torch import nn
@@ -40,9 +42,9 @@ def _found(model: nn.Module, name: str) -> tuple[str | None, tuple[int, ...]]:
         owner = model.get_submodule(home)
     except AttributeError:
         return None, ()
-    if owner._parameters.get(key) is not None:
-        return "stack", tuple(owner._parameters[key].shape)
-    module = owner._modules.get(key)
+    if (stack := owner._parameters.get(key)) is not None:
+        return "stack", tuple(stack.shape)
+    module: Any = owner._modules.get(key)
     if module is None or (kind := kind_of(module)) is None:
         return type(module).__name__ if module is not None else None, ()
     return kind, tuple(module.weight.shape)
@@ -65,7 +67,7 @@ def swap(model: nn.Module, plan: Plan, compute_dtype: torch.dtype, device: str =
         if layer.kind == "stack":
             packed = PackedStack(layer, compute_dtype, device)
         else:
-            old = model.get_submodule(name)
+            old: Any = model.get_submodule(name)
             packed = PACKED[layer.kind].like(old, layer, compute_dtype, device).train(old.training)
         put(model, name, packed)
 
@@ -76,7 +78,7 @@ def pack_one(model: nn.Module, name: str, plan: LayerPlan, weight: torch.Tensor,
     if plan.kind == "stack":
         packed = layers.pack_stack(name, weight, plan, dtype)
     else:
-        old = model.get_submodule(name)
+        old: Any = model.get_submodule(name)
         packed = PACKED[plan.kind].like(old, plan, dtype, "meta").train(old.training)
         layers.fill(name, packed, weight)
         if old.bias is not None and not old.bias.is_meta:

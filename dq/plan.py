@@ -175,7 +175,7 @@ class LayerPlan:
         if not (sizes and isinstance(weight, str) and isinstance(act, str | None)):
             got = f"layer {name!r} of the plan: got shape {shape!r}, weight {weight!r}, act {act!r}"
             raise DQError(f"{got}, expected for example [64, 32], 'int8/channel' and null")
-        values = dict(row, shape=tuple(shape), weight=TensorPlan.parse(weight, checked))
+        values: dict[str, Any] = dict(row, shape=tuple(shape), weight=TensorPlan.parse(weight, checked))
         values["act"] = TensorPlan.parse(act, checked) if act else None
         values["splits"] = tuple(row.get("splits", ()))
         plan = cls(**values)
@@ -290,7 +290,9 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: dict) -> Recipe:
         _check_fields(cls, data, "recipe")
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+        }
         recipe = cls(**values)
         _check_attention(recipe.attention, f"recipe {recipe.name!r}")
         if recipe.status not in STATUS:

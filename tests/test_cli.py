@@ -133,7 +133,7 @@ def test_inspect_says_what_explain_says_without_reading_weights(monkeypatch, fol
     assert {row["name"]: row for row in shown["layers"]} == by_name
     assert run(monkeypatch, "inspect", folder, "--json") == 0
     for row in json.loads(capsys.readouterr().out)["layers"]:
-        assert row == by_name[row["name"]] | {"kernel": "", "backend": "", "why_not": []}
+        assert row == by_name[row["name"]] | {"backend": "", "kernel": "", "emulated": False, "why_not": []}
     assert run(monkeypatch, "inspect", folder) == 0
     assert "add --device cpu" in capsys.readouterr().out
 

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ def linears(recipe: str, device: str, dtype: torch.dtype = torch.bfloat16, secon
     wanted = cookbook.get(recipe)
     if not isinstance(wanted, Recipe):
         raise DQError(f"recipe {recipe!r} is a plan; dq bench takes a recipe name")
-    weight, act = (text and TensorPlan.parse(text) for text in wanted.linear)
+    weight, act = TensorPlan.parse(wanted.linear[0]), wanted.linear[1] and TensorPlan.parse(wanted.linear[1])
     rows = []
     for count, inputs, outputs in tqdm(SHAPES, desc="bench linears", delay=2):
         full = nn.Linear(inputs, outputs, device=device, dtype=dtype)
@@ -86,7 +87,7 @@ def denoiser(pipe, name: str, prompt: str = "a red circle", seconds: float = 5.0
     full = copy.deepcopy(quantized)
     dequantize(full)
     inputs = recorded_inputs(pipe, name, prompt, **call)
-    choices = [layer.choice for layer in found.values() if hasattr(layer, "op")]
+    choices = [layer.choice for layer in found.values() if not isinstance(layer, layers.PackedStack)]
     labels = dict.fromkeys(choice.label for choice in choices)
     run = lambda model: model(*inputs[0], **inputs[1])  # noqa: E731
     timing = _timing(f"{type(quantized).__name__} step", full, quantized, run, seconds, ", ".join(labels))
@@ -94,7 +95,7 @@ def denoiser(pipe, name: str, prompt: str = "a red circle", seconds: float = 5.0
     return replace(timing, emulated=any(choice.emulated for choice in choices), lines=lines)
 
 
-def layer_work(layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> roofline.Work:
+def layer_work(layer: Any, x: torch.Tensor, y: torch.Tensor) -> roofline.Work:
     """What one call of a packed linear or convolution has to move and compute."""
     unit = roofline.unit_of(layer.plan, layer.choice.emulated, x.dtype)
     width, bias = x.element_size(), layer.bias is not None
@@ -132,7 +133,7 @@ class _Kernels(TorchFunctionMode):
 
     def __enter__(self):
         for layer in layers.packed_layers(self.model).values():
-            if hasattr(layer, "op"):
+            if not isinstance(layer, layers.PackedStack):
                 self.hooks += [layer.register_forward_pre_hook(self._before), layer.register_forward_hook(self._after)]
         return super().__enter__()
 

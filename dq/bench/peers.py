@@ -319,7 +319,7 @@ def _missing(contender: Contender) -> str | None:
 def _labels(model: nn.Module) -> list[str]:
     """Kernels of the layers with quantized activations, most used first."""
     found = layers.packed_layers(model).values()
-    chosen = [layer for layer in found if hasattr(layer, "op")]
+    chosen = [layer for layer in found if not isinstance(layer, layers.PackedStack)]
     counts: Counter[str] = Counter()
     for layer in chosen:
         if layer.plan.act is not None:
@@ -330,7 +330,10 @@ def _labels(model: nn.Module) -> list[str]:
 def _emulated(model: nn.Module) -> str | None:
     """The first kernel that only emulates what its layer's plan asks for."""
     found = layers.packed_layers(model).values()
-    return next((layer.choice.label for layer in found if hasattr(layer, "op") and layer.choice.emulated), None)
+    return next(
+        (layer.choice.label for layer in found if not isinstance(layer, layers.PackedStack) and layer.choice.emulated),
+        None,
+    )
 
 
 def _products(run: Callable) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
@@ -17,12 +17,12 @@ from dq.trace.calibration import POLICIES
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 DEVICES = ("cpu", "cuda")
-MODEL = {"rich_help_panel": "Model"}
-CALIBRATION = {"rich_help_panel": "Calibration"}
-BUDGET = {"rich_help_panel": "Budget"}
-PICTURE = {"rich_help_panel": "Picture"}
-PEERS = {"rich_help_panel": "Peers"}
-OUTPUT = {"rich_help_panel": "Output"}
+MODEL: dict[str, Any] = {"rich_help_panel": "Model"}
+CALIBRATION: dict[str, Any] = {"rich_help_panel": "Calibration"}
+BUDGET: dict[str, Any] = {"rich_help_panel": "Budget"}
+PICTURE: dict[str, Any] = {"rich_help_panel": "Picture"}
+PEERS: dict[str, Any] = {"rich_help_panel": "Peers"}
+OUTPUT: dict[str, Any] = {"rich_help_panel": "Output"}
 
 
 def _among(names) -> Callable[[str], list[str]]:

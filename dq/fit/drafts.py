@@ -9,6 +9,7 @@ the layer it packs into give the same output, up to the compute dtype's rounding
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +33,9 @@ class DraftLinear(nn.Module):
     """
 
     op = "linear"
+    clock: Any  # a Clock
 
-    def __init__(self, module: nn.Module, plan: LayerPlan, smooth: torch.Tensor | None = None):
+    def __init__(self, module: Any, plan: LayerPlan, smooth: torch.Tensor | None = None):
         super().__init__()
         self.plan = plan
         self.source = [module]
@@ -128,7 +130,7 @@ class DraftConv2d(DraftLinear):
 
     op = "conv"
 
-    def __init__(self, module: nn.Module, plan: LayerPlan, smooth: torch.Tensor | None = None):
+    def __init__(self, module: Any, plan: LayerPlan, smooth: torch.Tensor | None = None):
         super().__init__(module, plan, smooth)
         self._geometry, self._pad, self._pad_mode = geometry(module)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import gcd
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,11 +70,13 @@ class Change:
 class Layer:
     """A layer to fit: its module, plan and what it saw, the rows cut in two by calls."""
 
-    def __init__(self, module: nn.Module, plan: LayerPlan, seen: LayerSeen, whole: Seen):
+    def __init__(self, module: Any, plan: LayerPlan, seen: LayerSeen, whole: Seen):
+        assert plan.act is not None  # only layers with stored scales are fitted here
         self.module = module
         self.seen = seen
         self.whole = whole
-        self.plan = replace(plan, steps=whole.buckets if plan.act.scale == "table" else 1)
+        self.act = plan.act
+        self.plan = replace(plan, steps=whole.buckets if self.act.scale == "table" else 1)
         self.bucket = seen.bucket if self.plan.steps > 1 else torch.zeros_like(seen.bucket)
         self.channels = -1 if plan.kind == "linear" else 1
         self.used, self.held = _halves(seen.bucket, seen.hat[0].numel() // plan.shape[1])
@@ -82,7 +85,7 @@ class Layer:
 
     def start(self, change: Change, rows: torch.Tensor) -> DraftLinear:
         """A draft with this transform, from the statistics of these rows; act_scale not yet set."""
-        act = replace(self.plan.act, shift=change.shift)
+        act = replace(self.act, shift=change.shift)
         plan = replace(self.plan, smooth=change.powers is not None, rotate=change.rotate, act=act)
         return draft(self.module, plan, None if change.powers is None else self.balance(*change.powers, rows))
 
@@ -104,6 +107,7 @@ class Layer:
     def ranges(self, made: DraftLinear, wish: StaticWish, rows: torch.Tensor, flat: bool = False) -> torch.Tensor:
         """(steps, parts) scales fitted to those rows."""
         act, steps = made.plan.act, made.plan.steps
+        assert act is not None
         plain = made.plan.rotate == 0 and act.shift == 0
         if wish.ranges == "minmax" and self.seen.absmax is not None and plain:
             return self._widest(made)
@@ -121,12 +125,13 @@ class Layer:
 
     def _widest(self, made: DraftLinear) -> torch.Tensor:
         """(steps, parts) scales that cover everything that was ever seen."""
+        assert self.seen.absmax is not None
         tops = self.seen.absmax.amax(1) * (1.0 if made.smooth is None else made.smooth.data)
         tops = (tops if made.plan.steps > 1 else tops.amax(0, keepdim=True))[
             tables.nearest(tops.amax(1) > 0) if made.plan.steps > 1 else slice(None)
         ]
         cuts = pairwise([0, *made.plan.splits, tops.shape[1]])
-        return torch.stack([tops[:, a:b].amax(1) for a, b in cuts], 1) / made.plan.act.spec.grid().max()
+        return torch.stack([tops[:, a:b].amax(1) for a, b in cuts], 1) / self.act.spec.grid().max()
 
     @torch.no_grad()
     def error(self, made: DraftLinear) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,10 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-class QuantizerBase:
+_Quantizer: Any = object  # a quantizer class of the library stands behind the mixin
+
+
+class QuantizerBase(_Quantizer):
     """What both quantizers do; the host's class brings the rest. The config is copied: one may serve many models."""
 
     requires_calibration = False
@@ -89,7 +93,7 @@ class QuantizerBase:
         start(model, self.plan)
 
 
-def forget(model: nn.Module) -> None:
+def forget(model: Any) -> None:
     """Drop the quantization entry from a diffusers model's config, so that it saves as an ordinary model."""
     entries = {key: value for key, value in model._internal_dict.items() if key != "quantization_config"}
     model._internal_dict = type(model._internal_dict)(entries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from diffusers import ModelMixin
 from torch import nn
@@ -30,7 +31,7 @@ def plan_of(model: nn.Module) -> Plan | None:
     return replace(plan, layers=layers)
 
 
-def mark(model: nn.Module, plan: Plan) -> None:
+def mark(model: Any, plan: Plan) -> None:
     """Tell a model whose layers were just swapped that it is quantized, so that saving and running follow suit.
 
     Diffusers and transformers models get the attributes their `from_pretrained` would have set; any other module
@@ -47,7 +48,7 @@ def mark(model: nn.Module, plan: Plan) -> None:
     write_config(model)
 
 
-def unmark(model: nn.Module) -> None:
+def unmark(model: Any) -> None:
     """Undo `mark` on a model whose layers are full precision again."""
     clock.detach(model)
     kind = quantizer_class(model)
@@ -68,7 +69,7 @@ def quantizer_class(model: nn.Module) -> type | None:
     return DQTransformersQuantizer if isinstance(model, PreTrainedModel) else None
 
 
-def write_config(model: nn.Module) -> None:
+def write_config(model: Any) -> None:
     """Put the plan as it is now into the config that will be saved."""
     config = model.hf_quantizer.quantization_config
     config.plan = plan_of(model)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ PACKED_TYPES = tuple(PACKED.values())
 
 
 @torch.no_grad()
-def widen(layer: nn.Module, down: torch.Tensor, up: torch.Tensor) -> None:
+def widen(layer: Any, down: torch.Tensor, up: torch.Tensor) -> None:
     """Append a low-rank term up @ down, given for the layer's raw input, to a packed layer's branch.
 
     down (r, columns), up (rows, r), any float dtype. The plan's rank grows with the tensors.
@@ -41,12 +42,12 @@ def widen(layer: nn.Module, down: torch.Tensor, up: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def narrow(layer: nn.Module, rank: int) -> None:
+def narrow(layer: Any, rank: int) -> None:
     """Keep the first `rank` columns of a packed layer's low-rank branch and drop the rest."""
     _set_branch(layer, layer.proj_down.data[:rank].clone(), layer.proj_up.data[:, :rank].clone())
 
 
-def _set_branch(layer: nn.Module, down: torch.Tensor, up: torch.Tensor) -> None:
+def _set_branch(layer: Any, down: torch.Tensor, up: torch.Tensor) -> None:
     layer.plan = dataclasses.replace(layer.plan, rank=down.shape[0])
     if down.shape[0]:
         layer.put("proj_down", down)
@@ -56,10 +57,13 @@ def _set_branch(layer: nn.Module, down: torch.Tensor, up: torch.Tensor) -> None:
     layer.bind(layer.weight.device.type)
 
 
-class _FusesIntoBranch:
+_Adapter: Any = object  # an adapter class of peft stands behind the mixins; peft is optional
+
+
+class _FusesIntoBranch(_Adapter):
     """What the adapters of packed layers share; the base classes bring everything but merging."""
 
-    fused_from: int | None = None  # rank of the base layer before the first merged adapter
+    fused_from: Any = None  # rank of the base layer before the first merged adapter
     plain: dict[str, torch.Tensor]  # its tensors, but the branch, as they were before the first adapter changed them
 
     def resolve_lora_variant(self, *, config, **kwargs):
@@ -100,7 +104,7 @@ class _FusesIntoBranch:
         self.merged_adapters.clear()
         self.fused_from, self.plain = None, {}
 
-    def _add(self, base: nn.Module, key: str, value: torch.Tensor) -> None:
+    def _add(self, base: Any, key: str, value: torch.Tensor) -> None:
         """Add to one of the base layer's tensors, and remember how it was."""
         before = getattr(base, key).data
         self.plain.setdefault(key, before)
@@ -147,7 +151,7 @@ def _adapters() -> dict[str, type]:
     return made
 
 
-def adapter_of(target: nn.Module) -> type | None:
+def adapter_of(target: Any) -> type | None:
     """The adapter class of a packed layer, itself or within another adapter; None for other modules."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -155,7 +159,7 @@ def adapter_of(target: nn.Module) -> type | None:
     return _adapters()[base.plan.kind] if isinstance(base, PACKED_TYPES) else None
 
 
-def shape_of(module: nn.Module | None) -> torch.Size | None:
+def shape_of(module: Any) -> torch.Size | None:
     """Shape of the full-precision weight that a packed layer stands for, None for anything else."""
     return torch.Size(module.plan.shape) if isinstance(module, PACKED_TYPES) else None
 

@@ -77,6 +77,7 @@ def _why_not_fp8(op: str, plan: LayerPlan, device: str) -> str | None:
 def label(op: str, plan: LayerPlan) -> str:
     if plan.weight.format == "fp8":
         return "torch._scaled_mm fp8 x fp8"
+    assert plan.act is not None
     pair = f"{plan.weight.format} x {plan.act.format}"
     patches = " on patches" if op == "conv" and plan.act.granularity != "token" else ""
     return f"torch._int_mm {pair}{patches}"
@@ -84,8 +85,9 @@ def label(op: str, plan: LayerPlan) -> str:
 
 def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
     """See the package docstring."""
+    assert plan.act is not None  # `why_not` asked for it
     if op == "linear":
-        fast = _fp8_linear if plan.weight.format == "fp8" else _int_linear
+        fast: Callable = _fp8_linear if plan.weight.format == "fp8" else _int_linear
     else:
         fast = _pixelwise if plan.act.granularity == "token" else _int_conv
     run, differentiable = fast(plan, conv), dense.build(op, plan, conv)
@@ -120,7 +122,9 @@ def _int_product(q: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def _int_linear(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
+    assert plan.act is not None
     spec, columns, act = plan.weight.spec, plan.columns, plan.act.spec
+    assert isinstance(act, Integer)
     parts = list(zip(plan.parts, scale_columns(plan), strict=True))
 
     def part(rows: torch.Tensor, codes: torch.Tensor, stored: torch.Tensor | None) -> torch.Tensor:

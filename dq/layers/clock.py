@@ -7,6 +7,7 @@ shared object, because a buffer shared by modules stops being shared after `.to(
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -68,12 +69,13 @@ def attach(model: nn.Module, clock: Clock, argument: str | None) -> None:
     Raises DQError when the model's forward has no such argument.
     """
     position = argument_position(model, argument)
+    assert argument is not None  # else argument_position raised
     registry = HookRegistry.check_if_exists_or_initialize(model)
     registry.remove_hook(HOOK, recurse=False)
     registry.register_hook(_ReadTimestep(clock, argument, position), HOOK)
 
 
-def detach(model: nn.Module) -> None:
+def detach(model: Any) -> None:
     """Remove the clock hook, if there is one."""
     if hasattr(model, "_diffusers_hook"):
         model._diffusers_hook.remove_hook(HOOK, recurse=False)

@@ -85,6 +85,7 @@ def _base(order: int) -> torch.Tensor:
     if order == 4:
         return torch.tensor(REGULAR, dtype=torch.float32)
     q = _paley(order)
+    assert q is not None, order  # `hadamard` asks for orders that exist
     residues = {(i * i) % q for i in range(1, q)}
     character = torch.tensor([0.0] + [1.0 if i in residues else -1.0 for i in range(1, q)])
     index = torch.arange(q)

@@ -11,6 +11,7 @@ weights are int8 bytes, never uint8. Their differentiable counterparts, for fitt
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ def tensor_shapes(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dty
     widths = [last - first for first, last in plan.parts]
     scale_rows = 1 if grain.kind == "tensor" else rows
     blocks = sum(grain.scale_shape(rows, width)[1] for width in widths)
-    shapes = {"weight": ((rows, -(-plan.columns * spec.bits // 8)), torch.int8)}
+    shapes: dict = {"weight": ((rows, -(-plan.columns * spec.bits // 8)), torch.int8)}
     shapes["scale"] = ((scale_rows, blocks), torch.int8 if spec.fixed else torch.float32)
     if spec.affine:
         shapes["zero"] = ((scale_rows, blocks), torch.int8)
@@ -78,7 +79,7 @@ def encode(weight: torch.Tensor, plan: LayerPlan, scales: Sequence[Scales] | Non
     return out
 
 
-def geometry(module: nn.Module) -> tuple[Conv, tuple[int, ...] | None, str]:
+def geometry(module: nn.modules.conv._ConvNd) -> tuple[Conv, tuple[int, ...] | None, str]:
     """-> (zero-padding geometry, explicit padding for F.pad or None, its mode) of a convolution."""
     pads = tuple(module._reversed_padding_repeated_twice)
     symmetric = pads[0::2] == pads[1::2]
@@ -94,8 +95,15 @@ def per_channel(vector: torch.Tensor, x: torch.Tensor, conv: bool) -> torch.Tens
     return vector.reshape(-1, *[1] * (x.dim() - 2)) if conv else vector
 
 
-class _Frozen:
+class _Frozen(nn.Module):
     """Frozen Parameters whose dtypes belong to the format."""
+
+    plan: LayerPlan
+    compute_dtype: torch.dtype
+    weight: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    scale_global: torch.Tensor | None
 
     def put(self, name: str, value: torch.Tensor) -> None:
         """Set one packed tensor as a frozen Parameter."""
@@ -115,13 +123,23 @@ class _Packed(_Frozen):
     """What packed linears and convolutions share. `plan`, `compute_dtype` and `clock` are set by `_allocate`."""
 
     op = "linear"
+    clock: Any  # a Clock, None without steps
+    backend: str | None
+    bias: torch.Tensor | None
+    smooth: torch.Tensor | None
+    act_scale: torch.Tensor | None
+    proj_down: torch.Tensor | None
+    proj_up: torch.Tensor | None
+    start_in: Any
+    start_out: Any
+    _plain: Callable[[str], nn.Module]
 
     def _allocate(self, plan: LayerPlan, has_bias: bool, compute_dtype: torch.dtype, device: str) -> None:
         self.plan = plan
         self.compute_dtype = compute_dtype
         self.clock = None
         self.backend = None  # one of its own, set by dq.set_backend for its model
-        self._choice = self._bound = self._turn = None
+        self._choice, self._bound, self._turn = None, None, None
         for name, (shape, dtype) in tensor_shapes(plan).items():
             self.put(name, torch.empty(shape, dtype=dtype or compute_dtype, device=device))
         for name in OPTIONAL:
@@ -141,12 +159,14 @@ class _Packed(_Frozen):
         """The kernel for a device type; chosen anew where the device or the wanted backend is another than before."""
         if self._bound != (device, self.backend or kernels.selected()):
             self.bind(device)
+        assert self._choice is not None  # bind sets it
         return self._choice
 
     @property
     def choice(self) -> Choice:
-        """The kernel that serves the layer where its weights are."""
-        return self.ready(self.weight.device.type)
+        """The kernel that serves the layer where its weights are, or where they last were while they are offloaded."""
+        device = self.weight.device.type
+        return self.ready(self._bound[0] if device == "meta" and self._bound is not None else device)
 
     def _conv(self) -> Conv | None:
         return None
@@ -177,7 +197,7 @@ class _Packed(_Frozen):
     def dense_weight(self) -> torch.Tensor:
         """The fp32 weight this layer stands for, branch, rotation and smoothing included, in its original shape."""
         weight = reference.weight_decoder(self.plan)(self.tensors())
-        if self.proj_up is not None:
+        if self.proj_up is not None and self.proj_down is not None:
             weight = weight + self.proj_up.float() @ self.proj_down.float()
         weight = weight.reshape(self.plan.shape)
         if self.plan.rotate:
@@ -188,7 +208,7 @@ class _Packed(_Frozen):
 
     def dense(self) -> nn.Module:
         """The full-precision layer this one stands for, in the compute dtype."""
-        module = self._plain(device="meta")
+        module: Any = self._plain("meta")
         module.weight = nn.Parameter(self.dense_weight().to(self.compute_dtype), requires_grad=False)
         if self.bias is not None:
             module.bias = nn.Parameter(self.bias.data.clone(), requires_grad=False)
@@ -213,7 +233,7 @@ class PackedLinear(_Packed, nn.Linear):
         self._allocate(plan, has_bias, compute_dtype, device)
 
     @classmethod
-    def like(cls, module: nn.Linear, plan: LayerPlan, compute_dtype: torch.dtype, device: str = "meta"):
+    def like(cls, module: Any, plan: LayerPlan, compute_dtype: torch.dtype, device: str = "meta"):
         return cls(plan, module.bias is not None, compute_dtype, device)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -236,7 +256,9 @@ class _PackedConv(_Packed):
 
     op = "conv"
 
-    def __init__(self, module: nn.Module, plan: LayerPlan, compute_dtype: torch.dtype, device: str = "meta"):
+    def __init__(
+        self, module: nn.modules.conv._ConvNd, plan: LayerPlan, compute_dtype: torch.dtype, device: str = "meta"
+    ):
         nn.Module.__init__(self)
         for name in _CONV_SETTINGS:
             setattr(self, name, getattr(module, name))
@@ -247,14 +269,14 @@ class _PackedConv(_Packed):
         self._allocate(plan, module.bias is not None, compute_dtype, device)
 
     @classmethod
-    def like(cls, module: nn.Module, plan: LayerPlan, compute_dtype: torch.dtype, device: str = "meta"):
+    def like(cls, module: Any, plan: LayerPlan, compute_dtype: torch.dtype, device: str = "meta"):
         return cls(module, plan, compute_dtype, device)
 
     def _conv(self) -> Conv:
         return self._geometry
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if input.dim() == len(self.kernel_size) + 1:
+        if input.dim() == len(self.plan.shape) - 1:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         return self.run(input if self._pad is None else F.pad(input, self._pad, mode=self._pad_mode))
 
@@ -316,8 +338,8 @@ class PackedStack(_Frozen, nn.Module):
     def __getitem__(self, expert: int) -> torch.Tensor:
         outputs = self.plan.shape[2]
         rows = slice(expert * outputs, (expert + 1) * outputs)
-        pick = [None if t is None else t[rows] for t in (self.weight, self.scale, self.zero)]
-        return reference.weight_decoder(self.plan)(Tensors(*pick, self.scale_global)).t().to(self.compute_dtype)
+        picked: Any = [None if t is None else t[rows] for t in (self.weight, self.scale, self.zero)]
+        return reference.weight_decoder(self.plan)(Tensors(*picked, self.scale_global)).t().to(self.compute_dtype)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -331,7 +353,7 @@ class PackedStack(_Frozen, nn.Module):
 
 
 @torch.no_grad()
-def pack(name: str, module: nn.Module, plan: LayerPlan, compute_dtype: torch.dtype) -> nn.Module:
+def pack(name: str, module: Any, plan: LayerPlan, compute_dtype: torch.dtype) -> PackedLinear | _PackedConv:
     """Round one full-precision layer to nearest, data-free. `name` is for errors.
 
     Raises DQError for non-finite weights and for plans that need fitting (stored activation scales).
@@ -355,7 +377,7 @@ def pack_stack(name: str, weight: torch.Tensor, plan: LayerPlan, compute_dtype: 
 
 
 @torch.no_grad()
-def fill(name: str, packed: nn.Module, weight: torch.Tensor) -> None:
+def fill(name: str, packed: _Frozen, weight: torch.Tensor) -> None:
     """Round `weight` into a packed layer: neutral smoothing, empty branch, no start token. DQError for NaN or Inf."""
     plan = packed.plan
     if weight.is_meta:
@@ -380,6 +402,6 @@ def parameter_bytes(*modules: nn.Module) -> int:
     return sum(value.nbytes for module in modules for value in module.parameters())
 
 
-def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
+def packed_layers(model: nn.Module) -> dict[str, _Packed | PackedStack]:
     """Packed layers and stacks of a model by dotted name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, _Packed | PackedStack)}

@@ -69,7 +69,7 @@ def _wish(plan: LayerPlan, module: nn.Module, options: Mapping) -> weights.Weigh
         rank = plan.rank
     elif plan.act is not None:
         rank = groups.affordable_rank(plan, options["rank"], options["share"], module.weight.element_size())
-    return weights.WeightWish(rank, iterations=2 if module.weight.numel() < WIDE else 1)
+    return weights.WeightWish(rank, iterations=2 if plan.rows * plan.columns < WIDE else 1)
 
 
 def wish(plan: LayerPlan, shared: smooth.Shared, rank: int) -> smooth.SmoothSearch:

@@ -43,8 +43,9 @@ class Processor:
         """Whether a row was measured on such a processor."""
         if self.device == "cuda":
             return f"({self.machine.gpu})" in row["machine"]
-        fast = all(unit in row["machine"] for unit in AVX512)
-        return " cores " in row["machine"] and fast == (self.machine.cpu is None)
+        if self.machine.vnni:
+            return all(unit in row["machine"] for unit in AVX512)
+        return " cores " in row["machine"] and "vnni" not in row["machine"]
 
 
 PROCESSORS = (

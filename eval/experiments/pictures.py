@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FILE, SUITE = ROOT / "docs" / "pictures.png", ROOT / "eval" / "suites" / "tiny.yaml"
 MODEL = "tiny-pixart"
 ENTRIES = {FULL: "original, fp32", "int8": "int8", "svdquant-int4": "svdquant-int4", "mixed-5-bits": "budget: 5 bits"}
-COLUMNS, ENLARGED, GAP, LABEL = 4, 2, 6, 176  # pictures a row; pixels a pixel; pixels between pictures and for labels
+COLUMNS, ENLARGED, GAP, LABEL = 4, 3, 8, 330  # pictures a row; pixels a pixel; pixels between pictures and for labels
+FIRST, OTHERS = 33, 29  # pixels of letters: pages show the sheet at less than half its size
 INK, FAINT, GROUND = "#1f2328", "#59636e", "#ffffff"
 
 
@@ -107,11 +108,11 @@ def _label(pen: ImageDraw.ImageDraw, place: tuple[int, int], name: str, found: d
 def _say(pen: ImageDraw.ImageDraw, place: tuple[int, int], lines: Sequence[str], anchor: str) -> None:
     """Lines of text around a place, the first one dark and larger."""
     x, y = place
-    sizes = [17, *[15] * (len(lines) - 1)]
-    y -= sum(sizes[1:]) * 1.3 / 2 if anchor == "lm" else 0
+    sizes = [FIRST, *[OTHERS] * (len(lines) - 1)]
+    y -= sum(sizes[1:]) * 1.35 / 2 if anchor == "lm" else 0
     for number, (line, size) in enumerate(zip(lines, sizes, strict=True)):
         pen.text((x, y), line, fill=FAINT if number else INK, font=ImageFont.load_default(size), anchor=anchor)
-        y += 1.3 * size
+        y += 1.35 * size
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ def speed(found: list[dict]) -> list[str]:
             full = f"{row['full_ms']:.2f} ms {SHORT[row['dtype']]}"
             quantized = f"{row['quantized_ms']:.2f} ms `{row['recipe']}`"
             ratio = f"{row['full_ms'] / row['quantized_ms']:.2f}"
-            cells.append([row["what"], row["machine"], full, quantized, ratio, row["kernel"]])
-    return table(["one call", "machine", "full precision", "quantized", "times as fast", "kernels"], cells)
+            cells.append([row["what"], full, quantized, ratio, row["kernel"]])
+    return table(["one call", "full precision", "quantized", "times as fast", "kernels"], cells)
 
 
 def methods(found: list[dict]) -> list[str]:

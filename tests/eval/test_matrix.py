@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import dq
+from dq import kernels
 from dq.kernels import Machine
 from dq.kernels.cpu import library
 from dq.plan import Recipe, TensorPlan
@@ -20,7 +21,7 @@ def _dynamic(act):
     return act is None or TensorPlan.parse(act).scale == "dynamic"
 
 
-HERE = PROCESSORS[0 if library.missing() is None else 1]
+HERE = Processor("this one", Machine(cpu=library.missing(), vnni=kernels.vnni()))
 DYNAMIC = [(kind, pair) for kind in matrix.SHAPES for pair in matrix.pairs(kind) if _dynamic(pair[1])]
 
 
@@ -54,7 +55,8 @@ def test_processors_own_the_rows_that_were_measured_on_them():
         return [processor.name for processor in PROCESSORS if processor.owns({"machine": machine})]
 
     assert owners("2 cores AMD EPYC (avx512_vnni, avx512_bf16)") == [PROCESSORS[0].name]
-    assert owners("2 cores AMD EPYC (avx_vnni)") == owners("8 cores (none)") == [PROCESSORS[1].name]
+    assert owners("8 cores AMD Ryzen (no low-precision units)") == [PROCESSORS[1].name]
+    assert owners("16 cores Intel (avx_vnni)") == [], "it has torch's product and not dq's"
     assert owners("NVIDIA H100 80GB HBM3 (sm_90)") == ["sm_90"]
 
 

@@ -56,7 +56,7 @@ def test_the_machine_at_hand_is_asked_again_afterwards():
 
 def test_a_described_machine_equals_the_one_it_describes():
     """This machine, described, answers as this machine."""
-    here = Machine(kernels.architecture(), library.missing())
+    here = Machine(kernels.architecture(), library.missing(), kernels.vnni())
     for given in (
         INT8,
         FP8,

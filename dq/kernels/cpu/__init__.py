@@ -54,6 +54,7 @@ def _why_not_weight_only(op: str, plan: LayerPlan, conv: Conv | None) -> str | N
 
 def _why_not_integer(op: str, plan: LayerPlan, conv: Conv | None) -> str | None:
     act, weight = plan.act, plan.weight
+    assert act is not None
     if not isinstance(act.spec, Integer):
         return f"dq's CPU kernels round activations to integers, not to {act.format}"
     if act.scale != "dynamic" and act.spec.affine:
@@ -131,10 +132,12 @@ def _matching(value: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | Non
 
 def _act(plan: LayerPlan) -> dict[str, int | bool]:
     """The codes that activations are rounded to, as the ops take them."""
+    assert plan.act is not None
     return {"act_bits": plan.act.spec.bits, "act_affine": plan.act.spec.affine}
 
 
 def _linear(plan: LayerPlan, gelu: bool = False) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
+    assert plan.act is not None
     codes, bits = _codes(plan)
     groups = {"weight_group": _group(plan.weight.grain), "act_group": _group(plan.act.grain)}
     fixed = {"weight_bits": bits, "shift": plan.act.shift, "gelu": gelu} | groups | _act(plan)
@@ -142,7 +145,7 @@ def _linear(plan: LayerPlan, gelu: bool = False) -> Callable[[torch.Tensor, Tens
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         rows, low, up = x.reshape(-1, columns), None, None
-        fused = t.down is not None and x.dtype is torch.bfloat16 and t.up.shape[1] % 2 == 0
+        fused = t.down is not None and t.up is not None and x.dtype is torch.bfloat16 and t.up.shape[1] % 2 == 0
         if fused:
             low, up = F.linear(rows, _matching(t.down, x)), _matching(t.up, x)
         bias = _matching(t.bias, x)

@@ -8,11 +8,10 @@ import pytest
 
 pytest.importorskip("triton.language")
 
-from tests.test_cross_compile import compiled
-
 from dq.kernels.triton import configs
 from tests.eval.gpu.specimens import specimens
 from tests.kernels import cross_compile
+from tests.kernels.test_cross_compile import compiled
 
 pytestmark = pytest.mark.slow  # seconds a kernel, of kernels that no user runs
 
