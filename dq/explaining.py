@@ -61,7 +61,7 @@ def with_kernels(rows: list[Row], models: Mapping[str, Any]) -> list[Row]:
     return [_with_kernel(row, found.get(row.name)) for row in rows]
 
 
-def _with_kernel(row: Row, layer: nn.Module | None) -> Row:
+def _with_kernel(row: Row, layer: Any) -> Row:
     if layer is None:
         return row
     if isinstance(layer, PackedStack):
