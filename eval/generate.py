@@ -162,7 +162,7 @@ def load(path: str, dtype: str, device: torch.device):
     if not hasattr(pipe, "components"):
         raise DQError(f"{path!r} holds a {type(pipe).__name__} alone, expected a pipeline to draw with")
     pipe.set_progress_bar_config(disable=True)
-    align(modules_of(pipe.to(device)))  # `to` copies weights in some processes and leaves them mapped in others
+    list(align(modules_of(pipe.to(device))))  # `to` copies weights in some processes, leaves them mapped in others
     return pipe
 
 

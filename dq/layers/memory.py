@@ -22,13 +22,13 @@ ALIGNMENT = 64  # bytes; torch's own allocations begin at multiples of it
 MADV_PAGEOUT = 21  # of Linux 5.4 and later; older ones answer that they do not know it
 
 
-def align(modules: Iterable[nn.Module]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Copy CPU weights that lie at odd addresses into memory of torch's own; -> (weight, what it held before)."""
-    weights = [value for module in modules for value in (*module.parameters(), *module.buffers())]
-    moved = [(value, value.data) for value in weights if _is_odd(value)]
-    for value, before in moved:
-        value.data = before.clone()
-    return moved
+def align(modules: Iterable[nn.Module]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Copy CPU weights at odd addresses into memory of torch's own, one by one; each with what it held before."""
+    for value in [value for module in modules for value in (*module.parameters(), *module.buffers())]:
+        if _is_odd(value):
+            before = value.data
+            value.data = before.clone()
+            yield value, before
 
 
 def _is_odd(value: torch.Tensor) -> bool:
@@ -39,7 +39,7 @@ def _is_odd(value: torch.Tensor) -> bool:
 @contextlib.contextmanager
 def aligned(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, weights as `align` puts them; afterwards where they were, except what has gone to another device."""
-    moved = align(modules)
+    moved = list(align(modules))
     try:
         yield
     finally:
