@@ -53,7 +53,7 @@ def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> 
     if device == "cuda" and any(size % 8 for size in (plan.shape[0], *(b - a for a, b in plan.parts))):
         return f"_int_mm on CUDA needs sizes in multiples of 8, got {plan.shape}"
     if device == "cpu" and not kernels.vnni():  # a plain loop there: 660 ms for 1024 x 1152 x 1152 where fp32 takes 32
-        return "torch._int_mm takes 20 times as long as fp32 on a processor without VNNI"
+        return "torch._int_mm takes 20 times as long as fp32 on a processor without VNNI, and its sums may saturate"
     return None if device in ("cpu", "cuda", "meta") else f"_int_mm is not available on {device}"
 
 

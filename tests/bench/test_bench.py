@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dq
-from dq import cli, cookbook, layers
+from dq import cli, cookbook, kernels, layers
 from dq.bench import layers as bench
 from dq.bench import peers, race, roofline, widths
 from dq.errors import DQError
@@ -23,6 +23,9 @@ PARSE = TensorPlan.parse
 W8A8 = LayerPlan("linear", (64, 128), PARSE("int8/channel"), PARSE("int8/token"))
 LINEAR = "linear 8 x 64 -> 64"
 SMALL = ("small-pixart", "small-flux", "small-unet")
+
+
+times_int8 = pytest.mark.skipif(not kernels.vnni(), reason="int8 x int8 is emulated here, which is not timed")
 
 
 def setting(**changes):
@@ -150,6 +153,7 @@ def test_unknown_names_say_what_is_known():
     assert [each.name for each in race.contenders(["dq-int8", "sdnq-int8"], ["sdnq-int8"])] == ["dq-int8"]
 
 
+@times_int8
 def test_lanes_and_their_contenders_take_turns(here):
     """Two lanes: each round is a turn of every contender of the first, then of the second, the base before both."""
     other = replace(peers.get("dq-int8"), name="other", lane="other lane")
@@ -165,6 +169,7 @@ def test_lanes_and_their_contenders_take_turns(here):
     assert [order for order, _ in here.log].count("close") == 2
 
 
+@times_int8
 def test_peers_that_are_not_installed_say_how_to_get_them(here):
     absent = replace(peers.get("torchao-int8"), needs="no_such_package")
     [found] = list(race.race([(LINEAR, [peers.get("dq-int8"), absent])], setting(rounds=1), here))
@@ -174,6 +179,7 @@ def test_peers_that_are_not_installed_say_how_to_get_them(here):
     assert found.results[0].ms > 0 and found.results[1].ms > 0
 
 
+@times_int8
 def test_a_contender_that_fails_or_dies_leaves_the_others(here, monkeypatch):
     def broken(model):
         raise RuntimeError("no kernel\nfor this")
@@ -211,14 +217,14 @@ def test_attention_is_changed_inside_the_block_only():
     dq.quantize(model, "int8", progress=False)
     before = attention.attached(model)
 
-    def kernels():
+    def served():
         with torch.no_grad():
             lines = bench.kernel_lines(model, lambda: widths.run(model, given), 1)
         return {line.kernel for line in lines if "attention" in line.kernel}
 
     for kind, seen in {"torch": "F.scaled_dot_product_attention", "int8": "dq attention int8"}.items():
         with peers.attended(model, kind):
-            assert kernels() == {seen}
+            assert served() == {seen}
         assert attention.attached(model) == before
     with peers.attended(model, ""):
         assert attention.attached(model) == before
@@ -255,6 +261,7 @@ def options(tmp_path, **changes):
     return argparse.Namespace(**(given | {"out": tmp_path / "kernels.json", "contenders": ["dq-int8"]} | changes))
 
 
+@times_int8
 def test_rows_are_written_and_not_measured_twice_at_a_commit(tmp_path, here, monkeypatch):
     stamp = {"commit": "abc", "versions": {"torch": "2"}, "machine": "m"}
     monkeypatch.setattr(rows, "stamp", lambda: dict(stamp))
@@ -308,6 +315,7 @@ def test_dq_bench_prints_contenders_and_rooflines(here, monkeypatch, capsys):
     assert left.value.code == 0 and "times bf16" in out and "dq-int8" in out and "share of the" in out
 
 
+@times_int8
 def test_dq_bench_prints_a_roofline_line_per_kernel(here, monkeypatch, capsys):
     monkeypatch.setattr("dq.bench.layers.SHAPES", ((8, 64, 64),))
     monkeypatch.setattr(sys, "argv", ["dq", "bench", "--seconds", "0", "--device", "cpu"])
