@@ -34,7 +34,7 @@ def quantize(
     *,
     calibration=None,
     budget=None,
-    components: Mapping[str, str | Path | Recipe | Plan] | None = None,
+    components: Mapping[str, str | Path | Recipe | Plan | None] | None = None,
     keep: Sequence[str] | str | None = None,
     progress: bool = True,
 ) -> Report:
@@ -45,7 +45,8 @@ def quantize(
     calibration  for recipes of a method and for budgets: a dq.Calibration, or a function that runs a bare model as its
                  user does; a budget of a data-free recipe takes dq's own prompts where it gets none
     budget       a dq.Budget: the recipe then names the choices, and each layer gets one by its measured sensitivity
-    components   further parts of a pipeline and their data-free recipes, e.g. {"text_encoder_2": "int8-weight"}
+    components   further parts of a pipeline and their data-free recipes, e.g. {"text_encoder_2": "int8-weight"}; a
+                 denoiser named here gets this recipe instead, or with None stays as it is: {"transformer_2": None}
     keep         patterns, matched from the start of layer names, left in full precision
     Raises DQError for wrong use; the target is then as it was.
     """
@@ -53,8 +54,7 @@ def quantize(
     wanted = cookbook.get(recipe)
     budget = _own_budget(wanted) if budget is None else budget
     calibration = _resolve(target, wanted, calibration, budget)
-    models = {name: (model, wanted) for name, model in find_denoisers(target).items()}
-    models |= _named_components(target, components or {})
+    models = _chosen_parts(target, wanted, components or {})
     keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
     plans = _plan_all(models, keep)
     before = parameter_bytes(*(model for model, _ in models.values()))
@@ -180,7 +180,21 @@ def _is_denoiser(name: str, part: nn.Module) -> bool:
     return name in DENOISERS and not home.startswith("transformers.")
 
 
-def _named_components(target, components: Mapping) -> dict[str, tuple[nn.Module, Recipe | Plan]]:
+def _chosen_parts(target, wanted: Recipe | Plan, components: Mapping) -> dict[str, tuple[nn.Module, Recipe | Plan]]:
+    """Models to quantize and by what: denoisers by `wanted`, unless components names another recipe or None."""
+    found = {name: (model, wanted) for name, model in find_denoisers(target).items()}
+    found |= _named_components(target, components)
+    chosen = {name: (model, recipe) for name, (model, recipe) in found.items() if recipe is not None}
+    if not chosen:
+        raise DQError(f"components leaves every part of {type(target).__name__} as it is; give one of them a recipe")
+    if wanted.needs_calibration and not any(recipe is wanted for _, recipe in chosen.values()):
+        raise DQError(
+            f"components leaves no denoiser to {wanted.name!r}; take one out of it, or name a data-free recipe"
+        )
+    return chosen
+
+
+def _named_components(target, components: Mapping) -> dict[str, tuple[nn.Module, Recipe | Plan | None]]:
     if components and isinstance(target, nn.Module):
         raise DQError("components is for pipelines; got a bare model: call dq.quantize on each model instead")
     found = {}
@@ -189,8 +203,8 @@ def _named_components(target, components: Mapping) -> dict[str, tuple[nn.Module,
         known = [key for key, value in target.components.items() if isinstance(value, nn.Module)]
         if not isinstance(part, nn.Module):
             raise DQError(f"component {name!r} is not a model of {type(target).__name__}, {nearest(name, known)}")
-        wanted = cookbook.get(recipe)
-        if wanted.needs_calibration:
+        wanted = None if recipe is None else cookbook.get(recipe)
+        if wanted is not None and wanted.needs_calibration:
             raise DQError(f"component {name!r}: {wanted.name!r} needs calibration; components take data-free recipes")
         found[name] = (part, wanted)
     return found

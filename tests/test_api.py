@@ -97,6 +97,29 @@ def test_other_components_are_quantized_when_named():
         dq.quantize(pipeline(), "int8", components={"vea": "int8"}, progress=False)
 
 
+def test_a_denoiser_can_be_left_as_it_is_or_get_a_recipe_of_its_own():
+    pipe = pipeline()
+    dq.quantize(pipe, "int8", components={"transformer_2": None}, progress=False)
+    assert packed_layers(pipe.transformer) and not packed_layers(pipe.transformer_2)
+    dq.quantize(pipe, "int8-weight", components={"transformer": None}, progress=False)
+    acts = {row.name.split(".")[0]: row.act for row in dq.explain(pipe).layers if row.weight}
+    assert acts == {"transformer": "int8/token", "transformer_2": None}
+    pipe = pipeline()
+    report = dq.quantize(pipe, "int8", components={"transformer_2": "int4-weight"}, progress=False)
+    weights = {row.name.split(".")[0]: row.weight for row in report.layers if row.weight}
+    assert weights["transformer"].startswith("int8") and weights["transformer_2"].startswith("int4")
+
+
+def test_leaving_everything_as_it_is_is_refused():
+    none = {"transformer": None, "transformer_2": None}
+    with pytest.raises(DQError, match="components leaves every part of Pipeline as it is"):
+        dq.quantize(pipeline(), "int8", components=none, progress=False)
+    named = none | {"transformer_2": "int8"}
+    given = dq.Calibration(["a"], steps=1, samples=1)
+    with pytest.raises(DQError, match="components leaves no denoiser to 'gptq-int4-weight'"):
+        dq.quantize(pipeline(), "gptq-int4-weight", calibration=given, components=named, progress=False)
+
+
 def test_quantizing_draws_no_random_numbers_and_leaves_the_scheduler():
     pipe = pipeline()
     torch.manual_seed(7)

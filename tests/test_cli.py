@@ -81,6 +81,12 @@ def test_quantize_takes_further_components_and_a_plan(monkeypatch, tmp_path, fol
     assert set(saved.plans(tmp_path / "out")) == {"transformer", "text_encoder"}
 
 
+def test_quantize_leaves_a_denoiser_as_it_is(monkeypatch, tmp_path):
+    words = ["--recipe", "int8", "--out", tmp_path / "out", "--component", "transformer=none"]
+    assert run(monkeypatch, "quantize", "tiny-pixart", *words, "--component", "text_encoder=int8-weight") == 0
+    assert set(saved.plans(tmp_path / "out")) == {"text_encoder"}
+
+
 ONE_LAYER = r"transformer_blocks\.(?!0\.attn1\.to_out)"  # kept: all other layers
 FITTED = ["--recipe", "svdquant-int4", "--dtype", "fp32", "--keep", ONE_LAYER, "--steps", 2, "--samples", 2]
 

@@ -34,7 +34,10 @@ def quantize(
     plan: Annotated[Path | None, Option(help="A plan JSON, in place of a recipe.", **MODEL)] = None,
     dtype: options.Dtype = "bf16",
     keep: Annotated[list[str], Option(help="Layers left as they are: a pattern, may repeat.", **MODEL)] = [],  # noqa: B006
-    component: Annotated[list[str], Option(help="A further part: name=recipe, may repeat.", **MODEL)] = [],  # noqa: B006
+    component: Annotated[
+        list[str],
+        Option(help="Another part: name=recipe, or name=none to leave a denoiser as it is; may repeat.", **MODEL),
+    ] = [],  # noqa: B006
     prompts: options.Prompts = None,
     steps: options.Steps = None,
     samples: options.Samples = None,
@@ -54,7 +57,8 @@ def quantize(
     budget, kind = options.budget_of(budget_gib, budget_bits, budget_ms), options.dtype_of(dtype)
     asked = {"prompts": prompts, "steps": steps, "samples": samples, "seed": seed, "policy": policy, "folder": work}
     asked = {name: value for name, value in asked.items() if value is not None}
-    parts = dict(options.pair(text, "--component", "text_encoder=int8-weight") for text in component)
+    parts: dict = dict(options.pair(text, "--component", "text_encoder=int8-weight") for text in component)
+    parts = {name: None if value == "none" else value for name, value in parts.items()}
     call = options.arguments(extra)
     saved.find(model)
     options.check_place(out, force)

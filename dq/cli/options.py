@@ -39,7 +39,13 @@ Device = Annotated[
     Option(help="cpu or cuda.", show_default="cuda where there is one", autocompletion=_among(DEVICES), **MODEL),
 ]
 Prompts = Annotated[
-    Path | None, Option(help="Calibration prompts, one a line.", show_default="those of dq", **CALIBRATION)
+    Path | None,
+    Option(
+        help="Calibration prompts: a text file, one a line; or with pictures: a .jsonl of call arguments, "
+        "or a folder of NAME.txt with NAME.png.",
+        show_default="those of dq",
+        **CALIBRATION,
+    ),
 ]
 Steps = Annotated[
     int | None, Option(min=1, help="Denoising steps of a calibration run.", show_default="20", **CALIBRATION)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dq.errors import DQError, nearest
+from dq.trace import inputs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +24,8 @@ PROMPTS = Path(__file__).with_name("prompts.txt")
 class Calibration:
     """What to record. Raises DQError at once for what cannot work.
 
-    prompts       texts, or the path of a file with one a line; None: the prompts that come with dq
+    prompts       a text or a dict of call arguments a run, e.g. {"prompt": "make it red", "image": "cat.png"}; or the
+                  path of a text file, a .jsonl or a folder of pairs (see dq/trace/inputs.py); None: dq's own
     steps         denoising steps of a run
     samples       (run, step) pairs to record, at least `steps`
     policy        which pairs: uniform, all, normal, stratified, clustered
@@ -33,7 +35,7 @@ class Calibration:
                   so that of the rest only seed and folder count
     """
 
-    prompts: Sequence[str] | str | Path | None = None
+    prompts: Sequence[str | Mapping[str, Any]] | str | Path | None = None
     steps: int = 20
     samples: int = 64
     seed: int = 0
@@ -61,17 +63,12 @@ class Calibration:
             raise DQError(f"calibration: forward_loop is {self.forward_loop!r}, expected a function of the model")
         self.texts()
 
-    def texts(self) -> list[str]:
-        """The prompts themselves. Raises DQError when there are none."""
-        given, source = self.prompts, "prompts"
+    def texts(self) -> list[inputs.Entry]:
+        """The prompts themselves, each a text or call arguments. Raises DQError when there are none."""
+        given = self.prompts
         if given is None or isinstance(given, (str, Path)):
-            given, source = _lines(given), f"prompts file {str(given)!r}"
-        wrong = [text for text in given if not isinstance(text, str) or not text.strip()]
-        if wrong:
-            raise DQError(f"calibration: a prompt is {wrong[0]!r}, expected text")
-        if not given:
-            raise DQError(f"calibration: {source} is empty, expected one prompt or more; leave it out for dq's own")
-        return list(given)
+            return inputs.check(inputs.read(Path(given or PROMPTS)), f"prompts file {str(given)!r}")
+        return inputs.check(given, "prompts")
 
     @contextlib.contextmanager
     def workplace(self) -> Iterator[Path]:
@@ -94,15 +91,3 @@ def resolve(value: Calibration | Callable[[nn.Module], Any]) -> Calibration:
     if callable(value) and not isinstance(value, (type, nn.Module)):
         return Calibration(forward_loop=value)
     raise DQError(f"calibration is {value!r}, expected dq.Calibration(prompts=...) or a function forward_loop(model)")
-
-
-def _lines(path: str | Path | None) -> list[str]:
-    """Lines of a prompts file that hold text."""
-    try:
-        text = Path(path or PROMPTS).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        what = f"cannot read the prompts file {str(path)!r}: {type(error).__name__}"
-        raise DQError(
-            f"calibration: {what}; expected a text file with one prompt a line, or a list of prompts"
-        ) from None
-    return [line.strip() for line in text.splitlines() if line.strip()]

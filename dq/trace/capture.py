@@ -26,7 +26,7 @@ from tqdm import tqdm
 from dq.disk import write_json
 from dq.errors import DQError
 from dq.layers.memory import aligned
-from dq.trace import policies
+from dq.trace import inputs, policies
 from dq.trace.calibration import Calibration
 from dq.trace.records import Store
 from dq.trace.running import Call, Runner, drawing, kept_modes, modules_of, telling, watching
@@ -202,7 +202,12 @@ def _identity(target, models: Mapping[str, nn.Module], calibration: Calibration)
     parts = {name: part for name, part in target.components.items() if isinstance(part, SchedulerMixin)}
     schedulers = {name: f"{type(part).__name__} {_crc(_settings(part))}" for name, part in parts.items()}
     names = {name: getattr(calibration, name) for name in ("steps", "samples", "policy")}
-    values = {"prompts": _crc(calibration.texts()), "call_kwargs": _crc(dict(calibration.call_kwargs))}
+    values = {
+        "prompts": _crc(
+            [inputs.arguments(text) if isinstance(text, Mapping) else text for text in calibration.texts()]
+        ),
+        "call_kwargs": _crc(dict(calibration.call_kwargs)),
+    }
     return found | names | values | {"schedulers": schedulers}
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from dq import families
 from dq.errors import DQError, nearest
+from dq.trace import inputs
 from dq.trace.calibration import Calibration
 from dq.trace.units import tensors_in
 
@@ -61,9 +62,10 @@ class Runner:
         self.texts = calibration.texts()
         self.accepted = inspect.signature(pipe.__call__).parameters
         named = [name for name, item in self.accepted.items() if item.kind is not item.VAR_KEYWORD]
-        for name in calibration.call_kwargs:
-            if name not in named:
-                raise DQError(f"call_kwargs: {type(pipe).__name__} takes no {name!r}, {nearest(name, named)}")
+        for source, given in (("call_kwargs", calibration.call_kwargs), *(("prompts", text) for text in self.texts)):
+            odd = [name for name in given if name not in named] if isinstance(given, Mapping) else []
+            if odd:
+                raise DQError(f"{source}: {type(pipe).__name__} takes no {odd[0]!r}, {nearest(odd[0], named)}")
         given = self.arguments(0)
         lacking = [
             name
@@ -74,11 +76,14 @@ class Runner:
             raise DQError(f"{type(pipe).__name__} also needs {lacking[0]!r}; add it to the calibration's call_kwargs")
 
     def arguments(self, run: int) -> dict[str, Any]:
-        """Arguments of the call of one run; what the user gave wins."""
+        """Arguments of the call of one run; what the user gave wins, for this run over for all."""
         user, seed = dict(self.calibration.call_kwargs), run_seed(self.calibration.seed, run)
         own = {"num_inference_steps": self.calibration.steps, "generator": torch.Generator().manual_seed(seed)}
-        if not {"prompt", "prompt_embeds"} & user.keys():
-            own["prompt"] = self.texts[run % len(self.texts)]
+        entry = self.texts[run % len(self.texts)]
+        if isinstance(entry, Mapping):
+            user |= inputs.arguments(entry)
+        elif not {"prompt", "prompt_embeds"} & user.keys():
+            own["prompt"] = entry
         labels = self.accepted.get("class_labels")
         if labels is not None and labels.default is labels.empty:
             own["class_labels"] = [self._label(seed)]
