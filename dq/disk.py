@@ -18,6 +18,31 @@ except ImportError:  # Windows
     fcntl = None
 
 
+MOST_JSON = 2**28  # bytes of a file that is read as JSON at once
+
+
+def read_json(path: str | Path) -> dict:
+    """Read a JSON object; DQError when the file is missing, no plain file, too large, not JSON or not an object."""
+    path = Path(path)
+    try:
+        if not path.is_file() and path.exists():  # a pipe or a device might never end
+            raise DQError(f"file {str(path)!r} is no plain file, expected JSON")
+        if path.stat().st_size > MOST_JSON:
+            raise DQError(
+                f"file {str(path)!r} holds {path.stat().st_size} bytes, expected at most {MOST_JSON} of JSON"
+            )
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DQError(f"file {str(path)!r} does not exist; give the path of a plan or recipe JSON") from None
+    except DQError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise DQError(f"file {str(path)!r} cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise DQError(f"file {str(path)!r} holds a JSON {type(data).__name__}, expected an object")
+    return data
+
+
 def write(path: Path, save: Callable[[Path], object]) -> None:
     """`save(fresh path)`, a file or a folder, then all of it under its name. DQError when it cannot be written."""
     fresh = path.with_name(f".{path.name}.part")  # one name, so that a restart after a kill writes over it

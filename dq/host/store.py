@@ -77,7 +77,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     check_fit(model, plan)
     state = files.read(folder, model, plan)
     place = next((value.device for value in model.parameters() if not value.is_meta), torch.device("cpu"))
-    swap(model, plan, getattr(torch, plan.compute_dtype or "float32"))
+    swap(model, plan, plan.dtype)
     for name, value in state.items():
         home, _, key = name.rpartition(".")
         module = model.get_submodule(home)
