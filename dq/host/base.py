@@ -27,8 +27,8 @@ class QuantizerBase(_Quantizer):
         self.pre_quantized = kwargs.get("pre_quantized", False)
         name = self.quantization_config.compute_dtype
         self.compute_dtype = None if name is None else compute_dtype(name)
-        self.as_saved = False  # reloading with no dtype asked for: every tensor in the dtype it was saved in
         self.sums: dict[str, str] = {}
+        self.as_saved = False  # reloading with no dtype asked for: every tensor in the dtype it was saved in
 
     @property
     def plan(self) -> Plan:
