@@ -28,7 +28,7 @@ from demo import drawing
 from demo.job import PLAN, REPORT
 from demo.models import Shelf
 from demo.sessions import Sessions, Stopped, told
-from dq import cookbook
+from dq import cookbook, disk
 from dq.errors import DQError, nearest
 from pipelines import tiny
 
@@ -89,9 +89,7 @@ class Job:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        out = Path(self.settings["out"])
-        for left in out.parent.glob(f".{out.name}-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        disk.sweep(self.settings["out"])
 
 
 def settings(

@@ -308,7 +308,7 @@ def _compute_dtype(model: nn.Module) -> torch.dtype:
 
 def _pack_all(part: str, model: nn.Module, plan: Plan, progress: bool) -> tuple[dict, dict]:
     """Pack every planned layer beside the model, which stays untouched; -> layers and weight SQNR in dB by name."""
-    packed, errors, dtype = {}, {}, getattr(torch, plan.compute_dtype)
+    packed, errors, dtype = {}, {}, plan.dtype
     bar = tqdm(plan.layers.items(), desc=f"quantize {part or type(model).__name__}", disable=not progress, delay=2)
     for name, layer_plan in bar:
         weight, source = _weight_of(model, name, layer_plan)

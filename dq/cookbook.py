@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from dq.errors import DQError, nearest
-from dq.plan import Plan, Recipe, read_json
+from dq.disk import read_json
+from dq.errors import DQError, naming, nearest
+from dq.plan import Plan, Recipe
 
 DATA_FREE = (
     Recipe("int8", linear=("int8/channel", "int8/token"), conv=("int8/channel", "int8a/tensor")),
@@ -53,7 +54,8 @@ def get(recipe: str | Path | Recipe | Plan) -> Recipe | Plan:
         return RECIPES[text]
     if text.endswith(".json") or Path(text).is_file():
         data = read_json(text)
-        return Plan.from_dict(data) if "layers" in data else Recipe.from_dict(data)
+        with naming(text):
+            return Plan.from_dict(data) if "layers" in data else Recipe.from_dict(data)
     known = _all()
     if text not in known:
         raise DQError(f"recipe {text!r} is unknown, {_of_width(text, known) or nearest(text, known)}")

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 MOST_NAMES = 16  # names an error lists in full
 
 
 class DQError(ValueError):
     """Wrong use of dq, told in one line: what, what was got, what was expected, what to do."""
+
+
+@contextlib.contextmanager
+def naming(path: object) -> Iterator[None]:
+    """A DQError from inside the block that does not name the file begins with it."""
+    try:
+        yield
+    except DQError as error:
+        if str(path) in str(error):
+            raise
+        raise DQError(f"file {str(path)!r}: {error}") from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

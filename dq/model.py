@@ -13,10 +13,11 @@ from torch import nn
 
 from dq import fusions, layers
 from dq.errors import DQError
-from dq.layers import PACKED, PackedStack, clock, kind_of, packed_layers
+from dq.layers import PACKED, PackedStack, clock, hadamard, kind_of, packed_layers
 from dq.layers.memory import align, page_out
 from dq.plan import LayerPlan, Plan
 
+WIDEST_GROUP = 1024  # of a layer with fewer columns: its one group is padded to that
 IN_FP32 = (".scale", ".smooth", ".act_scale")  # ends of the names of packed tensors that are fp32 in any model
 
 
@@ -31,8 +32,28 @@ def check_fit(model: nn.Module, plan: Plan) -> None:
         if (kind, shape) != (layer.kind, layer.shape):
             wanted = f"{layer.kind} {tuple(layer.shape)}"
             raise DQError(f"layer {name!r}: the plan is for {wanted}, {model_name} has {kind} {shape}; plan it anew")
+        _check_sizes(name, layer)
+    plan.check()
     if plan.edges:
         clock.argument_position(model, plan.timestep)
+
+
+def _check_sizes(name: str, layer: LayerPlan) -> None:
+    """DQError when what a plan adds to a layer of the model would dwarf it: nothing has been allocated yet."""
+    most = layer.rows + layer.columns  # a branch of full rank, and as much again of fused adapters
+    if not 0 <= layer.rank <= most:
+        raise DQError(
+            f"layer {name!r}: rank is {layer.rank}, expected at most {most} for a {layer.kind} {layer.shape}"
+        )
+    for what, grain in (("weight", layer.weight.grain), ("act", layer.act.grain if layer.act else None)):
+        if grain is not None and (grain.size or 0) > max(layer.columns, WIDEST_GROUP):
+            raise DQError(
+                f"layer {name!r}: {what} has groups of {grain.size}, expected at most its {layer.columns} columns"
+            )
+    if layer.rotate and not hadamard.exists(layer.rotate):
+        raise DQError(
+            f"layer {name!r}: rotate is {layer.rotate}, of which no Hadamard matrix is built here; plan it anew"
+        )
 
 
 def _found(model: nn.Module, name: str) -> tuple[str | None, tuple[int, ...]]:

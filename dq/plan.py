@@ -11,15 +11,18 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dq.errors import DQError, nearest
+from dq.disk import read_json
+from dq.errors import DQError, naming, nearest
 
 if TYPE_CHECKING:
+    import torch
+
     from dq import formats
 
 PLAN_VERSION = 1
@@ -28,6 +31,9 @@ STATUS = ("stable", "experimental")
 SCALES = ("dynamic", "static", "table")
 ROLES = ("time", "edge", "block")
 KINDS = ("linear", "conv1d", "conv2d", "conv3d", "stack")
+COMPUTE = ("float32", "bfloat16", "float16", "float64")
+MOST_SHIFT = 1e9
+MOST_GROUP = 2**20  # values that share a scale, in any format
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,10 @@ class TensorPlan:
     @classmethod
     def parse(cls, text: str, checked: bool = True) -> TensorPlan:
         """Read `format[/granularity[/scale[/shift]]]`; without `checked`, what they are called is taken as it is."""
+        return _parsed(text, checked)
+
+    @classmethod
+    def _parse(cls, text: str, checked: bool) -> TensorPlan:
         head, *rest = text.split("/")
         try:
             name, granularity = _known(head, rest[0] if rest else None) if checked else (head, (*rest, "default")[0])
@@ -55,6 +65,8 @@ class TensorPlan:
         scale = rest[1] if len(rest) > 1 else "dynamic"
         if scale not in SCALES:
             raise DQError(f"tensor plan {text!r}: scale is {scale!r}, {nearest(scale, SCALES)}")
+        if not abs(shift) < MOST_SHIFT or len(rest) > 3:
+            raise DQError(f"tensor plan {text!r}: expected format/granularity/scale/shift, the last one finite")
         return cls(name, granularity, scale, shift)
 
     def __str__(self) -> str:
@@ -168,16 +180,21 @@ class LayerPlan:
 
     @classmethod
     def from_dict(cls, name: str, row: dict, checked: bool = True) -> LayerPlan:
-        """Inverse of `to_dict`; unknown or missing fields raise DQError naming the layer. `checked` as in `Plan`."""
-        _check_fields(cls, row, f"layer {name!r} of the plan")
-        weight, shape, act = row["weight"], row["shape"], row.get("act")
-        sizes = isinstance(shape, list | tuple) and len(shape) > 1 and all(type(size) is int for size in shape)
-        if not (sizes and isinstance(weight, str) and isinstance(act, str | None)):
-            got = f"layer {name!r} of the plan: got shape {shape!r}, weight {weight!r}, act {act!r}"
-            raise DQError(f"{got}, expected for example [64, 32], 'int8/channel' and null")
-        values: dict[str, Any] = dict(row, shape=tuple(shape), weight=TensorPlan.parse(weight, checked))
-        values["act"] = TensorPlan.parse(act, checked) if act else None
-        values["splits"] = tuple(row.get("splits", ()))
+        """Inverse of `to_dict`; whatever is wrong raises DQError naming the layer. `checked` as in `Plan`."""
+        from dq import schema
+
+        schema.check("layer", row, f"layer {name!r} of the plan")
+        return cls._built(name, row, checked)
+
+    @classmethod
+    def _built(cls, name: str, row: dict, checked: bool) -> LayerPlan:
+        values: dict[str, Any] = dict(row, shape=tuple(row["shape"]), splits=tuple(row.get("splits", ())))
+        act = row.get("act")
+        try:
+            values["weight"] = TensorPlan.parse(row["weight"], checked)
+            values["act"] = TensorPlan.parse(act, checked) if act else None
+        except DQError as error:
+            raise DQError(f"layer {name!r}: {error}") from None
         plan = cls(**values)
         if checked:
             plan.check(name)
@@ -208,6 +225,11 @@ class Plan:
         """The recipe's name."""
         return self.recipe
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype as torch knows it, fp32 without one. DQError for a name that is none."""
+        return compute_dtype(self.compute_dtype)
+
     def to_dict(self) -> dict:
         return {
             "version": PLAN_VERSION,
@@ -222,26 +244,38 @@ class Plan:
         }
 
     @classmethod
-    def from_dict(cls, data: dict, checked: bool = True) -> Plan:
-        """Inverse of `to_dict`. DQError for plans of a newer version, unknown fields and broken layers.
+    def from_dict(cls, data: dict, checked: bool = True, what: str = "plan") -> Plan:
+        """Inverse of `to_dict`. DQError, beginning with `what`, for plans of a newer version and whatever is wrong.
 
         Without `checked` nobody asks whether the formats exist and fit their layers, which needs torch: a plan to be
         shown, not to be loaded by.
         """
+        from dq import schema
+
+        if not isinstance(data, dict):
+            raise DQError(f"{what} is a {type(data).__name__}, expected a JSON object")
         version = data.get("version")
-        if not isinstance(version, int) or version > PLAN_VERSION:
-            raise DQError(
-                f"plan version: got {version!r}, expected at most {PLAN_VERSION}; "
-                "it was written by a newer dq, upgrade with `pip install -U dq-diffusion`"
-            )
-        values = {key: value for key, value in data.items() if key != "version"}
-        _check_fields(cls, values, "plan")
-        for key in ("layers", "kept"):
-            _check_object(data.get(key, {}), f"plan: field {key!r}")
-        values["layers"] = {name: LayerPlan.from_dict(name, row, checked) for name, row in data["layers"].items()}
+        if type(version) is not int or not 1 <= version <= PLAN_VERSION:
+            newer = type(version) is int and version > PLAN_VERSION
+            advice = "it was written by a newer dq, upgrade with `pip install -U dq-diffusion`" if newer else _ANEW
+            raise DQError(f"{what} version: got {schema.shown(version)}, expected at most {PLAN_VERSION}; {advice}")
+        values: dict[str, Any] = {key: value for key, value in data.items() if key != "version"}
+        schema.check("plan", values, what)
+        values["layers"] = {name: LayerPlan._built(name, row, checked) for name, row in data["layers"].items()}
         values["edges"] = tuple(data.get("edges", ()))
-        _check_attention(data.get("attention", ""), "plan")
-        return cls(**values)
+        plan = cls(**values)
+        plan.check()
+        return plan
+
+    def check(self) -> None:
+        """DQError when layers and step buckets contradict each other."""
+        if self.edges and not all(low < high for low, high in pairwise(self.edges)):
+            raise DQError(f"plan: edges {list(self.edges[:4])} ... must rise; {_ANEW}")
+        for name, layer in self.layers.items():
+            wanted = len(self.edges) + 1 if layer.act is not None and layer.act.scale == "table" else 1
+            if layer.steps != wanted:
+                got = f"layer {name!r}: steps is {layer.steps}, its activation {layer.act}, the plan has"
+                raise DQError(f"{got} {len(self.edges)} edges; expected steps to be {wanted}")
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
@@ -249,7 +283,8 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a plan JSON; DQError says what is wrong with the file."""
-        return cls.from_dict(read_json(path))
+        with naming(path):
+            return cls.from_dict(read_json(path))
 
 
 @dataclass(frozen=True)
@@ -289,54 +324,28 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: dict) -> Recipe:
-        _check_fields(cls, data, "recipe")
+        """Inverse of `to_dict`. DQError for unknown fields, wrong types and formats that do not exist."""
+        from dq import schema
+
+        name = data.get("name") if isinstance(data, dict) else None
+        schema.check("recipe", data, "recipe" if name is None else f"recipe {schema.shown(name)}")
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
         recipe = cls(**values)
-        _check_attention(recipe.attention, f"recipe {recipe.name!r}")
-        if recipe.status not in STATUS:
-            raise DQError(f"recipe {recipe.name!r}: status is {recipe.status!r}, {nearest(recipe.status, STATUS)}")
         for text in (*recipe.linear, *recipe.conv, recipe.modulation, recipe.edge):
             if text is not None:
                 TensorPlan.parse(text)
         return recipe
 
 
-def read_json(path: str | Path) -> dict:
-    """Read a JSON object; DQError when the file is missing, not JSON or not an object."""
-    path = Path(path)
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise DQError(f"file {str(path)!r} does not exist; give the path of a plan or recipe JSON") from None
-    except (OSError, ValueError) as error:
-        raise DQError(f"file {str(path)!r} cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise DQError(f"file {str(path)!r} holds a JSON {type(data).__name__}, expected an object")
-    return data
+def compute_dtype(name: str | None) -> torch.dtype:
+    """The torch dtype of a name of COMPUTE, fp32 for None. DQError for any other name."""
+    import torch
 
-
-def _check_attention(value: str, what: str) -> None:
-    if value not in ATTENTION:
-        raise DQError(f"{what}: attention is {value!r}, {nearest(value, ATTENTION)}")
-
-
-def _check_object(data: object, what: str) -> None:
-    if not isinstance(data, dict):
-        raise DQError(f"{what} is {data!r}, expected a JSON object")
-
-
-def _check_fields(cls: type, data: dict, what: str) -> None:
-    """DQError when `data` is no object, has a key that the dataclass has not, or lacks one without a default."""
-    _check_object(data, what)
-    fields = {item.name: item for item in dataclasses.fields(cls)}
-    for key in data:
-        if key not in fields:
-            raise DQError(f"{what}: unknown field {key!r}, {nearest(key, fields)}")
-    for name, item in fields.items():
-        if name not in data and item.default is item.default_factory is dataclasses.MISSING:
-            raise DQError(f"{what}: field {name!r} is missing, write it or make the file anew")
+    if name is not None and name not in COMPUTE:
+        raise DQError(f"compute dtype is {str(name)[:100]!r}, {nearest(str(name)[:100], COMPUTE)}")
+    return getattr(torch, name or "float32")
 
 
 def _known(form: str, granularity: str | None) -> tuple[str, str]:
@@ -344,7 +353,20 @@ def _known(form: str, granularity: str | None) -> tuple[str, str]:
     from dq import formats
 
     spec = formats.get(form)
-    return spec.name, str(spec.granularity if granularity is None else formats.Granularity.parse(granularity))
+    grain = spec.granularity if granularity is None else formats.Granularity.parse(granularity)
+    if spec.fixed and grain != spec.granularity:
+        raise ValueError(f"granularity: got {grain}, expected {spec.granularity}, the only one of {spec.name}")
+    if (grain.size or 0) > MOST_GROUP:
+        raise ValueError(f"granularity: got a group of more than {MOST_GROUP} values, expected for example group:64")
+    return spec.name, str(grain)
+
+
+_ANEW = "write it or make the plan anew"
+
+
+@lru_cache(4096)
+def _parsed(text: str, checked: bool) -> TensorPlan:
+    return TensorPlan._parse(text, checked)
 
 
 @cache

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from dq import families, methods
@@ -100,7 +99,7 @@ class Stages:
             place, family = folder / (part or "model"), families.of(model)
             most = walk.calls_worth(place, method)
             trace = Trace(model, self.plans[part], family, place, self.calibration.seed, identity=identity, most=most)
-            fitted = walk.walk(trace, method, recipe, getattr(torch, self.plans[part].compute_dtype), self.progress)
+            fitted = walk.walk(trace, method, recipe, self.plans[part].dtype, self.progress)
             self.plans[part] = walk.finish(model, self.plans[part], trace, fitted)
             packed[part], errors[part] = fitted.packed, fitted.error_db
             notes += fitted.notes(trace)

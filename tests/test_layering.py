@@ -23,6 +23,7 @@ ROOMS = (
     "timing",
     "formats",
     "plan",
+    "schema",
     "kernels",
     "layers",
     "fusions",
@@ -47,6 +48,7 @@ ROOMS = (
 RANK = {room: rank for rank, room in enumerate(ROOMS)}
 # imports that go up all the same, each inside a function: (file, room) and why
 UPWARD = {
+    ("plan.py", "schema"): "pydantic is imported by who reads a file; the schema takes its words from the plan",
     ("host/config.py", "cookbook"): "quantizing while loading names a recipe; a saved model carries its plan instead",
     ("host/config.py", "planning"): "quantizing while loading plans the model; a saved model carries its plan instead",
     ("cookbook.py", "methods"): "recipes stand in the files of their methods; only asking for one of those reads them",

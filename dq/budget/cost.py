@@ -6,6 +6,7 @@ user's cache (`DQ_CACHE`, else `~/.cache/dq`), so that a second search on the sa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -20,11 +21,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from dq import kernels, timing
+from dq import kernels, schema, timing
 from dq.budget.choices import Choice, label
 from dq.budget.predictions import Predictions
 from dq.budget.sensitivity import packed
-from dq.disk import write_json
+from dq.disk import read_json, write_json
+from dq.errors import DQError
 from dq.plan import LayerPlan, Plan
 from dq.trace.units import replaced, tensors_in
 from dq.version import __version__
@@ -58,7 +60,7 @@ def measure(
     progress: bool = True,
 ) -> Costs:
     """Time every distinct (layer shape, input shape, choice), and a whole call with all layers as in the plan."""
-    dtype = getattr(torch, plan.compute_dtype)
+    dtype = plan.dtype
     args, kwargs = predictions.call(len(predictions.keys) // 2)
     inputs = _inputs(model, menus, args, kwargs)
     table = _Table(next(model.parameters()).device, dtype)
@@ -169,8 +171,11 @@ class _Table:
         folder = Path(os.environ.get("DQ_CACHE") or Path.home() / ".cache" / "dq")
         self.path = folder / f"ms-{zlib.crc32(json.dumps(what, sort_keys=True).encode()):08x}.json"
         self.what, self.ms = what, {}
-        if self.path.exists():
-            self.ms = json.loads(self.path.read_text())["ms"]
+        with contextlib.suppress(DQError):  # a damaged file of figures is measured anew
+            if self.path.exists():
+                found = read_json(self.path).get("ms")
+                schema.check("times", found, f"file {str(self.path)!r}")
+                self.ms = found
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         return key[1] in self.ms.get(key[0], {})

@@ -29,7 +29,7 @@ class Predictions:
         self.model, self._store = model, store
         keys, times, moments = store.keys("calls/"), [], set()
         for key in keys:
-            info = store.read(key)["info"]
+            info = store.read(key, kind="call")["info"]
             times.append(info.get("timestep") or 0.0)
             moments.add((info.get("run"), info.get("step")))
         self.calls_per_step = len(keys) / max(len(moments), 1)
@@ -46,7 +46,7 @@ class Predictions:
 
     def call(self, index: int) -> tuple[tuple, dict]:
         """(args, kwargs) of one call."""
-        tree = self._store.read(self.keys[index], next(self.model.parameters()).device)
+        tree = self._store.read(self.keys[index], next(self.model.parameters()).device, kind="call")
         return tree["args"], tree["kwargs"]
 
     @staticmethod

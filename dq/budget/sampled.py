@@ -63,7 +63,7 @@ def scores(
                     forwards[model.get_submodule(name)] = layers.get(name, choice).forward
             with replaced(forwards):
                 store.write(key, {"error": judge.error().tolist()}, share=False)
-        found.append(store.read(key)["error"])
+        found.append(store.read(key, kind="error")["error"])
     return np.array(found)
 
 

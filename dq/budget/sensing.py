@@ -21,10 +21,10 @@ from dq.budget.limits import Budget
 from dq.budget.predictions import BUCKETS, Predictions
 from dq.budget.search import Part, Search
 from dq.budget.sensitivity import Errors, Judge
-from dq.disk import write_json
+from dq.disk import read_json, write_json
 from dq.layers import parameter_bytes
 from dq.layers.memory import aligned
-from dq.plan import Plan, Recipe, read_json
+from dq.plan import Plan, Recipe
 from dq.trace.calibration import Calibration
 from dq.trace.records import Store
 from dq.trace.running import Runner, kept_modes, modules_of
@@ -65,7 +65,7 @@ class Subject:
         return None if isinstance(self.target, nn.Module) else Runner(self.target, self.calibration)
 
     def dtype(self, part: str) -> torch.dtype:
-        return getattr(torch, self.plans[part].compute_dtype)
+        return self.plans[part].dtype
 
     @property
     def extra(self) -> int:

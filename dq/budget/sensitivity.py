@@ -119,7 +119,7 @@ class Progress:
         """`of` tells one measurement from another; what an interrupted one kept goes back into the listeners."""
         layers = {part: {key: list(value) for key, value in own.rounders.items()} for part, own in listeners.items()}
         fresh = cls(store, name, zlib.crc32(json.dumps([list(of), layers]).encode()))
-        if not store.has(name) or (kept := store.read(name))["identity"] != fresh.identity:
+        if not store.has(name) or (kept := store.read(name, kind="gathered"))["identity"] != fresh.identity:
             return fresh
         for part, listener in listeners.items():
             listener.restore(kept["margins"][part])
@@ -153,7 +153,7 @@ def judged(
         if not store.has(key):
             found = [_one(model, name, choice, judge, dtype).tolist() for choice in choices]
             store.write(key, {"errors": found}, share=False)
-        errors[name] = np.array(store.read(key)["errors"])
+        errors[name] = np.array(store.read(key, kind="errors")["errors"])
     return errors
 
 

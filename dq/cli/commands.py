@@ -16,6 +16,7 @@ from dq.cli import drawing, options
 from dq.cli.options import MODEL, OUTPUT, PEERS, PICTURE
 from dq.errors import DQError
 from dq.host import saved
+from dq.plan import compute_dtype
 from dq.trace.calibration import Calibration
 
 app = typer.Typer(
@@ -208,7 +209,7 @@ def bench(
         return
     place = options.device_of(device)
     if folder is None:
-        rows = timing.linears(recipe, place, getattr(torch, kind), seconds)
+        rows = timing.linears(recipe, place, compute_dtype(kind), seconds)
     else:
         rows = _denoisers(folder, place, seconds)
     if as_json:

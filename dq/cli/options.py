@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from dq import disk
 from dq.budget.limits import METRICS, Budget
-from dq.disk import replaced
 from dq.errors import DQError, nearest
 from dq.trace.calibration import POLICIES
 
@@ -88,7 +88,7 @@ def replacing(out: Path, force: bool) -> Iterator[Path]:
     check_place(out, force)
     with contextlib.ExitStack() as stack:
         try:
-            place = stack.enter_context(replaced(out))
+            place = stack.enter_context(disk.replacing(out))
         except OSError as error:
             raise DQError(f"--out {str(out)!r} cannot be written: {error.strerror}; choose another place") from error
         yield place

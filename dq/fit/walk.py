@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dq import layers
+from dq import layers, schema
+from dq.errors import DQError
 from dq.fit import drafts
 from dq.fit.drafts import DraftLinear
 from dq.fit.smooth import sample
@@ -41,7 +42,7 @@ def calls_worth(folder: Path, method: ModuleType) -> int:
     if not getattr(method, "FEW_CALLS", False):
         return 0
     store = Store(folder)
-    first = store.read(store.keys("calls/")[0])
+    first = store.read(store.keys("calls/")[0], kind="call")
     sizes = [value.numel() for value in tensors_in((first["args"], first["kwargs"])) if value.dim() > 2]
     return max(FEWEST_CALLS, -(-ENOUGH // max(sizes[0], 1))) if sizes else 0
 
@@ -145,14 +146,25 @@ def _error_db(unit: Unit, name: str, made: DraftLinear, seen: Seen) -> float:
 def _unpacked(unit: Unit, tensors: Mapping, note: Mapping, dtype: torch.dtype) -> dict[str, nn.Module]:
     """The packed layers of a unit from what was stored of it."""
     packed = {}
+    schema.check("note", note, f"what was fitted to unit {unit.name!r}")
     for name, row in note["layers"].items():
         plan, module = LayerPlan.from_dict(name, row), unit.layer(name)
+        own = {key.rpartition(".")[2]: value for key, value in tensors.items() if key.rpartition(".")[0] == name}
+        _check_fitted(name, plan, unit.layers.get(name), own)
         layer = PACKED[plan.kind].like(module, plan, dtype, str(module.weight.device))
-        for key in [key for key in tensors if key.rpartition(".")[0] == name]:
-            layer.put(key.rpartition(".")[2], tensors[key])
+        for key, value in own.items():
+            layer.put(key, value)
         layer.bind(module.weight.device.type)
         packed[name] = layer.train(module.training)
     return packed
+
+
+def _check_fitted(name: str, plan: LayerPlan, asked: LayerPlan | None, tensors: Mapping[str, torch.Tensor]) -> None:
+    """DQError, before anything is allocated, when what was stored of a layer is of another one, or not all there."""
+    wanted = {key: shape for key, (shape, _) in layers.tensor_shapes(plan).items()}
+    found = {key: tuple(value.shape) for key, value in tensors.items() if key != "bias"}
+    if asked is None or (asked.kind, asked.shape) != (plan.kind, plan.shape) or found != wanted:
+        raise DQError(f"layer {name!r}: what was fitted to it is of another layer; delete the folder of the work")
 
 
 class _Timed:
@@ -174,13 +186,9 @@ def finish(model: nn.Module, plan: Plan, trace: Trace, fitted: Fitted) -> Plan:
         if name not in fitted.packed and layer.kind != "stack":
             reason = trace.unfit.get(name, "never called during calibration")
             free = replace(_nearest(Unit(name, model.get_submodule(name), {name: layer}), name).plan, reason=reason)
-            fitted.packed[name] = layers.pack(
-                name, model.get_submodule(name), free, getattr(torch, plan.compute_dtype)
-            )
+            fitted.packed[name] = layers.pack(name, model.get_submodule(name), free, plan.dtype)
         elif layer.kind == "stack":
-            fitted.packed[name] = layers.pack_stack(
-                name, model.get_parameter(name), layer, getattr(torch, plan.compute_dtype)
-            )
+            fitted.packed[name] = layers.pack_stack(name, model.get_parameter(name), layer, plan.dtype)
         plan.layers[name] = fitted.packed[name].plan
     plan.edges = trace.edges if any(layer.steps > 1 for layer in plan.layers.values()) else ()
     return plan

@@ -11,12 +11,7 @@ from torch import nn
 from dq.errors import DQError
 from dq.layers import packed_layers
 from dq.model import check_fit, start, swap
-from dq.plan import Plan
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    return None if name is None else getattr(torch, name)
-
+from dq.plan import Plan, compute_dtype
 
 _Quantizer: Any = object  # a quantizer class of the library stands behind the mixin
 
@@ -30,9 +25,10 @@ class QuantizerBase(_Quantizer):
     def __init__(self, quantization_config, **kwargs):
         super().__init__(copy.copy(quantization_config), **kwargs)
         self.pre_quantized = kwargs.get("pre_quantized", False)
-        self.compute_dtype = _dtype(self.quantization_config.compute_dtype)
-        self.as_saved = False  # reloading with no dtype asked for: every tensor in the dtype it was saved in
+        name = self.quantization_config.compute_dtype
+        self.compute_dtype = None if name is None else compute_dtype(name)
         self.sums: dict[str, str] = {}
+        self.as_saved = False  # reloading with no dtype asked for: every tensor in the dtype it was saved in
 
     @property
     def plan(self) -> Plan:

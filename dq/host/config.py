@@ -6,13 +6,12 @@ import copy
 import dataclasses
 import enum
 
-import torch
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
 from dq.errors import DQError, nearest
-from dq.plan import Plan, Recipe
+from dq.plan import COMPUTE, Plan, Recipe
 
 OVERRIDES = {field.name for field in dataclasses.fields(Recipe)} - {"name", "keep", "method", "options", "status"}
 
@@ -46,8 +45,9 @@ class DQConfig(QuantizationConfigMixin, TransformersConfigMixin):
         self.overrides = kwargs
         self.plan = Plan.from_dict(plan) if isinstance(plan, dict) else plan
         self.compute_dtype = None if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
-        if self.compute_dtype is not None and not isinstance(getattr(torch, self.compute_dtype, None), torch.dtype):
-            raise DQError(f"DQConfig: compute_dtype is {self.compute_dtype!r}, expected a dtype such as 'bfloat16'")
+        if self.compute_dtype not in (None, *COMPUTE):
+            got = f"DQConfig: compute_dtype is {self.compute_dtype[:100]!r}"
+            raise DQError(f"{got}, {nearest(self.compute_dtype[:100], COMPUTE)}")
         if self.plan is None:
             self.resolve()
 

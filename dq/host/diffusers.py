@@ -29,9 +29,8 @@ class DQQuantizer(QuantizerBase, DiffusersQuantizer):
         return self.pre_quantized
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str] | None) -> list[str]:
-        paths = [path for path in checkpoint_files or () if str(path).endswith(".safetensors")]
-        if self.pre_quantized and paths:
-            _, self.sums = files.headers(paths)
+        if self.pre_quantized and checkpoint_files:
+            _, self.sums = files.opened(checkpoint_files)
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model, device_map=None, **kwargs):

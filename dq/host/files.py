@@ -1,18 +1,18 @@
 """Files of a quantized model: written whole or not at all, read only when every byte is what the plan says.
 
-docs/file_format.md documents the format byte by byte. Every writer here fills a temporary folder on the disk of the
-target and renames its files into place, so that a full disk or a crash leaves the target as it was.
+docs/file_format.md documents the format byte by byte. Every writer here fills a folder beside the target that takes
+its place in one step, so that a full disk or a kill leaves the target as it was.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
-import shutil
-import tempfile
+import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dq import disk, schema
 from dq.errors import DQError
 from dq.host import header
 from dq.layers import tensor_shapes
@@ -35,59 +36,45 @@ Expected = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 
 @contextlib.contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
-    """Give an empty temporary folder on the disk of `folder`; when the block succeeds its files move into place.
+    """Give an empty folder to save to; when the block succeeds its files are those of `folder`, in one step.
 
-    Weight files of an earlier save with another number of shards are removed. Raises DQError when the place cannot be
-    written; the target is then unchanged.
+    Files of `folder` that belong to no save of these weights stay. Raises DQError when the place cannot be written;
+    it is then as it was.
     """
-    target, made = Path(folder).absolute(), None
+    if not isinstance(folder, str | os.PathLike) or not str(folder):
+        raise DQError(f"the folder to save to is {folder!r}, expected its name; '.' is the current folder")
+    stale: set[Path] = set()
     try:
-        home = target if target.is_dir() else target.parent
-        home.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=home))
-        yield made
-        for path in made.rglob("*.safetensors"):
-            _settle(path)
-        _move_into(made, target)
+        with disk.replacing(folder, lambda path: path not in stale) as made:
+            yield made
+            for path in made.rglob("*.safetensors"):
+                _settle(path)
+            stale |= _stale(made, Path(folder))
     except (OSError, SafetensorError) as error:
-        raise DQError(f"cannot save to {str(folder)!r}: {error}; nothing was changed there") from error
-    finally:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
+        reason = " ".join(str(error).split())
+        raise DQError(f"cannot save to {str(folder)!r}: {reason}; nothing was changed there") from error
 
 
 def _settle(path: Path) -> None:
-    """Sort the header of a safetensors file, whose metadata come in another order in every process: same model, same
-    bytes. The header keeps its length, so that no tensor moves."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        if "__metadata__" in header:
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:
-            file.seek(8)
-            file.write(text.ljust(length))
+    """Bring the metadata of a safetensors file in order: sorted, so that the same model gives the same bytes, and with
+    the checksums of the tensors that are in this file, by the names they have there (a host may rename them)."""
+    entries, metadata = header.read(path)
+    sums = json.loads(metadata.get(CHECKSUMS, "{}"))
+    if CHECKSUMS in metadata and sums.keys() != entries.keys():
+        lacking = {name for name in entries if name not in sums}
+        found = {name: f"{value:08x}" for name, value in header.checksums(path, entries, lacking)}
+        metadata[CHECKSUMS] = json.dumps({name: sums.get(name) or found[name] for name in entries})
+    header.rewrite(path, dict(sorted(metadata.items())))
 
 
-def _move_into(source: Path, target: Path) -> None:
-    """Rename every file below `source` to its place below `target`; JSON, which makes a folder loadable, last."""
-    target.mkdir(exist_ok=True)
-    files = sorted((path for path in source.rglob("*") if path.is_file()), key=lambda path: path.suffix == ".json")
-    places = {path: target / path.relative_to(source) for path in files}
-    for path, place in places.items():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(place)
-    for stale in _stale(set(places.values())):
-        stale.unlink()
-
-
-def _stale(new: set[Path]) -> list[Path]:
-    """Weight files and indexes that an earlier save of the same weights, in other shards, left beside the new ones."""
-    stems = {place.with_name(SHARD.sub("", place.name)) for place in new if place.suffix == ".safetensors"}
+def _stale(made: Path, target: Path) -> set[Path]:
+    """Weight files and indexes, by path inside, that an earlier save of the same weights left in other shards."""
+    new = {path.relative_to(made) for path in made.rglob("*") if path.is_file()}
+    stems = {path.with_name(SHARD.sub("", path.name)) for path in new if path.suffix == ".safetensors"}
     stems |= {stem.with_name(_index_name(stem.name)) for stem in stems}
-    beside = {path for stem in stems for path in stem.parent.iterdir()} - new
-    return [path for path in beside if path.with_name(SHARD.sub("", path.name)) in stems]
+    homes = {stem.parent for stem in stems if (target / stem.parent).is_dir()}
+    beside = {home / path.name for home in homes for path in (target / home).iterdir()} - new
+    return {path for path in beside if path.with_name(SHARD.sub("", path.name)) in stems}
 
 
 def _index_name(stem: str) -> str:
@@ -133,11 +120,12 @@ def check_tensor(name: str, value: torch.Tensor, wanted: tuple[tuple[int, ...], 
         raise DQError(f"tensor {name!r}: got {value.dtype}, expected {dtype or 'a floating-point dtype'}; {_AGAIN}")
 
 
+_ANEW = "save or download the model again"
 _AGAIN = "the file does not fit its plan, save or download the model again"
 
 
 def check_content(name: str, value: torch.Tensor, layers: Mapping[str, object], sums: Mapping[str, str]) -> None:
-    """DQError when a packed tensor holds impossible scales or bytes that differ from those that were saved."""
+    """DQError when a tensor holds impossible scales or bytes that differ from those that were saved."""
     home, _, key = name.rpartition(".")
     if home in layers and value.is_floating_point():
         if not torch.isfinite(value).all():
@@ -145,25 +133,55 @@ def check_content(name: str, value: torch.Tensor, layers: Mapping[str, object], 
         if key in POSITIVE and not (value > 0).all():
             raise DQError(f"tensor {name!r}: holds values of zero or below, expected positive scales; {_AGAIN}")
     if name in sums and checksum(value) != sums[name]:
-        raise DQError(f"tensor {name!r}: its bytes are not those that were saved; save or download the model again")
+        raise DQError(f"tensor {name!r}: its bytes are not those that were saved; {_ANEW}")
 
 
-def headers(paths: list[str | Path]) -> tuple[set[str], dict[str, str]]:
-    """-> (names of all tensors, their checksums) of safetensors files, without reading tensors.
+def opened(paths: Sequence[str | Path]) -> tuple[set[str], dict[str, str]]:
+    """-> (names of all tensors, their checksums) of a model's safetensors files, without reading tensors.
 
-    Raises DQError naming a file that is truncated or no safetensors file.
+    Raises DQError naming a file that is truncated, no safetensors file or
+    in another folder than the first, and a tensor that alone has no checksum. Files without any checksums, of other
+    programs or early versions, are taken with a warning.
     """
+    home = Path(paths[0]).absolute().parent
     names, sums = set(), {}
     for path in paths:
+        if Path(path).absolute().parent != home or not str(path).endswith(".safetensors"):
+            raise DQError(f"weights file {str(path)!r} is no safetensors file of the model's folder; save it again")
         entries, metadata = header.read(path)
-        names |= set(entries)
-        try:
-            sums |= json.loads(metadata.get(CHECKSUMS, "{}"))
-        except (ValueError, TypeError):
-            raise DQError(
-                f"weights file {str(path)!r} is damaged: {CHECKSUMS} is no JSON object; copy it again"
-            ) from None
+        names |= entries.keys()
+        sums |= _sums(path, metadata)
+    bare = sorted(names - sums.keys())
+    if bare and sums and sums.keys() <= names:
+        raise DQError(f"tensor {bare[0]!r} has no checksum, the file was changed; {_ANEW}")
+    if bare:  # no table, or an early one, with the names that tensors had before a host renamed them
+        what = f"{str(home)!r}: {len(bare)} tensors have no checksum, damage to them would go unnoticed"
+        warnings.warn(f"{what}; save the model again", stacklevel=2)
     return names, sums
+
+
+def verify(paths: Sequence[str | Path]) -> None:
+    """`opened`, and every byte of the files compared with what was saved: about 1 GB/s, a MiB in memory.
+
+    For loaders that do not show the tensors as they come; else `check_content` does it. Raises DQError.
+    """
+    _, sums = opened(paths)
+    for path in paths:
+        entries, _ = header.read(path)
+        for name, value in header.checksums(path, entries, sums):
+            if f"{value:08x}" != sums[name]:
+                raise DQError(f"tensor {name!r}: its bytes are not those that were saved; {_ANEW}")
+
+
+def _sums(path: str | Path, metadata: Mapping[str, str]) -> dict[str, str]:
+    try:
+        found = json.loads(metadata.get(CHECKSUMS, "{}"))
+        schema.check("checksums", found, f"{CHECKSUMS} of weights file {str(path)!r}")
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DQError):
+            raise
+        raise DQError(f"weights file {str(path)!r} is damaged: {CHECKSUMS} is no JSON object; copy it again") from None
+    return found
 
 
 def check_names(wanted: Expected, names: set[str], place: str) -> None:
@@ -189,12 +207,13 @@ def read(folder: str | Path, model: nn.Module, plan: Plan) -> dict[str, torch.Te
     """Every tensor of a saved bare model, checked against the plan, the model and the saved checksums."""
     path = Path(folder) / WEIGHTS_FILE
     wanted = expected(model, plan)
-    names, sums = headers([path])
+    unknown = sorted(header.read(path)[0].keys() - wanted.keys())
+    if unknown:
+        raise DQError(f"weights file {str(path)!r} holds tensor {unknown[0]!r}, which {type(model).__name__} has not")
+    names, sums = opened([path])
     check_names(wanted, names, f"weights file {str(path)!r}")
     state = load_file(path)
     for name, value in state.items():
-        if name not in wanted:
-            raise DQError(f"weights file {str(path)!r} holds tensor {name!r}, which {type(model).__name__} has not")
         check_tensor(name, value, wanted[name])
         check_content(name, value, plan.layers, sums)
     return state

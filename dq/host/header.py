@@ -8,6 +8,10 @@ https://huggingface.co/docs/safetensors
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import zlib
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,12 +28,19 @@ class Entry(NamedTuple):
 
 
 def read(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """-> (every tensor by name, metadata). DQError naming a file that is missing, truncated or no safetensors file."""
+    """-> (every tensor by name, in the order of the file, metadata).
+
+    DQError naming a file that is missing, truncated or no safetensors file.
+    """
+    from dq import schema
+
     try:
-        header, left = _header(Path(path))
-        metadata = header.pop("__metadata__", {})
+        found, left = _header(Path(path))
+        metadata = found.pop("__metadata__", {})
+        schema.check("texts", metadata, "its metadata")
+        schema.check("header", found, "its header")
         entries, end = {}, 0
-        for name, row in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        for name, row in sorted(found.items(), key=lambda item: item[1]["data_offsets"]):
             start, stop = row["data_offsets"]
             entries[name] = Entry(tuple(row["shape"]), stop - start)
             if start != end or stop < start:
@@ -37,9 +48,44 @@ def read(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
             end = stop
         if end != left:
             raise ValueError(f"it holds {left} bytes of tensors, its header names {end}")
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # DQError among them
         raise DQError(f"weights file {str(path)!r} is missing or damaged: {error}; copy it again") from None
     return entries, metadata
+
+
+def checksums(path: str | Path, entries: Mapping[str, Entry], names: Container[str]) -> Iterator[tuple[str, int]]:
+    """(name, crc32 of its bytes) of some tensors of a file, whose `entries` `read` gave; a MiB in memory at once."""
+    buffer = memoryview(bytearray(2**20))
+    with Path(path).open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        for name, entry in entries.items():
+            if name not in names:
+                file.seek(entry.size, os.SEEK_CUR)
+                continue
+            value, left = 0, entry.size
+            while left and (count := file.readinto(buffer[: min(left, len(buffer))])):
+                value, left = zlib.crc32(buffer[:count], value), left - count
+            yield name, value
+
+
+def rewrite(path: Path, metadata: Mapping[str, str]) -> None:
+    """Give a file these metadata. The header keeps its length where they fit, so that no tensor moves."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        found = json.loads(file.read(length))
+        rows = {name: row for name, row in found.items() if name != "__metadata__"}
+        found = ({"__metadata__": dict(metadata)} if metadata else {}) | rows
+        text = json.dumps(found, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
+            return
+        longer = path.with_name(f".{path.name}.longer")
+        text = text.ljust(-(-len(text) // 8) * 8)
+        with longer.open("wb") as fresh:
+            fresh.write(len(text).to_bytes(8, "little") + text)
+            shutil.copyfileobj(file, fresh, 2**20)
+    longer.replace(path)
 
 
 def _header(path: Path) -> tuple[dict, int]:

@@ -1,8 +1,9 @@
 """Every change that `import dq` makes to other libraries, in one list; each is made once its library is imported.
 
 diffusers, transformers  "dq" becomes a known quantizer and config in `quantizers.auto` (two tables each)
-diffusers                `ModelMixin.save_pretrained` writes quantized models whole or not at all, others as before
+diffusers                `save_pretrained` of models and pipelines writes quantized ones whole or not at all
 transformers             `PreTrainedModel.save_pretrained` likewise
+both                     `from_pretrained` of these first removes, or ends, what a killed save left in the folder
 peft                     `dispatch_default` makes adapters that fuse into the low-rank branch of packed layers
 diffusers                `FluxLoraLoaderMixin._calculate_module_shape` is told the shape a packed layer stands for
 The wrapped functions keep what they wrap as `before_dq`. None of this imports torch: see `dq.host.later`.
@@ -11,9 +12,13 @@ The wrapped functions keep what they wrap as `before_dq`. None of this imports t
 from __future__ import annotations
 
 import functools
+import inspect
+import os
 import sys
+from pathlib import Path
 from types import ModuleType
 
+from dq import disk
 from dq.errors import DQError
 from dq.host import later
 
@@ -30,10 +35,11 @@ def register() -> None:
     Raises DQError when another package has taken the name.
     """
     later.when_imported("diffusers.quantizers.auto", _enter)
-    later.when_imported("diffusers.models.modeling_utils", lambda home: _save_whole(home.ModelMixin))
+    later.when_imported("diffusers.models.modeling_utils", lambda home: _whole(home.ModelMixin))
+    later.when_imported("diffusers.pipelines.pipeline_utils", lambda home: _whole(home.DiffusionPipeline))
     later.when_imported("diffusers.loaders.lora_pipeline", _teach_flux_shapes)
     later.when_imported("transformers.quantizers.auto", _enter)
-    later.when_imported("transformers.modeling_utils", lambda home: _save_whole(home.PreTrainedModel))
+    later.when_imported("transformers.modeling_utils", lambda home: _whole(home.PreTrainedModel))
     later.when_imported("peft.tuners.lora.model", _dispatch)
 
 
@@ -48,20 +54,51 @@ def _enter(home: ModuleType) -> None:
         table["dq"] = getattr(sys.modules.get(module), name, None) or later.Promise(module, name)
 
 
+def _whole(base: type) -> None:
+    _save_whole(base)
+    _load_whole(base)
+
+
+def _load_whole(base: type) -> None:
+    """Let `from_pretrained` end or remove what a killed save left in a folder or beside it, before it reads there."""
+    original = vars(base)["from_pretrained"].__func__
+    if hasattr(original, "before_dq"):
+        return
+
+    @functools.wraps(original)
+    def from_pretrained(cls, *args, **kwargs):
+        place = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if isinstance(place, str | os.PathLike):
+            disk.sweep(Path(place) / (kwargs.get("subfolder") or ""))
+        return original(cls, *args, **kwargs)
+
+    from_pretrained.before_dq = original
+    base.from_pretrained = classmethod(from_pretrained)
+
+
 def _save_whole(base: type) -> None:
-    """Let `save_pretrained` refuse models of dq with attached adapters, and write all their files or none."""
+    """Let `save_pretrained` of models of dq, and of pipelines with some, write all files or none, as safetensors.
+
+    Models with attached adapters are refused.
+    """
     original = base.save_pretrained
+    takes = inspect.signature(original)
     if hasattr(original, "before_dq"):
         return
 
     @functools.wraps(original)
     def save_pretrained(self, save_directory, *args, **kwargs):
-        if not _of_dq(self):
+        parts = getattr(self, "components", None)
+        if not any(map(_of_dq, [self, *(parts.values() if isinstance(parts, dict) else ())])):
             return original(self, save_directory, *args, **kwargs)
         from dq.host import files, mark, store
 
-        store.refuse_unsavable(self)
-        mark.write_config(self)
+        given = takes.bind(self, save_directory, *args, **kwargs).arguments
+        if not given.get("safe_serialization", given.get("kwargs", {}).get("safe_serialization", True)):
+            raise DQError("safe_serialization=False: quantized models are saved as safetensors only; leave it True")
+        if _of_dq(self):
+            store.refuse_unsavable(self)
+            mark.write_config(self)
         if kwargs.get("push_to_hub"):  # takes the repository's name from the folder's
             return original(self, save_directory, *args, **kwargs)
         with files.replacing(save_directory) as made:

@@ -9,10 +9,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from dq.errors import DQError
+from dq.disk import read_json
+from dq.errors import DQError, naming
 from dq.host import header
 from dq.host.header import Entry
-from dq.plan import LayerPlan, Plan, read_json
+from dq.plan import LayerPlan, Plan, compute_dtype
 from dq.report import Report, Row
 
 EMBEDDED = ("tiny-pixart", "tiny-sd")
@@ -52,13 +53,12 @@ def load(name: str, dtype: str | None = None):
     place = find(name)
     if isinstance(place, Path) and not any((place / file).is_file() for file in (PIPELINE, MODEL)):
         raise DQError(f"{name!r} was written by dq.save for a model of your own; read it with dq.load(folder, model)")
-    import torch
     from diffusers import AutoModel, DiffusionPipeline
 
     dtype = dtype or (stored_dtype(place) if isinstance(place, Path) else None) or "float32"
     lone = isinstance(place, Path) and not (place / PIPELINE).is_file()
     try:
-        return (AutoModel if lone else DiffusionPipeline).from_pretrained(str(place), dtype=getattr(torch, dtype))
+        return (AutoModel if lone else DiffusionPipeline).from_pretrained(str(place), dtype=compute_dtype(dtype))
     except DQError:
         raise
     except (OSError, ValueError) as error:
@@ -72,7 +72,8 @@ def plans(folder: Path, checked: bool = True) -> dict[str, tuple[Path, Plan]]:
     `checked` as in `Plan.from_dict`. DQError for a plan that is damaged.
     """
     if (folder / PIPELINE).is_file():
-        parts = {name: folder / name for name in read_json(folder / PIPELINE) if (folder / name).is_dir()}
+        names = [name for name in read_json(folder / PIPELINE) if name.isidentifier()]  # no path to elsewhere
+        parts = {name: folder / name for name in names if (folder / name).is_dir()}
     else:
         parts = {"": folder}
     found = {name: (part, _plan(part, checked)) for name, part in parts.items()}
@@ -81,7 +82,8 @@ def plans(folder: Path, checked: bool = True) -> dict[str, tuple[Path, Plan]]:
 
 def _plan(folder: Path, checked: bool) -> Plan | None:
     if (folder / BARE).is_file():
-        return Plan.from_dict(read_json(folder / BARE), checked)
+        with naming(folder / BARE):
+            return Plan.from_dict(read_json(folder / BARE), checked)
     if not (folder / MODEL).is_file():
         return None
     config = read_json(folder / MODEL).get("quantization_config")
@@ -90,13 +92,14 @@ def _plan(folder: Path, checked: bool) -> Plan | None:
     plan = config.get("plan")
     try:
         plan = json.loads(plan) if isinstance(plan, str) else plan
-    except ValueError:
+    except (ValueError, RecursionError):
         plan = None
     if not isinstance(plan, dict):
         raise DQError(
             f"{str(folder / MODEL)!r} has no plan in its quantization_config; save or download the model again"
         )
-    return Plan.from_dict(plan, checked)
+    with naming(folder / MODEL):
+        return Plan.from_dict(plan, checked)
 
 
 def stored_dtype(folder: Path) -> str | None:

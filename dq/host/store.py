@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from dq import disk
 from dq.errors import DQError
 from dq.host import files, peft
 from dq.host.mark import mark, plan_of, quantizer_class
@@ -31,8 +32,7 @@ def save(target, folder: str | Path) -> None:
         parts = target.components.values() if isinstance(target, DiffusionPipeline) else [target]
         quantized = [part for part in parts if isinstance(part, nn.Module) and plan_of(part) is not None]
         _refuse_unready(target, quantized)
-        with files.replacing(folder) as made:
-            target.save_pretrained(made)
+        target.save_pretrained(folder)
         return
     _refuse_unready(target, [target] if plan_of(target) is not None else [])
     with files.replacing(folder) as made:
@@ -69,6 +69,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     mis-shaped or altered tensors.
     """
     folder = Path(folder)
+    disk.sweep(folder)
     if quantizer_class(model) and not (folder / files.PLAN_FILE).exists():
         raise DQError(f"{str(folder)!r} has no {files.PLAN_FILE}; load it with from_pretrained")
     plan = Plan.load(folder / files.PLAN_FILE)
@@ -77,7 +78,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     check_fit(model, plan)
     state = files.read(folder, model, plan)
     place = next((value.device for value in model.parameters() if not value.is_meta), torch.device("cpu"))
-    swap(model, plan, getattr(torch, plan.compute_dtype or "float32"))
+    swap(model, plan, plan.dtype)
     for name, value in state.items():
         home, _, key = name.rpartition(".")
         module = model.get_submodule(home)

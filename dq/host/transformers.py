@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
@@ -52,12 +54,12 @@ class DQTransformersQuantizer(QuantizerBase, HfQuantizer):
     def _process_model_before_weight_loading(self, model, dtype=None, checkpoint_files=None, **kwargs):
         self.settle(dtype)
         self.prepare(model)
-        paths = [path for path in checkpoint_files or () if str(path).endswith(".safetensors")]
-        if self.pre_quantized and paths:
-            _, self.sums = files.headers(paths)
+        if self.pre_quantized and checkpoint_files:
+            files.verify(checkpoint_files)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.pre_quantized:
+            _refuse_missing(model)
             for name, layer in packed_layers(model).items():
                 self._check(name, layer)
         self.finish(model)
@@ -65,11 +67,9 @@ class DQTransformersQuantizer(QuantizerBase, HfQuantizer):
 
     def _check(self, name: str, layer: nn.Module) -> None:
         for key, value in layer.named_parameters(recurse=False):
-            if not getattr(value, "_is_hf_initialized", False):
-                raise DQError(f"the checkpoint lacks tensor '{name}.{key}'; download or save the model again")
             wanted = files.tensor_shapes(layer.plan).get(key)
             if wanted is not None and wanted[1] is not None and not value.is_meta:
-                files.check_content(f"{name}.{key}", value, self.plan.layers, self.sums)
+                files.check_content(f"{name}.{key}", value, self.plan.layers, {})
 
     def _dequantize(self, model, dtype=None):
         to_dense(model)
@@ -80,3 +80,12 @@ class DQTransformersQuantizer(QuantizerBase, HfQuantizer):
 
     def is_serializable(self, **kwargs) -> bool:
         return True
+
+
+def _refuse_missing(model) -> None:
+    """DQError for the first tensor that was not in the files: the library would draw random numbers for it."""
+    free = [*(getattr(model, "_keys_to_ignore_on_load_missing", None) or ()), *model.all_tied_weights_keys]
+    for name, value in model.state_dict(keep_vars=True).items():
+        loaded = value.is_meta or getattr(value, "_is_hf_initialized", False)  # on meta: on its way to the disk
+        if not loaded and not any(name == pattern or re.search(pattern, name) for pattern in free):
+            raise DQError(f"the checkpoint lacks tensor {name!r}; download or save the model again")

@@ -38,6 +38,11 @@ def hadamard(order: int) -> torch.Tensor:
         return matrix / order**0.5
 
 
+def exists(order: int) -> bool:
+    """Whether a Hadamard matrix of this order is built here."""
+    return _factors(order) is not None
+
+
 def rotate(
     x: torch.Tensor, order: int, dim: int = -1, inverse: bool = False, matrix: torch.Tensor | None = None
 ) -> torch.Tensor:

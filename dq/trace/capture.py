@@ -10,7 +10,6 @@ Layout: `<part>/calls/<run>-<number>.entry` (see `records`), `runs/<run>.json` o
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections import Counter
 from collections.abc import Mapping
@@ -23,7 +22,8 @@ from diffusers import SchedulerMixin
 from torch import nn
 from tqdm import tqdm
 
-from dq.disk import write_json
+from dq import schema
+from dq.disk import read_json, write_json
 from dq.errors import DQError
 from dq.layers.memory import aligned
 from dq.trace import inputs, policies
@@ -109,7 +109,8 @@ class _Session:
         path = self.folder / "runs" / f"{name}.json"
         if not path.exists():
             return False
-        counts = json.loads(path.read_text())
+        counts = {part: read_json(path).get(part) for part in self.stores}
+        schema.check("counts", counts, f"file {str(path)!r}")
         return all(len(store.keys(f"calls/{prefix}")) == counts[part] for part, store in self.stores.items())
 
 
@@ -173,7 +174,7 @@ class _Pool:
 
     def load(self, runs: int) -> tuple[np.ndarray, np.ndarray]:
         """Sketches (n, SKETCH) and their (run, step) (n, 2), in order."""
-        found = [(run, self.store.read(self.key(run))) for run in range(runs)]
+        found = [(run, self.store.read(self.key(run), kind="pool")) for run in range(runs)]
         of = [(run, step) for run, tree in found for step in tree["steps"]]
         if not of:
             raise DQError("policy 'clustered': no call of a denoiser had latents to compare; choose another policy")
@@ -256,9 +257,9 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
         write_json(path, identity)
         return
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise DQError(f"{str(path)!r} cannot be read; delete the folder {str(folder)!r} or choose another") from None
+        found = read_json(path)
+    except DQError as error:
+        raise DQError(f"{error}; delete the folder {str(folder)!r} or choose another") from None
     if found != identity:
         names = [name for name in identity if found.get(name) != identity[name]] or ["something"]
         what = f"folder {str(folder)!r} holds another calibration: {names[0]} differs"

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dq.layers import geometry
-from dq.trace.records import storable
+from dq.trace.classes import storable
 from dq.trace.seen import LayerSeen, Needs, Unit
 
 GRAM_ROWS = 8192  # rows that go into second moments; twice the columns where that is more

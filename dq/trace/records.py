@@ -5,32 +5,30 @@ JSON with the crc32 of every tensor. Nothing is pickled. A tensor shared by cont
 beside it, as a hard link to `.shared/<sha1 of the content>`: the file system counts who refers to it, so that several
 processes may write and drop entries of one store at once, and a kill leaves no wrong count.
 Entries are filled in `.partial/` and renamed into place, so an entry is whole or not there.
-A store made by this version has an empty file `.format-<VERSION>`. Classes of dq stand in it by a short kind, since
-their modules may move; those of other libraries by `module:name`.
+A store made by this version has an empty file `.format-<VERSION>`. Which classes may stand in it says `classes`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
-import importlib
 import json
 import os
 import re
 import shutil
 import tempfile
 import zlib
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import _TYPES, save_file
 
+from dq import schema
 from dq.errors import DQError
+from dq.trace import classes
 
 try:
     import fcntl
@@ -44,18 +42,8 @@ STORABLE = frozenset(_TYPES.values())
 PLAIN = (type(None), bool, int, float, str)
 _DAMAGED = "delete the folder and record again"
 VERSION = 2  # 1: classes of dq by the path of their module
-KINDS: dict[str, type] = {}  # classes of dq that may be stored; see `storable`
-Class = TypeVar("Class", bound=type)
-
-
-def storable(kind: str) -> Callable[[Class], Class]:
-    """Decorator of a NamedTuple or dataclass of dq that stands in stores as `kind`."""
-
-    def enter(cls: Class) -> Class:
-        KINDS[kind] = cls
-        return cls
-
-    return enter
+DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+BROKEN = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, RecursionError, OverflowError)
 
 
 class Store:
@@ -108,10 +96,11 @@ class Store:
             self.drop(key)
             made.rename(place)
 
-    def read(self, key: str, device: torch.device | str | None = None) -> Any:
+    def read(self, key: str, device: torch.device | str | None = None, kind: str | None = None) -> Any:
         """The tree stored under `key`.
 
         device   where tensors go that were not on the CPU when written; None: all tensors come to the CPU.
+        kind     of `schema.TYPES`: what the tree must be
         Raises DQError naming the file when it is missing, truncated or holds other bytes than were written.
         """
         place = self._place(key)
@@ -121,11 +110,16 @@ class Store:
         text = metadata.get(META, "")
         if text[:8] != f"{zlib.crc32(text[8:].encode()):08x}":
             raise DQError(f"{str(place / TREE)!r} is damaged: its structure has another checksum; {_DAMAGED}")
-        stated, tensors = json.loads(text[8:]), []
-        for i, row in enumerate(stated["tensors"]):
-            value = _load(place / row["file"])[0].get("0") if row["file"] else stored.get(str(i))
-            tensors.append(_restore(value, row, place / (row["file"] or TREE), device))
-        return _decode(json.loads(stated["tree"]), tensors)
+        with _sound(place / TREE):
+            stated, tensors = json.loads(text[8:]), []
+            schema.check("record", stated, f"{str(place / TREE)!r}: its structure")
+            for i, row in enumerate(stated["tensors"]):
+                value = _load(place / row["file"])[0].get("0") if row["file"] else stored.get(str(i))
+                tensors.append(_restore(value, row, place / (row["file"] or TREE), device))
+            tree = _decode(json.loads(stated["tree"]), tensors)
+        if kind is not None:
+            schema.check(kind, tree, f"{str(place)!r}: its content")
+        return tree
 
     def has(self, key: str) -> bool:
         """Whether a whole entry of that name is there."""
@@ -215,6 +209,18 @@ def _refusing(doing: str) -> Iterator[None]:
         raise DQError(f"{doing}: {error}; free space or choose another folder, then start again") from error
 
 
+@contextlib.contextmanager
+def _sound(path: Path) -> Iterator[None]:
+    """What a file states cannot be made: it was damaged, or written by somebody else."""
+    try:
+        yield
+    except DQError:
+        raise
+    except BROKEN as error:
+        what = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
+        raise DQError(f"{str(path)!r} is damaged: its structure cannot be read: {what}; {_DAMAGED}") from None
+
+
 class _Packer:
     """Turns a tree into JSON and a list of flat tensors with what it takes to restore them."""
 
@@ -243,10 +249,12 @@ class _Packer:
 
     def _encode_object(self, node: Any, where: str) -> Any:
         cls = type(node)
-        path, fields = _name(cls), _fields(cls)
-        if fields is None or _find(path) is not cls:
+        path, fields = classes.name(cls), classes.fields(cls)
+        if fields is None or classes.find(path) is not cls or not classes.whole(node):
             known = "tensors, numbers, str, None, tuple, list, dict, NamedTuples, dataclasses"
-            raise DQError(f"{where}: cannot store a {cls.__name__}, expected {known} that can be imported")
+            raise DQError(
+                f"{where}: cannot store a {cls.__name__}, expected {known} of a module, with no more than fields"
+            )
         if fields:
             return ["object", [path, self._all([(name, getattr(node, name)) for name in fields], where)]]
         self._check_keys(node, where)
@@ -288,60 +296,31 @@ class _Packer:
         return {value.data_ptr() for value in self.values}
 
 
-def _fields(cls: type) -> list[str] | None:
-    """Fields of a NamedTuple or dataclass, [] for another kind of dict, None for what cannot be rebuilt."""
-    if issubclass(cls, tuple) and hasattr(cls, "_fields"):
-        return list(cls._fields) or None
-    if dataclasses.is_dataclass(cls):
-        return [field.name for field in dataclasses.fields(cls) if field.init] or None
-    return [] if issubclass(cls, dict) and not issubclass(cls, defaultdict) else None
-
-
-def _name(cls: type) -> str:
-    """What a class is called in a store: its kind, or `module:name` outside of dq."""
-    return next((kind for kind, known in KINDS.items() if known is cls), f"{cls.__module__}:{cls.__qualname__}")
-
-
-def _find(path: str) -> type | None:
-    """The class of a name in a store, None for one that is not known or cannot be imported."""
-    module, _, name = path.partition(":")
-    if not name or module.partition(".")[0] == "dq":
-        return KINDS.get(path)
-    try:
-        found = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError):
-        return None
-    return found if isinstance(found, type) else None
-
-
 def _decode(node: Any, tensors: list[torch.Tensor]) -> Any:
+    """A node from its JSON. Whatever the JSON holds besides raises one of BROKEN."""
     if not isinstance(node, list):
         return node
     kind, content = node
     if kind == "tensor":
         return tensors[content]
     if kind == "dtype":
-        return getattr(torch, content)
+        return DTYPES[content]
     if kind == "device":
         return torch.device(content)
     if kind == "dict":
         return {name: _decode(value, tensors) for name, value in content}
     if kind in ("object", "mapping"):
-        return _build(*content, tensors)
+        path, inside = content
+        cls = classes.find(path)
+        if cls is None or classes.fields(cls) is None or bool(classes.fields(cls)) != (kind == "object"):
+            raise DQError(
+                f"class {path!r} of a stored value is not here; use the program and versions that recorded it"
+            )
+        return classes.build(
+            cls, [_decode(item, tensors) for item in inside] if kind == "object" else _decode(inside, tensors)
+        )
     items = [_decode(value, tensors) for value in content]
     return items if kind == "list" else {"tuple": tuple, "Size": torch.Size}[kind](items)
-
-
-def _build(path: str, content: list, tensors: list[torch.Tensor]) -> Any:
-    cls = _find(path)
-    fields = None if cls is None else _fields(cls)
-    if fields is None:
-        raise DQError(f"class {path!r} of a stored value is not there; use the versions it was recorded with")
-    if fields:
-        return cls(**dict(zip(fields, (_decode(value, tensors) for value in content), strict=True)))
-    return cls(_decode(content, tensors))
 
 
 def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -360,4 +339,4 @@ def _restore(flat: torch.Tensor | None, row: dict, path: Path, device) -> torch.
     # a mapped tensor lies at an odd address, where matrix libraries sum in another order: what was read back, or taken
     # from another process, must give the same bits as what never left memory
     place = flat.device if device is None or row["cpu"] else device
-    return flat.to(place, copy=True).view(getattr(torch, row["dtype"])).reshape(row["shape"])
+    return flat.to(place, copy=True).view(DTYPES[row["dtype"]]).reshape(row["shape"])

@@ -65,7 +65,7 @@ class Replay:
     @torch.no_grad()
     def _reach(self, index: int, stream: str, call: int, visit: Callable | None) -> Any:
         """visit(args, kwargs) of unit `index` in one call; the model's output if `index` is past the last unit."""
-        tree = self._store.read(self._calls[call], self._home)
+        tree = self._store.read(self._calls[call], self._home, kind="call")
         feeds = self._layout.feeds[index] if index < len(self.units) else self._layout.ends
 
         def stop(*args, **kwargs):

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dq.families import Family
 from dq.layers import kind_of
 from dq.plan import Plan
-from dq.trace.records import storable
+from dq.trace.classes import storable
 from dq.trace.seen import Unit
 
 

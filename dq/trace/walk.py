@@ -134,7 +134,7 @@ class Trace(Replay):
         """What `save_unit` kept; None if there is nothing. DQError for a damaged file."""
         if not self._store.has(f"units/{index:03}"):
             return None
-        kept = self._store.read(f"units/{index:03}", self._home)
+        kept = self._store.read(f"units/{index:03}", self._home, kind="fitted")
         return kept["tensors"], kept["note"]
 
     @property
@@ -152,7 +152,7 @@ class Trace(Replay):
         """Sets calls, edges, clock and what statistics know of every call; gives the first call of every kind."""
         kinds, infos = {}, []
         for key in self._calls:
-            tree = self._store.read(key, self._home)
+            tree = self._store.read(key, self._home, kind="call")
             infos.append(tree["info"])
             if len(kinds) < MOST_KINDS:
                 kinds.setdefault(repr(units.kind((tree["args"], tree["kwargs"]))), (tree["args"], tree["kwargs"]))
@@ -181,9 +181,11 @@ class Trace(Replay):
         identity |= {"units": [unit.name for unit in self.units], "layers": planned}
         crc = zlib.crc32(json.dumps(identity).encode())
         self._state = {"identity": crc, "finished": 0, "observed": 0, "differs": []}
-        found = self._store.read("state") if self._store.has("state") else None
+        found = self._store.read("state", kind="walk") if self._store.has("state") else None
         self._ranks.wait_for_everyone()
         if found is not None and found["identity"] == crc:
+            if not found["finished"] == len(found["differs"]) <= found["observed"] <= len(self.units):
+                raise DQError(f"{str(self._store.folder)!r} is damaged: its state is of another model; delete it")
             self._state = found
         elif self._ranks.is_main_process:
             for stem in ("state", "full/", "hat/", "units/", "shapes/", "pieces/"):
@@ -192,7 +194,7 @@ class Trace(Replay):
         self._ranks.wait_for_everyone()
         self._shapes: dict[int, dict[int, Any]] = {}
         for index in range(self._state["observed"]):
-            self._shapes[index] = self._store.read(f"shapes/{index:03}")
+            self._shapes[index] = self._store.read(f"shapes/{index:03}", kind="shapes")
         self._dropped: set[int] = set()
         self._drop()
 
@@ -282,7 +284,7 @@ class Trace(Replay):
             self._store.write(f"pieces/{piece}", work(calls[piece]), share=False)
         self._ranks.wait_for_everyone()
         for piece in range(PIECES):
-            yield self._store.read(f"pieces/{piece}", self._home)
+            yield self._store.read(f"pieces/{piece}", self._home, kind="piece")
         self._ranks.wait_for_everyone()
 
 

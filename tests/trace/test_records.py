@@ -16,7 +16,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from dq import DQError
-from dq.trace import records
+from dq.trace import classes, records
 from dq.trace.observe import Sums
 from dq.trace.records import Store
 from dq.trace.seen import Needs
@@ -192,7 +192,7 @@ def test_what_cannot_come_back_is_refused_with_its_place(store):
 
 
 def test_classes_of_dq_stand_in_files_by_kind_so_that_their_modules_may_move(store):
-    assert records.KINDS == {"hollow": Hollow, "laid": Laid, "sums": Sums}
+    assert classes.KINDS == {"hollow": Hollow, "laid": Laid, "sums": Sums}
     tree = {"shape": Hollow((2, 3), torch.float16, "cpu"), "turned": Laid.of(torch.ones(3, 2).t())}
     store.write("x", {**tree, "sums": Sums("layer", gram=torch.eye(2), rows=4)})
     assert b"dq." not in (store.folder / "x.entry" / records.TREE).read_bytes()

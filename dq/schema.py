@@ -1,0 +1,261 @@
+"""What a file may hold: the fields of every kind that dq reads, their types and bounds, checked by pydantic.
+
+Only types and sizes stand here. What the values mean together is checked where they are used, and against the model
+before anything of their size is made. Import this module where a file is read: pydantic costs a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
+
+from dq.errors import DQError, nearest
+from dq.plan import ATTENTION, COMPUTE, KINDS, ROLES, STATUS
+
+MOST_LAYERS, MOST_STEPS, MOST_RANK = 100_000, 1000, 2**20
+
+Size = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
+Flag = Annotated[bool, Field(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=-1e30, lt=1e30)]
+Text = Annotated[str, Field(strict=True, max_length=100_000)]
+Name = Annotated[str, Field(strict=True, max_length=1000)]
+Tensor = Annotated[str, Field(strict=True, max_length=100)]  # "int4/group:64"; `TensorPlan.parse` reads it
+Attention, Status = Literal[ATTENTION], Literal[STATUS]  # type: ignore[valid-type]
+Crc32 = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{8}\z")]
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Option = Annotated[Any, AfterValidator(lambda value: _option(value))]
+QUOTED = re.compile("'([^']*)'")
+closed = with_config(ConfigDict(extra="forbid"))
+
+
+@closed
+class Layer(TypedDict):
+    """A layer of a plan."""
+
+    kind: Literal[KINDS]  # type: ignore[valid-type]
+    shape: Annotated[list[Size], Field(min_length=2, max_length=5)]
+    weight: Tensor
+    act: NotRequired[Tensor | None]
+    smooth: NotRequired[Flag]
+    rotate: NotRequired[Annotated[int, Field(strict=True, ge=0, le=2**15)]]
+    rank: NotRequired[Annotated[int, Field(strict=True, ge=0, le=MOST_RANK)]]
+    splits: NotRequired[Annotated[list[Size], Field(max_length=256)]]
+    steps: NotRequired[Annotated[int, Field(strict=True, ge=1, le=MOST_STEPS)]]
+    start: NotRequired[Flag]
+    role: NotRequired[Literal[ROLES]]  # type: ignore[valid-type]
+    reason: NotRequired[Text]
+
+
+@closed
+class Plan(TypedDict):
+    """A plan, without its version."""
+
+    layers: Annotated[dict[Name, Layer], Field(max_length=MOST_LAYERS)]
+    kept: NotRequired[Annotated[dict[Name, Text], Field(max_length=MOST_LAYERS)]]
+    recipe: NotRequired[Name]
+    family: NotRequired[Name]
+    timestep: NotRequired[Name | None]
+    edges: NotRequired[Annotated[list[Number], Field(max_length=MOST_STEPS)]]
+    compute_dtype: NotRequired[Literal[COMPUTE] | None]  # type: ignore[valid-type]
+    attention: NotRequired[Attention]
+
+
+@closed
+class Recipe(TypedDict):
+    """A recipe: pairs are (weight, activation or null)."""
+
+    name: Name
+    linear: Annotated[list[Tensor | None], Field(min_length=2, max_length=2)]
+    conv: Annotated[list[Tensor | None], Field(min_length=2, max_length=2)]
+    modulation: NotRequired[Tensor]
+    edge: NotRequired[Tensor]
+    keep: NotRequired[Annotated[list[Name], Field(max_length=1000)]]
+    attention: NotRequired[Attention]
+    method: NotRequired[Annotated[str, Field(strict=True, pattern=r"^\w{0,60}\z")]]
+    options: NotRequired[Annotated[dict[Name, Option], Field(max_length=100)]]
+    status: NotRequired[Status]
+
+
+@closed
+class HeaderRow(TypedDict):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: Annotated[str, Field(strict=True, pattern=r"^[A-Z0-9_]{1,20}\z")]
+    shape: Annotated[list[Count], Field(max_length=64)]
+    data_offsets: Annotated[list[Count], Field(min_length=2, max_length=2)]
+
+
+@closed
+class RecordRow(TypedDict):
+    """A tensor of an entry of a records folder; file: sha1 of the bytes where it lies beside the entry."""
+
+    dtype: Annotated[str, Field(strict=True, pattern=r"^\w{1,30}\z")]
+    shape: Annotated[list[Count], Field(max_length=64)]
+    crc32: Crc32
+    cpu: Flag
+    file: Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{40}\z")] | None
+
+
+@closed
+class RecordHead(TypedDict):
+    """What stands of an entry of a records folder in its metadata."""
+
+    tree: str
+    tensors: list[RecordRow]
+
+
+@closed
+class CallInfo(TypedDict):
+    """Where a recorded call stood."""
+
+    run: NotRequired[int]
+    step: NotRequired[int]
+    timestep: NotRequired[Number | None]
+    branches: NotRequired[list[Count]]
+
+
+@closed
+class Call(TypedDict):
+    """A recorded call of a denoiser."""
+
+    info: CallInfo
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@closed
+class Walk(TypedDict):
+    """Where a walk through the units stands."""
+
+    identity: int
+    finished: Count
+    observed: Count
+    differs: list[Flag]
+
+
+@closed
+class Note(TypedDict):
+    """What is known of a fitted unit; `LayerPlan.from_dict` reads the layers."""
+
+    layers: dict[Name, Any]
+    error_db: dict[Name, float]
+    tried: Count
+
+
+@closed
+class Fitted(TypedDict):
+    """What was kept of a unit, and what whoever kept it notes, for example a `Note`."""
+
+    tensors: dict[Name, Any]
+    note: dict[Name, Any]
+
+
+@closed
+class Piece(TypedDict):
+    """What one process saw of its share of the calls."""
+
+    sums: dict[Name, Any]
+    torn: list[Name]
+    shapes: dict[int, Any]
+
+
+@closed
+class Pool(TypedDict):
+    """Sketches of the latents of a run."""
+
+    steps: list[int]
+    sketches: list[list[Number]]
+
+
+@closed
+class Gathered(TypedDict):
+    """An interrupted measurement."""
+
+    identity: int
+    margins: dict[str, Any]
+    done: Count
+    seconds: Number
+
+
+TYPES: Mapping[str, Any] = {
+    "layer": Layer,
+    "plan": Plan,
+    "recipe": Recipe,
+    "header": dict[str, HeaderRow],
+    "texts": dict[str, Annotated[str, Field(strict=True)]],
+    "checksums": dict[str, Crc32],
+    "record": RecordHead,
+    "counts": dict[str, Count],
+    "call": Call,
+    "walk": Walk,
+    "shapes": dict[int, Any],
+    "fitted": Fitted,
+    "note": Note,
+    "piece": Piece,
+    "pool": Pool,
+    "gathered": Gathered,
+    "error": dict[Literal["error"], list[Number]],
+    "errors": dict[Literal["errors"], list[list[Number]]],
+    "times": dict[str, dict[str, Number]],
+}
+
+
+@cache
+def _adapter(kind: str) -> TypeAdapter:
+    return TypeAdapter(TYPES[kind])
+
+
+def check(kind: str, data: Any, what: str) -> None:
+    """DQError in one line, field, got and expected, unless `data` is of a kind of `TYPES`. The data stay as they are.
+
+    what  names the thing and, where there is one, its file: "plan 'a.json'"
+    """
+    try:
+        _adapter(kind).validate_python(data)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False)
+        first = next(
+            (each for each in found if each["type"] == "extra_forbidden"), found[0]
+        )  # often explains the rest
+        raise DQError(_line(first, kind, what)) from None
+
+
+def _option(value: Any) -> Any:
+    """An argument of a method: null, a flag, a number, a name, or a list of these."""
+    values = value if isinstance(value, list | tuple) else [value]
+    for each in values[:100]:
+        plain = each is None or isinstance(each, bool) or (isinstance(each, str) and len(each) <= 1000)
+        if not plain and not (isinstance(each, int | float) and abs(each) < 1e18):
+            raise ValueError("should be a flag, a number, a name, null or a list of these")
+    return value
+
+
+def _line(found: Mapping[str, Any], kind: str, what: str) -> str:
+    """One line about the first thing that is wrong."""
+    place, home = [str(step) for step in found["loc"] if step != "[key]"], TYPES[kind]
+    if kind == "plan" and place[:1] == ["layers"] and len(place) > 1:
+        what, place, home = f"{what}: layer {shown(place[1])}", place[2:], Layer
+    field = ".".join(step if step.isidentifier() or step.isdigit() else shown(step) for step in place)
+    if found["type"] == "missing":
+        return f"{what}: field {field!r} is missing, write it or make the file anew"
+    if found["type"] == "extra_forbidden":
+        return f"{what}: unknown field {shown(place[-1])}, {nearest(place[-1][:100], home.__annotations__)}"
+    expected = re.sub(r"^.*?should (be |have )?", "", found["msg"])
+    got = f"{field} is" if field else "got"
+    if found["type"] == "literal_error" and isinstance(found["input"], str):
+        return f"{what}: {got} {shown(found['input'])}, {nearest(found['input'][:100], QUOTED.findall(found['msg']))}"
+    return f"{what}: {got} {shown(found['input'])}, expected {expected}"
+
+
+def shown(value: Any) -> str:
+    """A value from a file as an error shows it: short, whatever it is."""
+    try:
+        return reprlib.repr(value)[:100].encode("ascii", "backslashreplace").decode()
+    except ValueError:  # an integer of more digits than Python prints
+        return f"a {type(value).__name__} of many digits"
