@@ -149,16 +149,17 @@ class _Packed(_Frozen):
         if has_bias:
             self.put("bias", torch.empty(plan.shape[0], dtype=compute_dtype, device=device))
 
-    def bind(self, device: str) -> None:
+    def bind(self, device: str) -> Choice:
         """Choose the kernel for a device type, among those of the layer's backend if it has one of its own."""
-        self._choice = kernels.choose(self.op, self.plan, device, self._conv(), self.backend)
-        self._bound = (device, self.backend or kernels.selected())
         self._turn = hadamard.hadamard(self.plan.rotate).to(device) if self.plan.rotate else None
+        self._choice = choice = kernels.choose(self.op, self.plan, device, self._conv(), self.backend)
+        self._bound = (device, self.backend or kernels.selected())  # last: another thread that reads it runs the rest
+        return choice
 
     def ready(self, device: str) -> Choice:
         """The kernel for a device type; chosen anew where the device or the wanted backend is another than before."""
         if self._bound != (device, self.backend or kernels.selected()):
-            self.bind(device)
+            return self.bind(device)
         assert self._choice is not None  # bind sets it
         return self._choice
 
@@ -221,10 +222,8 @@ class _Packed(_Frozen):
 class PackedLinear(_Packed, nn.Linear):
     """A quantized nn.Linear: x (..., in) -> (..., out).
 
-    then_gelu  true only while `dq.fusions` runs the module that would apply a tanh GELU next
+    then_gelu  of a call, given by `dq.fusions` in place of the module that would apply a tanh GELU next
     """
-
-    then_gelu = False
 
     def __init__(self, plan: LayerPlan, has_bias: bool, compute_dtype: torch.dtype, device: str = "meta"):
         nn.Module.__init__(self)
@@ -235,8 +234,8 @@ class PackedLinear(_Packed, nn.Linear):
     def like(cls, module: Any, plan: LayerPlan, compute_dtype: torch.dtype, device: str = "meta"):
         return cls(plan, module.bias is not None, compute_dtype, device)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        y = self.run(input, self.then_gelu)
+    def forward(self, input: torch.Tensor, then_gelu: bool = False) -> torch.Tensor:
+        y = self.run(input, then_gelu)
         return y if self.start_in is None or input.dim() != 3 else self._started(input, y)
 
     def _started(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
