@@ -25,7 +25,7 @@ class Clock:
 
     edges  (buckets - 1,) rising, fp32, in the model's own timestep units (0-1000, 0-1, inverted)
     index  (1,) int64: bucket of the step that runs in this thread; bucket i holds edges[i-1] <= t < edges[i]
-    A call sets the index before its layers read it and nothing awaits in between, so tasks of asyncio are safe as well.
+    A call sets the index before its layers read it and nothing awaits in between: tasks of asyncio are safe as well.
     """
 
     def __init__(self, edges: tuple[float, ...] = ()):

@@ -120,9 +120,13 @@ class _Frozen(nn.Module):
 
 
 class _Packed(_Frozen):
-    """What packed linears and convolutions share. `plan`, `compute_dtype` and `clock` are set by `_allocate`."""
+    """What packed linears and convolutions share. `plan`, `compute_dtype` and `clock` are set by `_allocate`.
+
+    wide  of an fp16 model: the host keeps this layer in fp32, which is what it gives then
+    """
 
     op = "linear"
+    wide = False
     clock: Any  # a Clock, None without steps
     backend: str | None
     bias: torch.Tensor | None
@@ -182,6 +186,9 @@ class _Packed(_Frozen):
 
     def run(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
         """smooth, rotate, then the chosen kernel: quantize, multiply, branch, bias; with `gelu` a tanh GELU last."""
+        if x.dtype is torch.float16 and (self.wide or self.smooth is not None or self.plan.rotate):
+            y = self.run(x.float(), gelu)  # a transformed input may leave the range of fp16
+            return y if self.wide else y.to(x.dtype)
         choice = self.ready(x.device.type)
         if self.smooth is not None:
             x = x * per_channel(self.smooth, x, self.op == "conv")
@@ -207,11 +214,13 @@ class _Packed(_Frozen):
         return weight
 
     def dense(self) -> nn.Module:
-        """The full-precision layer this one stands for, in the compute dtype."""
+        """The full-precision layer this one stands for, in the compute dtype (fp32 if `wide`)."""
         module: Any = self._plain("meta")
-        module.weight = nn.Parameter(self.dense_weight().to(self.compute_dtype), requires_grad=False)
+        dtype = torch.float32 if self.wide else self.compute_dtype
+        module.weight = nn.Parameter(self.dense_weight().to(dtype), requires_grad=False)
         if self.bias is not None:
-            module.bias = nn.Parameter(self.bias.data.clone(), requires_grad=False)
+            bias = self.bias.data.float() if self.wide else self.bias.data.clone()
+            module.bias = nn.Parameter(bias, requires_grad=False)
         return module.train(self.training)
 
     def extra_repr(self) -> str:
