@@ -405,8 +405,8 @@ def fill(name: str, packed: _Frozen, weight: torch.Tensor) -> None:
 
 
 def parameter_bytes(*modules: nn.Module) -> int:
-    """Bytes of all parameters together."""
-    return sum(value.nbytes for module in modules for value in module.parameters())
+    """Bytes of all parameters together, shared ones once."""
+    return sum({id(value): value.nbytes for module in modules for value in module.parameters()}.values())
 
 
 def packed_layers(model: nn.Module) -> dict[str, _Packed | PackedStack]:
