@@ -7,6 +7,7 @@ leaves the target as it was.
 from __future__ import annotations
 
 import copy
+import dis
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from dq.model import check_fit, put, to_dense
 from dq.plan import LayerPlan, Plan, Recipe
 from dq.report import Report
 
+EMPTY = {"RESUME", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST", "NOP"}  # what a function that does nothing is made of
 BUDGET_SAMPLES = 40  # denoiser inputs recorded for a budget when the user names no calibration
 DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder", "denoiser", "model", "dit")
 
@@ -57,7 +59,6 @@ def quantize(
     models = _chosen_parts(target, wanted, components or {})
     keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
     plans = _plan_all(models, keep)
-    before = parameter_bytes(*(model for model, _ in models.values()))
     packed, errors, notes, candidates = {}, {}, [], None
     if calibration is not None or budget is not None:
         from dq import stages
@@ -65,16 +66,14 @@ def quantize(
         mine = {part: entry[0] for part, entry in models.items() if entry[1] is wanted}
         work = stages.Stages(target, mine, plans, wanted, calibration, budget, progress)
         (packed, errors, notes), candidates = work.done(), work.candidates
+        models = {part: entry for part, entry in models.items() if part in plans}
     for part, (model, _) in models.items():
         if part not in packed:
             packed[part], errors[part] = _pack_all(part, model, plans[part], progress)
-    rows = []
+    before, rows = parameter_bytes(*(model for model, _ in models.values())), []
     for part, (model, _) in models.items():
         rows += explaining.planned_rows(part, model, plans[part], packed[part], errors)
-    for part, (model, _) in models.items():
-        for name, layer in packed[part].items():
-            put(model, name, layer)
-        mark.mark(model, plans[part])
+    _put_all(models, plans, packed)
     after, rows = parameter_bytes(*(model for model, _ in models.values())), explaining.with_kernels(rows, models)
     seconds, notes = time.perf_counter() - start, notes + _step_notes(plans)
     return Report(rows, before, after, seconds, wanted.name, notes, candidates)
@@ -168,13 +167,36 @@ def find_denoisers(target) -> dict[str, nn.Module]:
     if not isinstance(parts, Mapping):
         raise DQError(f"target is a {type(target).__name__}, expected a DiffusionPipeline or a torch nn.Module")
     found = {name: part for name, part in parts.items() if isinstance(part, nn.Module) and _is_denoiser(name, part)}
+    found = {name: part for name, part in found.items() if not _is_within_another(name, found)}
     if not found:
         raise DQError(f"{type(target).__name__} has no denoiser among {', '.join(parts)}; pass the model itself")
     return found
 
 
+def _is_within_another(name: str, parts: Mapping[str, nn.Module]) -> bool:
+    """Whether all layers of a part belong to another one, which runs them; of two equal parts the later one is."""
+    own, names = set(map(id, _layers_of(parts[name]))), list(parts)
+    for other, part in parts.items():
+        theirs = set(map(id, _layers_of(part)))
+        if other != name and own <= theirs and (own != theirs or names.index(other) < names.index(name)):
+            return True
+    return False
+
+
+def _layers_of(part: nn.Module) -> list[nn.Module]:
+    return [module for module in part.modules() if layers.kind_of(module) is not None or module._parameters]
+
+
+def _does_nothing(part: nn.Module) -> bool:
+    """Whether a part only holds weights for another one, as a motion adapter does: its forward is empty."""
+    code = getattr(type(part).forward, "__code__", None)
+    return code is not None and {step.opname for step in dis.get_instructions(code)} <= EMPTY
+
+
 def _is_denoiser(name: str, part: nn.Module) -> bool:
     home = type(part).__module__
+    if _does_nothing(part):
+        return False
     if home.startswith("diffusers."):
         return home.startswith(("diffusers.models.transformers", "diffusers.models.unets"))
     return name in DENOISERS and not home.startswith("transformers.")
@@ -318,6 +340,19 @@ def _pack_all(part: str, model: nn.Module, plan: Plan, progress: bool) -> tuple[
             packed[name] = layers.pack(name, source, layer_plan, dtype)
         errors[name] = explaining.sqnr_db(weight, packed[name].dense_weight())
     return packed, errors
+
+
+def _put_all(models: Mapping, plans: Mapping[str, Plan], packed: Mapping[str, dict]) -> None:
+    """Swap every layer, then mark the models. A layer that two models share is one layer afterwards as well."""
+    done: dict[int, nn.Module] = {}
+    for part, (model, _) in models.items():
+        old = {name: model.get_submodule(name) for name, layer in packed[part].items() if layer.plan.kind != "stack"}
+        for name, layer in packed[part].items():
+            mine = done.setdefault(id(old[name]), layer) if name in old else layer
+            plans[part].layers[name] = mine.plan
+            put(model, name, mine)
+    for part, (model, _) in models.items():
+        mark.mark(model, plans[part])
 
 
 def _weight_of(model: nn.Module, name: str, plan: LayerPlan) -> tuple[torch.Tensor, nn.Module | None]:

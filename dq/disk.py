@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dq.errors import DQError
 
@@ -20,6 +20,10 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+try:
+    import msvcrt
+except ImportError:  # everywhere else
+    msvcrt: Any = None
 
 
 ASIDE, NEW, OLD, STALE = ".saving", "new", "old", "stale.json"  # of `replacing`: its folder, and what lies there
@@ -244,14 +248,28 @@ def _move_into(aside: Path, target: Path) -> None:
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """Hold a lock file against other processes until the block or the process ends.
 
-    Gives False, at once, where `wait` is False and another process holds it. Without file locks (Windows) always True.
+    Gives False, at once, where `wait` is False and another process holds it. Always True where there are no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("a") as file:
         try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
+            _lock(file, wait)
+        except (BlockingIOError, PermissionError):
             yield False
         else:
             yield True
+
+
+def _lock(file: IO, wait: bool) -> None:
+    """BlockingIOError, of Windows PermissionError, when another process has it and `wait` is False."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    elif msvcrt is not None:
+        file.seek(0)
+        while True:
+            try:
+                return msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            except PermissionError:
+                if not wait:
+                    raise
+                time.sleep(0.1)

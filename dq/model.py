@@ -5,6 +5,8 @@ A plan is checked against the model before anything is changed.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,11 +116,13 @@ def start(model: nn.Module, plan: Plan) -> None:
     ticking = clock.Clock(plan.edges) if plan.edges else None
     if ticking is not None:
         clock.attach(model, ticking, plan.timestep)
-    for layer in packed_layers(model).values():
+    in_fp32 = kept_in_fp32(model)
+    for name, layer in packed_layers(model).items():
         for parameter in layer.parameters(recurse=False):
             parameter.requires_grad_(False)
         if not isinstance(layer, PackedStack):
             layer.clock = ticking
+            layer.wide = layer.compute_dtype is torch.float16 and in_fp32(name)
             layer.bind(layer.weight.device.type)
     fusions.attach(model, plan)
     if isinstance(model, ModelMixin):  # tells diffusers that these do not say what dtype the model has
@@ -126,6 +130,18 @@ def start(model: nn.Module, plan: Plan) -> None:
         model._keep_in_fp32_modules = [*([kept] if isinstance(kept, str) else kept), *IN_FP32]
     for _, mapped in align([model]):
         page_out(mapped)
+
+
+def kept_in_fp32(model: nn.Module) -> Callable[[str], bool]:
+    """-> whether diffusers or transformers keeps a layer in fp32 when the rest of the model is loaded in fp16."""
+    found = []
+    for home, module in model.named_modules():
+        for key in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            kept = getattr(type(module), key, None) or ()
+            parts = [re.escape(part) for part in ([kept] if isinstance(kept, str) else kept)]
+            found += [rf"{re.escape(f'{home}.') if home else ''}(.*\.)?{part}(\.|$)" for part in parts]
+    pattern = re.compile("|".join(found)) if found else None
+    return lambda name: pattern is not None and pattern.match(name) is not None
 
 
 @torch.no_grad()

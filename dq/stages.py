@@ -27,7 +27,7 @@ from dq.version import __version__
 class Stages:
     """What runs on data: capture what the denoisers see, choose each layer's format under a budget, fit.
 
-    Plans are replaced in `plans`.
+    Plans are replaced in `plans`; parts that no run calls are taken out of `models` and `plans`.
     """
 
     target: object
@@ -71,8 +71,12 @@ class Stages:
         with self.calibration.workplace() as folder:
             begun = time.perf_counter()
             named = {part or "model": model for part, model in self.models.items()}
-            capturing.capture(self.target, named, self.calibration, folder, self.progress)
-            yield folder, [f"captured in {time.perf_counter() - begun:.0f} s"]
+            claim = self.calibration.folder is not None
+            silent = capturing.capture(self.target, named, self.calibration, folder, self.progress, claim)
+            for part in silent:
+                del self.models[part], self.plans[part]
+            notes = [f"{part}: {reason}" for part, reason in silent.items()]
+            yield folder, [f"captured in {time.perf_counter() - begun:.0f} s", *notes]
 
     def _subject(self) -> sensing.Subject:
         return sensing.Subject(self.target, self.models, self.plans, self.recipe, self.calibration)

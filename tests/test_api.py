@@ -88,6 +88,66 @@ def test_every_denoiser_of_a_pipeline_is_quantized_and_nothing_else():
     assert report.bytes_before == 2 * full and report.bytes_after < 0.32 * report.bytes_before
 
 
+class Holder(nn.Module):
+    """Weights for another model, as a motion adapter has; never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32)) for _ in range(2))
+
+    def forward(self, sample):
+        """It does nothing."""
+
+
+def test_a_part_that_only_holds_weights_for_others_is_no_denoiser():
+    pipe = Pipeline(Denoiser(), Holder(), nn.Linear(8, 32), DDIMScheduler())
+    assert list(dq.api.find_denoisers(pipe)) == ["transformer"]
+    dq.quantize(pipe, "int8", progress=False)
+    assert not packed_layers(pipe.transformer_2)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_part_whose_layers_all_belong_to_another_is_quantized_with_it(order):
+    whole, part = Denoiser(), Denoiser()
+    part.blocks = whole.blocks[:2]
+    names = ("transformer", "transformer_2")[::order]
+    pipe = Pipeline(**dict(zip(names, (whole, part), strict=True)), vae=nn.Linear(8, 32), scheduler=DDIMScheduler())
+    assert list(dq.api.find_denoisers(pipe)) == [names[0]]
+    same = Pipeline(whole, whole, nn.Linear(8, 32), DDIMScheduler())
+    assert list(dq.api.find_denoisers(same)) == ["transformer"]
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_layer_that_two_denoisers_share_is_one_layer_afterwards(calibrated):
+    first, second = Denoiser(), Denoiser()
+    second.blocks[1] = first.blocks[1]
+    pipe = Pipeline(first, second, nn.Linear(8, 32), DDIMScheduler())
+    if calibrated:
+        pipe.__class__ = Alternating
+        seen = dq.Calibration(prompts=["any"], steps=3, samples=3, call_kwargs={})
+        report = dq.quantize(pipe, "gptq-w4a8", calibration=seen, progress=False)
+    else:
+        report = dq.quantize(pipe, "int8", progress=False)
+    assert first.blocks[1][0] is second.blocks[1][0] and isinstance(first.blocks[1][0], PackedLinear)
+    assert first.blocks[0][0] is not second.blocks[0][0]
+    shared = {id(value): value.nbytes for model in (first, second) for value in model.parameters()}
+    assert report.bytes_after == sum(shared.values())
+    assert torch.isfinite(pipe()).all()
+
+
+class Alternating(Pipeline):
+    """Both denoisers in every step."""
+
+    @torch.no_grad()
+    def __call__(self, prompt=None, num_inference_steps=3, generator=None):
+        x = torch.randn(2, 32, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for timestep in self.scheduler.timesteps:
+            noise = self.transformer(x, timestep) * 0.1 + self.transformer_2(x, timestep) * 0.1
+            x = self.scheduler.step(noise, timestep, x).prev_sample
+        return x
+
+
 def test_other_components_are_quantized_when_named():
     pipe = Pipeline(Denoiser(), None, nn.Sequential(nn.Linear(64, 64)), DDIMScheduler())
     report = dq.quantize(pipe, "int8", components={"vae": "int8-weight"}, progress=False)

@@ -15,7 +15,6 @@ import importlib.metadata
 import math
 import os
 import re
-import resource
 import sys
 import time
 from collections import Counter
@@ -31,6 +30,7 @@ from dq.bench import layers as bench
 from dq.bench import roofline, widths
 from dq.errors import DQError, nearest
 from dq.fusions import attention as ours
+from dq.layers.memory import peak_bytes
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 
 PINS = ("torchao==0.18.0", "sdnq==0.2.8")
@@ -253,11 +253,15 @@ class Contestant:
         import dq
 
         kind, inputs = getattr(diffusers, widths.width(name).kind), widths.inputs(name)
-        before = _peak_bytes()
+        before = peak_bytes() or 0
         config = {} if recipe is None else {"quantization_config": dq.DQConfig(recipe)}
         model = kind.from_pretrained(folder, torch_dtype=torch.bfloat16, **config)
         widths.run(model, inputs)
-        return {"before_bytes": before, "peak_bytes": _peak_bytes(), "kernel": ", ".join(_labels(model)) or "torch"}
+        return {
+            "before_bytes": before,
+            "peak_bytes": peak_bytes() or 0,
+            "kernel": ", ".join(_labels(model)) or "torch",
+        }
 
     def _call(self, model: Callable) -> Callable[[], torch.Tensor]:
         given = self.inputs
@@ -356,13 +360,3 @@ def _error_db(expected: torch.Tensor, y: torch.Tensor) -> float | None:
 
 def _versions(contender: Contender) -> dict[str, str]:
     return {contender.needs: importlib.metadata.version(contender.needs)} if contender.needs else {}
-
-
-def _peak_bytes() -> int:
-    """Most resident memory of this process. ru_maxrss would include that of the process it was forked from."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = status.read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else 1024 * size

@@ -9,7 +9,13 @@ a second for some hundred layers). Items are layers, or several that are tied to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import ctypes
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -56,16 +62,45 @@ def solve(items: Sequence[Item], limits: Sequence[float]) -> list[int]:
     matrix = vstack([one, csr_matrix(rows / bounds[:, None])], format="csr")
     low = np.concatenate([np.ones(len(items)), np.full(len(bounds), -np.inf)])
     high = np.concatenate([np.ones(len(items)), np.ones(len(bounds))])
-    found = milp(
-        errors * scale,
-        constraints=LinearConstraint(matrix, low, high),
-        integrality=np.ones(len(errors)),
-        bounds=Bounds(0, 1),
-        options={"time_limit": SECONDS, "mip_rel_gap": GAP},
-    )
+    with _quiet():
+        found = milp(
+            errors * scale,
+            constraints=LinearConstraint(matrix, low, high),
+            integrality=np.ones(len(errors)),
+            bounds=Bounds(0, 1),
+            options={"time_limit": SECONDS, "mip_rel_gap": GAP},
+        )
     if found.x is None:
         raise Infeasible(least, False)
     return _topped_up(items, _read(items, found.x), bounds)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what HiGHS prints past all its options; what other threads print meanwhile comes afterwards."""
+    with _printing, contextlib.ExitStack() as stack:
+        try:
+            sys.stdout.flush()
+            kept = stack.enter_context(tempfile.TemporaryFile())
+            before = os.dup(1)
+        except (OSError, AttributeError, ValueError):  # there is no such output
+            yield
+            return
+        try:
+            os.dup2(kept.fileno(), 1)
+            yield
+        finally:
+            with contextlib.suppress(OSError, AttributeError):  # C buffers what it prints into a file
+                ctypes.CDLL("ucrtbase" if os.name == "nt" else None).fflush(None)
+            os.dup2(before, 1)
+            os.close(before)
+            kept.seek(0)
+            for line in kept:
+                if not line.startswith(b"Highs"):
+                    os.write(1, line)
+
+
+_printing = threading.Lock()
 
 
 def _typical(items: Sequence[Item]) -> float:

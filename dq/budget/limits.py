@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from dq.errors import DQError, nearest
 
@@ -38,7 +39,9 @@ class Budget:
         if all(value is None for value in given.values()):
             raise DQError("budget: got no limit, expected bytes=, ms_per_step= or bits=")
         for name, value in given.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf
+            ):
                 raise DQError(f"budget: {name} is {value!r}, expected a number above 0")
         if self.scope not in SCOPES:
             raise DQError(f"budget: scope is {self.scope!r}, {nearest(str(self.scope), SCOPES)}")

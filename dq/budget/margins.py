@@ -102,9 +102,10 @@ class Listener:
         return sum(float(self.running[name].rows[WHOLE] @ noise) for name, noise in self.noise.items())
 
     def close(self, energy: float) -> None:
-        """Count the run that ended by its energy, and be ready for the next."""
+        """Count the run that ended by its energy (0: all weights are on a grid), and be ready for the next."""
+        share = energy**-FAIRNESS if energy > 0 else 1.0
         for name, run in self.running.items():
-            self.margins[name].merge(run, max(energy, np.finfo(float).tiny) ** -FAIRNESS)
+            self.margins[name].merge(run, share)
         self.running = self._empty()
 
     def _empty(self) -> dict[str, Margins]:

@@ -196,8 +196,10 @@ def _checked(subject: Subject, found, stores, own: Store, whole: bool, count: in
         for metric, errors in found.items():
             mine = errors[part]
             guesses = np.array([sum(mine[n][c, -1] for n, c in zip(known, plan, strict=True)) for plan in drawn])
-            trust[metric] = min(trust.get(metric, 1.0), round(float(spearmanr(guesses, truth).statistic), 4))
-            level = float(np.exp(np.median(np.log(truth / guesses))))
+            told = (guesses > 0) & (truth > 0)  # weights that lie on a grid already lose nothing in some plans
+            if np.ptp(guesses) > 0 and np.ptp(truth) > 0:
+                trust[metric] = min(trust.get(metric, 1.0), round(float(spearmanr(guesses, truth).statistic), 4))
+            level = float(np.exp(np.median(np.log(truth[told] / guesses[told])))) if told.any() else 1.0
             errors[part] = {name: level * table for name, table in mine.items()}
     return trust
 

@@ -32,7 +32,8 @@ from dq.fit.smooth import put_branch
 from dq.layers import pack
 from dq.plan import LayerPlan
 from dq.trace.records import Store
-from dq.trace.units import map_tree, replaced
+from dq.trace.running import run_seed
+from dq.trace.units import replaced
 
 Errors = dict[str, np.ndarray]  # by layer: (choices, buckets + 1); the last column is for all steps together
 
@@ -63,7 +64,7 @@ def prediction(
     for call in tqdm(range(made.done, len(predictions.keys)), desc="gradients", disable=not progress, delay=2):
         begun, signs, listener.bucket = time.perf_counter(), generator(seed, call), predictions.buckets[call]
         with frozen([model]), listener.listening(), torch.enable_grad():
-            args, kwargs = map_tree(predictions.call(call), _leaf)
+            args, kwargs = predictions.call(call)  # no input asks for a gradient: `listener` begins at the first layer
             backward(predictions.answer(args, kwargs, model(*args, **kwargs)), signs)
         listener.close(listener.end())
         made.step({"": listener}, time.perf_counter() - begun)
@@ -82,7 +83,7 @@ def table(listener: Listener, menus: Mapping[str, Sequence[Choice]], runs: int, 
 
 
 def generator(seed: int, run: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 1_000_003 + run)
+    return torch.Generator().manual_seed(run_seed(seed, run))
 
 
 def backward(value: torch.Tensor, signs: torch.Generator) -> None:
@@ -131,10 +132,6 @@ class Progress:
         kept = {"identity": self.identity, "done": self.done, "seconds": self.seconds}
         kept["margins"] = {part: listener.state() for part, listener in listeners.items()}
         self.store.write(self.name, kept, share=False)
-
-
-def _leaf(value: torch.Tensor) -> torch.Tensor:
-    return value.detach().clone().requires_grad_(True) if value.is_floating_point() else value
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from dq.budget.choices import Choice
 from dq.budget.margins import Listener
 from dq.budget.predictions import BUCKETS
 from dq.budget.sensitivity import Errors
+from dq.errors import DQError
 from dq.trace.records import Store
 from dq.trace.running import Runner
 from dq.trace.units import replaced
@@ -51,7 +52,7 @@ def gradients(
     """-> by part: errors of the pictures or final latents, to first order; and from how many runs, as time allows.
 
     store  keeps what was gathered after every run; a killed measurement goes on there
-    Raises RuntimeError where the pipeline's loop cannot be differentiated.
+    Raises DQError where the pipeline's loop cannot be differentiated.
     """
     steps, seed = runner.calibration.steps, runner.calibration.seed
     runs = min(RUNS_A_PROMPT * len(runner.texts), MOST_RUNS)
@@ -60,7 +61,12 @@ def gradients(
     with tqdm(total=runs, initial=made.done, desc="trajectories", disable=not progress, delay=2) as bar:
         while made.done < runs and (made.done < FEWEST_RUNS or made.seconds < SECONDS):
             begun = time.perf_counter()
-            _walk(runner, made.done, models, listeners, sensitivity.generator(seed, made.done))
+            try:
+                _walk(runner, made.done, models, listeners, sensitivity.generator(seed, made.done))
+            except RuntimeError as error:
+                first = (str(error).strip().splitlines() or ["no message"])[0]
+                what = f"budget: the run of {type(runner.pipe).__name__} cannot be differentiated: {first}"
+                raise DQError(f"{what}; give the budget metric='prediction'") from error
             made.step(listeners, time.perf_counter() - begun)
             bar.update()
     found = {part: sensitivity.table(own, menus[part], made.done, progress) for part, own in listeners.items()}
@@ -120,21 +126,19 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        leaves = [_leaf(leaf) for leaf in ctx.leaves]
+        # nothing but what earlier steps made: masks, texts and timesteps are the same whatever the weights are, and a
+        # model may count or compare them, where no gradient goes
+        wanted = ctx.needs_input_grad[-len(ctx.leaves) :]
+        roots = [x.detach().requires_grad_(True) if want else x for x, want in zip(ctx.leaves, wanted, strict=True)]
         ctx.again.listener.bucket = ctx.bucket
         with torch.enable_grad():
+            leaves = [x.clone() if want else x for x, want in zip(roots, wanted, strict=True)]  # models write in place
             args, kwargs = tree_unflatten(leaves, ctx.tree)
             outputs, _ = tree_flatten(ctx.again.forward(*args, **kwargs))
             pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if g is not None and y.requires_grad]
             torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
-        back = [leaf.grad if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+        back = [root.grad if want else None for root, want in zip(roots, wanted, strict=True)]
         return (None, None, None, None, None, None, *back)
-
-
-def _leaf(leaf):
-    if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-        return leaf.detach().requires_grad_(True)
-    return leaf
 
 
 class Ends:

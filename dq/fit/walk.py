@@ -21,8 +21,9 @@ from dq.errors import DQError
 from dq.fit import drafts
 from dq.fit.drafts import DraftLinear
 from dq.fit.smooth import sample
+from dq.formats.base import FormatError
 from dq.layers import PACKED
-from dq.layers.memory import aligned
+from dq.layers.memory import aligned, peak_bytes
 from dq.plan import LayerPlan, Plan, Recipe
 from dq.trace.records import Store
 from dq.trace.seen import Seen, Unit
@@ -61,7 +62,9 @@ class Fitted:
         spent = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in self.seconds.most_common())
         mean = self.tried / max(len(self.error_db), 1)
         seen = f"{len(trace.units)} units, {mean:.1f} candidates tried a layer"
-        return [f"{seen}; peak memory {trace.peak_gib:.1f} GiB; {spent or 'all units were fitted before'}"]
+        peak = peak_bytes()
+        held = "" if peak is None else f"peak memory {peak / 2**30:.1f} GiB; "
+        return [f"{seen}; {held}{spent or 'all units were fitted before'}"]
 
 
 def walk(trace: Trace, method: ModuleType, recipe: Recipe, dtype: torch.dtype, progress: bool = True) -> Fitted:
@@ -105,7 +108,10 @@ def _fit_unit(
         seen = trace.observe(unit, method.NEEDS)
     if state.is_main_process:
         with _Timed(spent, "fit"):
-            made = method.fit(unit, seen, options)
+            try:
+                made = method.fit(unit, seen, options)
+            except (FormatError, torch.linalg.LinAlgError) as error:  # what the quantized units before gave it
+                raise DQError(f"unit {unit.name!r} cannot be fitted: {error}") from error
             made |= {name: _nearest(unit, name) for name in unit.layers if name not in made}
             _store(trace, index, made, seen, dtype)
     state.wait_for_everyone()

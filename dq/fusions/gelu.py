@@ -85,9 +85,5 @@ def _activate(module: nn.Module, inner: Callable, *args, **kwargs):
     if len(args) == 1 and not kwargs:
         (linear,) = module.children()
         if _can_fuse(linear, args[0]):
-            linear.then_gelu = True
-            try:
-                return linear(args[0])
-            finally:
-                linear.then_gelu = False
+            return linear(args[0], then_gelu=True)
     return inner(*args, **kwargs)

@@ -2,10 +2,14 @@
 
 Serves weight-only layers, whose activations are floating point, and activations whose format has no kernel here; those
 are rounded exactly as an integer kernel would and the label says `emulated`.
+
+fp16 ends at 65504, so there every product has the size of the layer's output or input: weights are scaled before the
+sum, and factors of a branch balanced. bf16 and fp32 have the range to do it afterwards, which saves time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -28,9 +32,23 @@ def label(op: str, plan: LayerPlan) -> str:
     return f"decode {plan.weight.format} + {name}" + (f", {plan.act.format} emulated" if plan.act else "")
 
 
+def factors(t: Tensors, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """down (rank, columns) and up (out, rank) in a dtype; in fp16 so that no entry of down x is larger than one of x.
+
+    By |down_r x| <= |down_r| sqrt(columns) max|x|; powers of two go from one factor to the other, rounding nothing.
+    """
+    if dtype is not torch.float16:
+        return t.down.to(dtype), t.up.to(dtype)
+    range_, down, up = torch.finfo(dtype), t.down.float(), t.up.float()
+    wanted = down.norm(dim=1).clamp(min=range_.tiny).log2() + 0.5 * math.log2(down.shape[1])
+    room = (range_.max / up.abs().amax(0).clamp(min=range_.tiny)).log2().floor()
+    power = torch.exp2(torch.minimum(wanted.ceil(), room).clamp(min=0))
+    return (down / power[:, None]).to(dtype), (up * power).to(dtype)
+
+
 def low_rank(x: torch.Tensor, t: Tensors, plan: LayerPlan, conv: Conv | None) -> torch.Tensor:
     """The low-rank branch up(down(x)) of a linear or convolution, in the dtype of x."""
-    down, up = t.down.to(x.dtype), t.up.to(x.dtype)
+    down, up = factors(t, x.dtype)
     if conv is None:
         return F.linear(F.linear(x, down), up)
     space = len(plan.shape) - 2
@@ -50,7 +68,7 @@ def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor
 
     def matmul(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         bias = None if t.bias is None else t.bias.to(x.dtype)
-        if one_scale_a_row:  # int8 codes are exact in bf16: scaling the output saves a pass over the weight
+        if one_scale_a_row and x.dtype is not torch.float16:  # int8 codes are exact in bf16: saves a pass over them
             y = F.linear(x, t.weight.to(x.dtype)) * t.scale.reshape(-1).to(x.dtype)
             return y if bias is None else y + bias
         return F.linear(x, decode(t).to(x.dtype), bias)

@@ -1,12 +1,14 @@
 """Which denoising step is running: one pre-forward hook on the denoiser writes one index tensor that layers read.
 
 The index is a tensor, not a Python number, so that `torch.compile` makes one graph for all steps; it lives in a plain
-shared object, because a buffer shared by modules stops being shared after `.to()`.
+shared object, because a buffer shared by modules stops being shared after `.to()`. Every thread has an index of its
+own: a server runs one model for several requests at once, each at another step.
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import Any
 
 import torch
@@ -19,26 +21,49 @@ HOOK = "dq_clock"
 
 
 class Clock:
-    """The running step bucket of one denoiser.
+    """The running step bucket of one denoiser, of each thread that runs it.
 
     edges  (buckets - 1,) rising, fp32, in the model's own timestep units (0-1000, 0-1, inverted)
-    index  (1,) int64: bucket of the running step; bucket i holds edges[i-1] <= t < edges[i]
+    index  (1,) int64: bucket of the step that runs in this thread; bucket i holds edges[i-1] <= t < edges[i]
+    A call sets the index before its layers read it and nothing awaits in between: tasks of asyncio are safe as well.
     """
 
     def __init__(self, edges: tuple[float, ...] = ()):
         self.edges = torch.tensor(edges, dtype=torch.float32)
-        self.index = torch.zeros(1, dtype=torch.long)
+        self._own = threading.local()
+        self._newest = self.index = torch.zeros(1, dtype=torch.long)
+
+    @property
+    def index(self) -> torch.Tensor:
+        found = getattr(self._own, "index", None)
+        if found is None:  # a thread that no call began in, as that of a backward pass, goes on where another was
+            self._newest = found = self._own.index = self._newest.clone()
+        return found
+
+    @index.setter
+    def index(self, value: torch.Tensor) -> None:
+        self._own.index = value
+
+    def __getstate__(self) -> dict[str, torch.Tensor]:
+        return {"edges": self.edges, "index": self.index}
+
+    def __setstate__(self, state: dict[str, torch.Tensor]) -> None:
+        self.edges, self._own = state["edges"], threading.local()
+        self._newest = self.index = state["index"]
 
     def set(self, timestep: torch.Tensor | float) -> None:
         """Move to the bucket of `timestep` (any shape; per-token timesteps are reduced by max, the noisiest token)."""
         value = torch.as_tensor(timestep).detach().float().reshape(-1).amax().reshape(1)
         if self.edges.device != value.device:
-            self.edges, self.index = self.edges.to(value.device), self.index.to(value.device)
+            self.edges = self.edges.to(value.device)
+        if self.index.device != value.device:
+            self._newest = self.index = self.index.to(value.device)
         self.index.copy_(torch.bucketize(value, self.edges, right=True))
 
     def to(self, device: torch.device) -> torch.Tensor:
         """The index tensor on `device`."""
-        return self.index if self.index.device == device else self.index.to(device)
+        index = self.index
+        return index if index.device == device else index.to(device)
 
 
 class _ReadTimestep(ModelHook):

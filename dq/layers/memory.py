@@ -11,6 +11,7 @@ import ctypes
 import sys
 from collections.abc import Iterable, Iterator
 from mmap import PAGESIZE
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -59,6 +60,19 @@ def page_out(tensor: torch.Tensor) -> None:
     start, stop = -(-first // PAGESIZE) * PAGESIZE, (first + tensor.nbytes) // PAGESIZE * PAGESIZE
     if stop > start:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_PAGEOUT)
+
+
+def peak_bytes() -> int | None:
+    """Most memory that this process ever held, None where the system does not tell (Windows)."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would include that of the process it was forked from
+        return 1024 * next(int(row.split()[1]) for row in status.read_text().splitlines() if row.startswith("VmHWM"))
+    try:
+        import resource  # not there on Windows
+    except ImportError:
+        return None
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else 1024 * size
 
 
 def serving(layer: PackedLinear) -> Choice:

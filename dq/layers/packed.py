@@ -120,9 +120,13 @@ class _Frozen(nn.Module):
 
 
 class _Packed(_Frozen):
-    """What packed linears and convolutions share. `plan`, `compute_dtype` and `clock` are set by `_allocate`."""
+    """What packed linears and convolutions share. `plan`, `compute_dtype` and `clock` are set by `_allocate`.
+
+    wide  of an fp16 model: the host keeps this layer in fp32, which is what it gives then
+    """
 
     op = "linear"
+    wide = False
     clock: Any  # a Clock, None without steps
     backend: str | None
     bias: torch.Tensor | None
@@ -149,16 +153,17 @@ class _Packed(_Frozen):
         if has_bias:
             self.put("bias", torch.empty(plan.shape[0], dtype=compute_dtype, device=device))
 
-    def bind(self, device: str) -> None:
+    def bind(self, device: str) -> Choice:
         """Choose the kernel for a device type, among those of the layer's backend if it has one of its own."""
-        self._choice = kernels.choose(self.op, self.plan, device, self._conv(), self.backend)
-        self._bound = (device, self.backend or kernels.selected())
         self._turn = hadamard.hadamard(self.plan.rotate).to(device) if self.plan.rotate else None
+        self._choice = choice = kernels.choose(self.op, self.plan, device, self._conv(), self.backend)
+        self._bound = (device, self.backend or kernels.selected())  # last: another thread that reads it runs the rest
+        return choice
 
     def ready(self, device: str) -> Choice:
         """The kernel for a device type; chosen anew where the device or the wanted backend is another than before."""
         if self._bound != (device, self.backend or kernels.selected()):
-            self.bind(device)
+            return self.bind(device)
         assert self._choice is not None  # bind sets it
         return self._choice
 
@@ -181,6 +186,9 @@ class _Packed(_Frozen):
 
     def run(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
         """smooth, rotate, then the chosen kernel: quantize, multiply, branch, bias; with `gelu` a tanh GELU last."""
+        if x.dtype is torch.float16 and (self.wide or self.smooth is not None or self.plan.rotate):
+            y = self.run(x.float(), gelu)  # a transformed input may leave the range of fp16
+            return y if self.wide else y.to(x.dtype)
         choice = self.ready(x.device.type)
         if self.smooth is not None:
             x = x * per_channel(self.smooth, x, self.op == "conv")
@@ -206,11 +214,13 @@ class _Packed(_Frozen):
         return weight
 
     def dense(self) -> nn.Module:
-        """The full-precision layer this one stands for, in the compute dtype."""
+        """The full-precision layer this one stands for, in the compute dtype (fp32 if `wide`)."""
         module: Any = self._plain("meta")
-        module.weight = nn.Parameter(self.dense_weight().to(self.compute_dtype), requires_grad=False)
+        dtype = torch.float32 if self.wide else self.compute_dtype
+        module.weight = nn.Parameter(self.dense_weight().to(dtype), requires_grad=False)
         if self.bias is not None:
-            module.bias = nn.Parameter(self.bias.data.clone(), requires_grad=False)
+            bias = self.bias.data.float() if self.wide else self.bias.data.clone()
+            module.bias = nn.Parameter(bias, requires_grad=False)
         return module.train(self.training)
 
     def extra_repr(self) -> str:
@@ -221,10 +231,8 @@ class _Packed(_Frozen):
 class PackedLinear(_Packed, nn.Linear):
     """A quantized nn.Linear: x (..., in) -> (..., out).
 
-    then_gelu  true only while `dq.fusions` runs the module that would apply a tanh GELU next
+    then_gelu  of a call, given by `dq.fusions` in place of the module that would apply a tanh GELU next
     """
-
-    then_gelu = False
 
     def __init__(self, plan: LayerPlan, has_bias: bool, compute_dtype: torch.dtype, device: str = "meta"):
         nn.Module.__init__(self)
@@ -235,8 +243,8 @@ class PackedLinear(_Packed, nn.Linear):
     def like(cls, module: Any, plan: LayerPlan, compute_dtype: torch.dtype, device: str = "meta"):
         return cls(plan, module.bias is not None, compute_dtype, device)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        y = self.run(input, self.then_gelu)
+    def forward(self, input: torch.Tensor, then_gelu: bool = False) -> torch.Tensor:
+        y = self.run(input, then_gelu)
         return y if self.start_in is None or input.dim() != 3 else self._started(input, y)
 
     def _started(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -397,8 +405,8 @@ def fill(name: str, packed: _Frozen, weight: torch.Tensor) -> None:
 
 
 def parameter_bytes(*modules: nn.Module) -> int:
-    """Bytes of all parameters together."""
-    return sum(value.nbytes for module in modules for value in module.parameters())
+    """Bytes of all parameters together, shared ones once."""
+    return sum({id(value): value.nbytes for module in modules for value in module.parameters()}.values())
 
 
 def packed_layers(model: nn.Module) -> dict[str, _Packed | PackedStack]:

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dq import disk
 from dq.errors import DQError, nearest
 from dq.trace import inputs
 
 if TYPE_CHECKING:
     from torch import nn
 
+MOST_STEPS, MOST_SAMPLES, MOST_SEED = 10_000, 1_000_000, 2**63 - 1
 POLICIES = ("uniform", "all", "normal", "stratified", "clustered")
 PROMPTS = Path(__file__).with_name("prompts.txt")
 
@@ -45,10 +47,12 @@ class Calibration:
     forward_loop: Callable[[nn.Module], Any] | None = None
 
     def __post_init__(self):
-        for name, least in (("steps", 1), ("samples", 1), ("seed", 0)):
+        for name, least, most in (("steps", 1, MOST_STEPS), ("samples", 1, MOST_SAMPLES), ("seed", 0, MOST_SEED)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise DQError(f"calibration: {name} is {value!r}, expected an integer of {least} or more")
+            if value > most:
+                raise DQError(f"calibration: {name} is {value}, expected at most {most}; lower it")
         if self.policy not in POLICIES:
             raise DQError(f"calibration: policy is {self.policy!r}, {nearest(str(self.policy), POLICIES)}")
         if self.samples < self.steps:
@@ -68,17 +72,23 @@ class Calibration:
         given = self.prompts
         if given is None or isinstance(given, (str, Path)):
             return inputs.check(inputs.read(Path(given or PROMPTS)), f"prompts file {str(given)!r}")
+        if not isinstance(given, Sequence) or isinstance(given, bytes):
+            raise DQError(
+                f"calibration: prompts is a {type(given).__name__}, expected a list of texts or a file's path"
+            )
         return inputs.check(given, "prompts")
 
     @contextlib.contextmanager
     def workplace(self) -> Iterator[Path]:
-        """The folder of the records; a temporary one is removed at the end."""
+        """The folder of the records, held against other processes; a temporary one is removed at the end."""
         if self.folder is not None:
-            yield Path(self.folder)
+            with _alone(Path(self.folder)):
+                yield Path(self.folder)
         else:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 raise DQError("calibration: several processes need a folder all of them see; give folder=...")
-            with tempfile.TemporaryDirectory(prefix="dq-") as made:
+            # Windows removes no file that is open, as a store's lock may be until the store is collected
+            with tempfile.TemporaryDirectory(prefix="dq-", ignore_cleanup_errors=os.name == "nt") as made:
                 yield Path(made)
 
 
@@ -91,3 +101,22 @@ def resolve(value: Calibration | Callable[[nn.Module], Any]) -> Calibration:
     if callable(value) and not isinstance(value, (type, nn.Module)):
         return Calibration(forward_loop=value)
     raise DQError(f"calibration is {value!r}, expected dq.Calibration(prompts=...) or a function forward_loop(model)")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """DQError when another calibration is at work in a folder; processes of one launch count as one."""
+    from dq.trace.world import processes
+
+    if not processes().is_main_process:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DQError(f"calibration: cannot make the folder {str(folder)!r}: {error}; choose another") from None
+    with disk.locked(folder / ".calibrating", wait=False) as mine:
+        if not mine:
+            what = f"calibration: another process is at work in the folder {str(folder)!r}"
+            raise DQError(f"{what}; wait until it is done, choose another folder, or launch both with accelerate")
+        yield

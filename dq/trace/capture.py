@@ -5,20 +5,20 @@ appearance (a second-order scheduler calls twice at one step). `policies` choose
 all denoiser calls of a pair go to disk before the model sees them, so that they can be made again to the bit.
 
 Layout: `<part>/calls/<run>-<number>.entry` (see `records`), `runs/<run>.json` once a run is done,
-`calibration.json` tells one calibration from another, `pool/` holds what the policy "clustered" looks at.
+`called/<run>.json` counts all its calls, `calibration.json` tells one calibration from another, `pool/` holds what the
+policy "clustered" looks at.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import SchedulerMixin
 from torch import nn
 from tqdm import tqdm
 
@@ -26,8 +26,9 @@ from dq import schema
 from dq.disk import read_json, write_json
 from dq.errors import DQError
 from dq.layers.memory import aligned
-from dq.trace import inputs, policies
+from dq.trace import identity, policies
 from dq.trace.calibration import Calibration
+from dq.trace.range import watched
 from dq.trace.records import Store
 from dq.trace.running import Call, Runner, drawing, kept_modes, modules_of, telling, watching
 from dq.trace.world import processes
@@ -38,17 +39,23 @@ if TYPE_CHECKING:
 SKETCH = 256  # numbers that stand for the latents of a call when calls are clustered
 
 
-FINGERPRINT = 100_000  # values of each parameter that tell one model from another
-
-
-def capture(target, models: Mapping[str, nn.Module], calibration: Calibration, folder, progress: bool = True) -> None:
+def capture(
+    target,
+    models: Mapping[str, nn.Module],
+    calibration: Calibration,
+    folder: str | Path,
+    progress: bool = True,
+    claim: bool = True,
+) -> dict[str, str]:
     """Record calls of `models` (by component name) while `target` runs, below `folder/<name>/calls`.
 
     target   the pipeline, or the one bare model, which the calibration's forward loop runs
+    claim    write down whose records these are, or check that they are ours: of no use in a folder that nobody keeps
     Each record is {"info": {run, step (-1: unknown), timestep (largest value or None), branches (one a batch row, 1
     unconditional)}, "args", "kwargs"}; keys sort by run and call. A finished run is not done again. Under accelerate
-    the runs are dealt out to the processes; all return when all runs are done. Raises DQError when something
-    fails; models and schedulers are as they were in any case.
+    the runs are dealt out to the processes; all return when all runs are done.
+    -> by part: why there are no calls of it, of parts that no run ever calls. Raises DQError when something fails;
+    models and schedulers are as they were in any case.
     """
     folder, bare = Path(folder), isinstance(target, nn.Module)
     if bare and calibration.forward_loop is None:
@@ -57,8 +64,8 @@ def capture(target, models: Mapping[str, nn.Module], calibration: Calibration, f
         raise DQError("calibration: forward_loop is for a bare model, got a pipeline; pass the model, or prompts")
     runner = None if bare else Runner(target, calibration)
     world = processes()
-    if world.is_main_process:
-        _claim(folder, _identity(target, models, calibration))
+    if claim and world.is_main_process:
+        _claim(folder, identity.of(target, models, calibration))
     world.wait_for_everyone()
     session = _Session(models, folder, world)
     with kept_modes(models), aligned(modules_of(target)), torch.no_grad():
@@ -67,13 +74,37 @@ def capture(target, models: Mapping[str, nn.Module], calibration: Calibration, f
         else:
             _record_pipeline(session, runner, calibration, progress)
     world.wait_for_everyone()
-    silent = [
-        name or type(models[name]).__name__ for name, store in session.stores.items() if not store.keys("calls/")
-    ]
+    silent = [part for part, store in session.stores.items() if not store.keys("calls/")]
     if silent and bare:
         raise DQError("forward_loop never called the model: got no calls, expected one or more; call what it is given")
-    if silent:
-        raise DQError(f"denoiser {silent[0]!r} was never called at a recorded step; raise samples or name other steps")
+    return {part: _never_called(part, session, target, calibration) for part in silent}
+
+
+def _never_called(part: str, session: _Session, pipe, calibration: Calibration) -> str:
+    """Why a part was not recorded. DQError, with what helps, where it should have been."""
+    called, own = session.called(), type(session.models[part])
+    if called[part]:
+        what = f"denoiser {part!r} was called, but at no recorded step; raise samples, or record every step"
+        raise DQError(f"{what} with policy='all' and samples={calibration.steps}")
+    if any(called[other] and isinstance(model, own) for other, model in session.models.items()):
+        what = f"denoiser {part!r} was never called in {calibration.steps} steps: {_turns(pipe, calibration)}"
+        raise DQError(f"{what}; or leave it in full precision with components={{{part!r}: None}}")
+    if not called:
+        raise DQError(f"{type(pipe).__name__} called no denoiser; look at the calibration's call_kwargs")
+    return "never called by the pipeline, left in full precision"
+
+
+def _turns(pipe, calibration: Calibration) -> str:
+    """What decides which of two denoisers a step goes to, in a pipeline in which they take turns."""
+    edge = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
+    if edge is not None:
+        return (
+            f"the pipeline goes over from one denoiser to the other at boundary_ratio={edge}; raise steps so that "
+            "some lie on its side, or set another ratio"
+        )
+    if "boundary_ratio" in (getattr(pipe, "config", None) or {}):
+        return "the pipeline has boundary_ratio=None and so uses one denoiser only; set a ratio in its config"
+    return "raise steps, or give call_kwargs with which the pipeline goes over to it"
 
 
 class _Session:
@@ -85,6 +116,7 @@ class _Session:
         self.world = world
         self.stores = {part: Store(folder / part) for part in models}
         self.counts: Counter[str] = Counter()
+        self.heard: Counter[str] = Counter()  # calls of the running run, recorded or not
 
     def mine(self, runs) -> list[int]:
         return [run for run in runs if run % self.world.num_processes == self.world.process_index]
@@ -98,12 +130,23 @@ class _Session:
     def begin(self, *prefixes: str) -> None:
         """Remove what a killed run left."""
         self.counts.clear()
+        self.heard.clear()
         for store in self.stores.values():
             for key in (key for prefix in prefixes for key in store.keys(f"calls/{prefix}")):
                 store.drop(key)
 
     def finish(self, name: str) -> None:
+        write_json(self.folder / "called" / f"{name}.json", dict(self.heard))
         write_json(self.folder / "runs" / f"{name}.json", {part: self.counts[part] for part in self.models})
+
+    def called(self) -> Counter[str]:
+        """Calls of every part in all finished runs."""
+        found: Counter[str] = Counter()
+        for path in sorted((self.folder / "called").glob("*.json")):
+            heard = read_json(path)
+            schema.check("counts", heard, f"file {str(path)!r}")
+            found.update(heard)
+        return found
 
     def finished(self, name: str, prefix: str) -> bool:
         path = self.folder / "runs" / f"{name}.json"
@@ -125,9 +168,29 @@ def _record_loop(session: _Session, model: nn.Module, calibration: Calibration) 
         call.run, call.step = session.counts[part], -1
         session.keep(call, [0] * call.rows)
 
-    with watching(session.models, sink), drawing(calibration.seed, 0), telling("forward_loop"):
+    with (
+        watched(session.models),
+        _unchanged(model),
+        watching(session.models, sink),
+        drawing(calibration.seed, 0),
+        telling("forward_loop"),
+    ):
         calibration.forward_loop(model)
     session.finish("loop")
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """DQError when the user's loop did more than run the model: put modules in place of others, or changed weights."""
+    modules, before = dict(model.named_modules()), identity.tensors(model)
+    yield
+    after = dict(model.named_modules())
+    for name in (name for name in (*modules, *after) if modules.get(name) is not after.get(name)):
+        what = f"forward_loop put another module in the place of {name!r}"
+        raise DQError(f"{what}; change the model first, and let the loop only run it")
+    now = identity.tensors(model)
+    for name in (name for name in (*before, *now) if before.get(name) != now.get(name)):
+        raise DQError(f"forward_loop changed {name!r} of the model, as training does; let it only run the model")
 
 
 def _record_pipeline(session: _Session, runner: Runner, calibration: Calibration, progress: bool) -> None:
@@ -146,10 +209,12 @@ def _record_pipeline(session: _Session, runner: Runner, calibration: Calibration
         session.begin(f"{run:05d}-")
 
         def sink(call: Call) -> None:
+            session.heard[call.part] += 1
             if call.step in pairs[call.run]:
                 session.keep(call, runner.branches(call))
 
-        runner.run(run, session.models, sink)
+        with watched(session.models):
+            runner.run(run, session.models, sink)
         session.finish(f"{run:05d}")
 
 
@@ -194,73 +259,19 @@ def sketch(values: torch.Tensor) -> list[float]:
     return np.bincount(group, weights=flat * sign, minlength=SKETCH).tolist()
 
 
-def _identity(target, models: Mapping[str, nn.Module], calibration: Calibration) -> dict[str, Any]:
-    """What two calibrations share when they make the same records."""
-    found: dict[str, Any] = {part: f"{type(model).__name__} {_weights(model)}" for part, model in models.items()}
-    found = {"models": found, "seed": calibration.seed, "target": type(target).__name__}
-    if calibration.forward_loop is not None:
-        return found | {"forward_loop": getattr(calibration.forward_loop, "__qualname__", "callable")}
-    parts = {name: part for name, part in target.components.items() if isinstance(part, SchedulerMixin)}
-    schedulers = {name: f"{type(part).__name__} {_crc(_settings(part))}" for name, part in parts.items()}
-    names = {name: getattr(calibration, name) for name in ("steps", "samples", "policy")}
-    values = {
-        "prompts": _crc(
-            [inputs.arguments(text) if isinstance(text, Mapping) else text for text in calibration.texts()]
-        ),
-        "call_kwargs": _crc(dict(calibration.call_kwargs)),
-    }
-    return found | names | values | {"schedulers": schedulers}
-
-
-def _settings(scheduler: SchedulerMixin) -> dict[str, Any]:
-    """A scheduler's settings without diffusers' own notes, some of which stand in another order in each process."""
-    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-
-
-def _weights(model: nn.Module) -> str:
-    """crc32 over names and the first values of all parameters and buffers."""
-    value = 0
-    for name, tensor in model.state_dict().items():
-        value = zlib.crc32(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode(), value)
-        if not tensor.is_meta and tensor.numel():
-            first = tensor.detach().flatten()[:FINGERPRINT].cpu().contiguous()
-            value = zlib.crc32(first.view(torch.uint8).numpy(), value)
-    return f"{value:08x}"
-
-
-def _crc(value: Any) -> str:
-    """crc32 of a tree of settings: the content of tensors, arrays and pictures, never their address."""
-    return f"{zlib.crc32(_bytes(value)):08x}"
-
-
-def _bytes(value: Any) -> bytes:
-    if isinstance(value, Mapping):
-        return b"{" + b"".join(repr(name).encode() + _bytes(value[name]) for name in sorted(value, key=repr)) + b"}"
-    if isinstance(value, (list, tuple)):
-        return b"[" + b",".join(map(_bytes, value)) + b"]"
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().contiguous()
-        return f"{value.dtype}{tuple(value.shape)}".encode() + value.flatten().view(torch.uint8).numpy().tobytes()
-    if hasattr(value, "tobytes"):
-        return (
-            f"{type(value).__name__}{getattr(value, 'shape', getattr(value, 'size', ''))}".encode() + value.tobytes()
-        )
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
-        return repr(value).encode()
-    return type(value).__name__.encode()
-
-
-def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Write down whose records these are, or check that they are ours."""
+def _claim(folder: Path, mine: dict[str, Any]) -> None:
+    """Write down whose records these are, or check that they are ours; what holds no finished run is taken over."""
     path = folder / "calibration.json"
-    if not path.exists():
-        write_json(path, identity)
+    if not path.exists() or not any(any((folder / name).glob("*")) for name in ("runs", "pool")):
+        for store in (Store(folder / part) for part in mine["models"] if path.exists()):
+            for key in store.keys():
+                store.drop(key)
+        write_json(path, mine)
         return
     try:
         found = read_json(path)
     except DQError as error:
         raise DQError(f"{error}; delete the folder {str(folder)!r} or choose another") from None
-    if found != identity:
-        names = [name for name in identity if found.get(name) != identity[name]] or ["something"]
-        what = f"folder {str(folder)!r} holds another calibration: {names[0]} differs"
+    if found != mine:
+        what = f"folder {str(folder)!r} holds another calibration: {identity.differing(found, mine)} differs"
         raise DQError(f"{what}; choose another folder or delete it")

@@ -131,9 +131,9 @@ class Store:
         if not place.is_dir():
             return
         with _refusing(f"cannot drop {key!r} from {str(self.folder)!r}"), self._temporary() as made:
-            place.rename(made)
-            names = [item.name for item in made.iterdir() if item.name != TREE]
-            shutil.rmtree(made)
+            old = place.rename(made / "old")  # Windows renames onto nothing that is there
+            names = [item.name for item in old.iterdir() if item.name != TREE]
+            shutil.rmtree(old)
             for name in names:
                 self._release(self._shared / name)
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -140,11 +138,6 @@ class Trace(Replay):
     @property
     def finished(self) -> int:
         return self._state["finished"]
-
-    @property
-    def peak_gib(self) -> float:
-        """Most memory this process has held so far, GiB."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
     # where the walk stands
 

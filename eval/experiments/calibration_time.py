@@ -8,7 +8,6 @@ time went: every 20 ms the running stack is looked at, and charged to the innerm
 
 import argparse
 import os
-import resource
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from diffusers import PixArtTransformer2DModel
 import dq
 from dq.bench import widths
 from dq.layers import packed_layers
+from dq.layers.memory import peak_bytes
 from eval.experiments import rows
 from eval.experiments.methods import branch_share
 
@@ -156,7 +156,7 @@ def peak_gib(device: str) -> float:
     """Most memory this process ever held: on the device, or resident for the CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return (peak_bytes() or 0) / 2**30
 
 
 class Watch:

@@ -1,6 +1,7 @@
 """The integer program: optimal, within its limits, better than greedy and random, and honest when nothing fits."""
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -123,3 +124,25 @@ def test_random_plans_stay_under_the_limit_where_choices_are_forbidden_by_their_
         limit = float(sum(item.costs[0, 2] for item in found))
         plan = allocate.drawn(found, [limit], seed)
         assert 4 not in plan and 0.95 * limit < allocate.cost(found, plan)[0] <= limit
+
+
+def awkward(seed: int) -> tuple[list[Item], np.ndarray]:
+    """Errors over many orders of magnitude, for which HiGHS maps a solution back and says so."""
+    dice = np.random.default_rng(seed)
+    costs = [np.sort(dice.lognormal(0, 3, (2, 6)), axis=1)[:, ::-1] for _ in range(400)]
+    items = [Item(str(i), np.sort(dice.lognormal(0, 4, 6)) * 1e8, cost) for i, cost in enumerate(costs)]
+    least, most = (sum(side(item.costs, 1) for item in items) for side in (np.min, np.max))
+    return items, least + 0.3 * (most - least)
+
+
+def test_the_solver_prints_nothing_and_keeps_nobodys_lines_back(capfd, monkeypatch):
+    real = allocate.milp
+
+    def loud(*args, **options):
+        os.write(1, b"Highs::tells of itself\nanother thread's line\n")
+        return real(*args, **options)
+
+    monkeypatch.setattr(allocate, "milp", loud)
+    for seed in range(3):
+        allocate.solve(*awkward(seed))
+    assert capfd.readouterr().out == 3 * "another thread's line\n"

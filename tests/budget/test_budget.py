@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 from typer.testing import CliRunner
 
 import dq
@@ -13,11 +14,13 @@ from dq import api, cookbook
 from dq.budget import charts, choices, cost, margins, search, sensing, sensitivity, trajectory
 from dq.budget.predictions import Predictions
 from dq.cli import app
+from dq.errors import DQError
 from dq.layers import packed_layers
 from dq.plan import LayerPlan, TensorPlan
 from dq.trace.records import Store
 from dq.trace.running import Runner
 from pipelines import tiny
+from tests.pipelines import parts
 
 CALL = {key: value for key, value in tiny.CALL["tiny-pixart"].items() if key != "num_inference_steps"}
 
@@ -333,6 +336,63 @@ def test_a_budget_goes_with_a_recipe_not_with_a_plan_or_a_number():
     model = torch.nn.Sequential(torch.nn.Linear(64, 64))
     with pytest.raises(dq.DQError, match=r"expected dq.Budget"):
         dq.quantize(model, "int8-weight", budget=4, progress=False)
+
+
+def test_a_text_mask_in_floating_point_that_the_model_counts_asks_for_no_gradient():
+    pipe = parts.hunyuan_video()
+    call = {"height": 16, "width": 16, "num_frames": 9, "max_sequence_length": 16}
+    call |= {"prompt_embeds": torch.randn(1, 9, parts.WIDTH), "pooled_prompt_embeds": torch.randn(1, parts.POOLED)}
+    call |= {"prompt_attention_mask": torch.tensor([[1] * 6 + [0] * 3])}
+    seen = dq.Calibration(prompts=["a cat"], steps=2, samples=2, call_kwargs=call)
+    report = dq.quantize(pipe, "int8-weight", budget=dq.Budget(bits=5), calibration=seen, progress=False)
+    assert any("sensitivity: trajectory" in note for note in report.notes)
+
+
+class Counting(nn.Module):
+    """A denoiser that counts, compares, indexes and writes in its inputs, as video models do with their masks."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(2))
+
+    def forward(self, x, timestep, mask, ids, flags, scale):
+        count = mask.sum(1, dtype=torch.int)
+        x[:, 0] *= scale
+        for block in self.blocks:
+            x = x + block(x) * (mask[..., None] > 0.5) * (count[:, None, None] / mask.shape[1])
+        return x.index_select(1, ids) * ~flags
+
+
+def test_inputs_of_every_kind_may_go_where_no_gradient_goes():
+    model = Counting()
+    inputs = {"mask": torch.tensor([[1.0, 1.0, 0.0]]), "ids": torch.tensor([2, 0, 1]), "scale": torch.tensor(0.5)}
+    inputs |= {"flags": torch.zeros(1, 3, 1, dtype=torch.bool), "timestep": torch.tensor([500])}
+    loop = lambda model: [model(torch.randn(1, 3, 32), **inputs) for _ in range(3)]  # noqa: E731
+    report = dq.quantize(model, "int8-weight", budget=dq.Budget(bits=5), calibration=loop, progress=False)
+    assert len([row for row in report.layers if row.weight]) == 4
+
+
+def test_a_run_that_cannot_be_differentiated_is_one_line_with_what_can_be_done(monkeypatch):
+    pipe = tiny.load("tiny-pixart")
+    real = pipe.scheduler.step
+    monkeypatch.setattr(type(pipe.scheduler), "step", lambda self, noise, *args, **kwargs: noise.numpy() and real)
+    wish = dq.Budget(bits=5)
+    with pytest.raises(DQError, match=r"cannot be differentiated: .*metric='prediction'") as error:
+        seen = calibration(prompts=["a red circle"])
+        monkeypatch.setattr("dq.stages.capturing.capture", lambda *args, **kwargs: {})
+        dq.quantize(pipe, "int8-weight", budget=wish, calibration=seen, progress=False)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_lie_on_a_grid_already_are_measured_all_the_same():
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64))])})
+    model.forward = lambda x: model["blocks"][0](x)
+    dq.quantize(model, "int4-weight", progress=False)
+    dq.dequantize(model)
+    loop = lambda model: model(torch.ones(4, 8, 64))  # noqa: E731
+    dq.quantize(model, "int8-weight", budget=dq.Budget(bits=6), calibration=loop, progress=False)
+    assert len(packed_layers(model)) == 2
 
 
 def test_a_bare_model_is_measured_by_its_own_loop():

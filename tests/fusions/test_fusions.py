@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -99,6 +100,25 @@ def test_an_output_stored_before_the_gelu_gets_one():
     layer.put("start_in", x[0, 0].clone())
     layer.put("start_out", torch.full((48,), 2.0))
     assert torch.equal(module(x), tanh_gelu(layer(x))) and torch.equal(module(x)[0, 0], tanh_gelu(layer.start_out))
+
+
+@native
+@torch.no_grad()
+def test_a_call_of_the_linear_alone_has_no_gelu_while_another_thread_runs_both():
+    module, x = packed(tanh_gelu), torch.randn(7, 32)
+    alone, both, seen = module.proj(x), module(x), {}
+    run = module.proj.run
+
+    def interrupted(*args, **kwargs):
+        """What another thread would see in the middle of the fused call."""
+        if not seen:
+            seen["alone"] = None
+            with ThreadPoolExecutor(1) as pool:
+                seen["alone"] = pool.submit(torch.no_grad()(module.proj), x).result()
+        return run(*args, **kwargs)
+
+    vars(module.proj)["run"] = interrupted
+    assert torch.equal(module(x), both) and torch.equal(seen["alone"], alone)
 
 
 @native

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +17,7 @@ from dq.fit import drafts
 from dq.layers import clock
 from dq.layers.clock import Clock
 from dq.plan import LayerPlan, TensorPlan
+from tests import models, zoo
 
 
 class Denoiser(nn.Module):
@@ -94,3 +101,67 @@ def test_a_layer_with_a_table_uses_the_scale_of_the_running_step():
     for timestep, scale in ((700, 0.5), (100, 0.1), (500, 0.5)):
         rounded = (x / scale).round().clamp(-127, 127) * scale
         torch.testing.assert_close(model(x, timestep), nn.functional.linear(rounded, weight, bias))
+
+
+# --- several calls at once ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stepped():
+    """A denoiser whose activation scales differ by step, its layers' kernels chosen."""
+    model = zoo.build(models.PIXART)
+    models.stepped(model, (250.0, 500.0, 750.0))
+    return model
+
+
+def drawn(model, step: float) -> torch.Tensor:
+    return models.output(model, timestep=torch.full((2,), step))
+
+
+def test_calls_in_several_threads_at_different_steps_give_what_each_gives_alone(stepped):
+    steps, wrong = (950.0, 600.0, 50.0), []
+    truth = [drawn(stepped, step) for step in steps]
+    assert not torch.equal(truth[0], truth[2])
+    start = threading.Barrier(len(steps))
+
+    def serve(index: int) -> None:
+        start.wait()
+        wrong.extend(index for _ in range(20) if not torch.equal(drawn(stepped, steps[index]), truth[index]))
+
+    with ThreadPoolExecutor(len(steps)) as pool:
+        list(pool.map(serve, range(len(steps))))
+    assert wrong == []
+
+
+def test_tasks_that_take_turns_give_what_each_gives_alone(stepped):
+    async def serve(step: float, expected: torch.Tensor) -> bool:
+        right = True
+        for _ in range(5):
+            right &= torch.equal(drawn(stepped, step), expected)
+            await asyncio.sleep(0)
+        return right
+
+    async def both() -> list[bool]:
+        return await asyncio.gather(*(serve(step, drawn(stepped, step)) for step in (950.0, 50.0)))
+
+    assert asyncio.run(both()) == [True, True]
+
+
+def test_a_thread_that_began_no_call_reads_the_newest_step_and_moves_nobodys():
+    """A backward pass that runs a block again does so in a thread of its own on some devices."""
+    running = Clock((300.0, 600.0))
+    running.set(500)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: running.index.tolist()).result() == [1]
+        pool.submit(running.set, 900.0).result()
+        assert pool.submit(lambda: running.index.tolist()).result() == [2] and running.index.tolist() == [1]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda clock: pickle.loads(pickle.dumps(clock))])
+def test_a_copied_clock_goes_its_own_way(copied):
+    running = Clock((300.0, 600.0))
+    running.set(500)
+    other = copied(running)
+    assert other.index.tolist() == [1] and other.edges.tolist() == [300.0, 600.0]
+    other.set(900)
+    assert (running.index.tolist(), other.index.tolist()) == ([1], [2])

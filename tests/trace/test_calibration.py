@@ -6,8 +6,9 @@ import contextlib
 import copy
 import errno
 import itertools
-import json
 import multiprocessing
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,12 +17,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, PixArtSigmaPipeline
+from PIL import Image
 from torch import nn
 
 import pipelines.tiny as tiny
 from dq import DQError, api
 from dq.trace import capture as capture_module
-from dq.trace import policies, records, running
+from dq.trace import identity, policies, records, running, world
 from dq.trace.calibration import POLICIES, Calibration, resolve
 from dq.trace.capture import capture
 from dq.trace.records import Store
@@ -193,21 +196,74 @@ def test_kill_9_at_any_moment_and_a_restart_give_the_same_bytes(pixart, tmp_path
     ],
 )
 def test_the_folder_of_another_calibration_is_refused(pixart, tmp_path, changes, what):
-    (tmp_path / "calibration.json").write_text(
-        json.dumps(capture_module._identity(pixart, api.find_denoisers(pixart), settings()))
-    )
+    record(pixart, tmp_path)
     with pytest.raises(DQError, match=f"another calibration: {what} differs; choose another folder or delete it"):
         record(pixart, tmp_path, **changes)
 
 
-def test_the_folder_of_other_weights_is_refused(pixart, tmp_path):
-    record(pixart, tmp_path)
-    with torch.no_grad():
-        pixart.transformer.proj_out.bias[0] += 1
-    with pytest.raises(DQError, match="models differs"):
-        record(pixart, tmp_path)
-    with torch.no_grad():
-        pixart.transformer.proj_out.bias[0] -= 1
+def changed_last(tensor):
+    tensor.data.view(-1)[-1] += 1
+
+
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        (lambda pipe: changed_last(max(pipe.transformer.parameters(), key=torch.numel)), r"models \(transformer\)"),
+        (lambda pipe: changed_last(pipe.transformer.pos_embed.pos_embed), r"models \(transformer\)"),
+        (lambda pipe: changed_last([*pipe.text_encoder.parameters()][-1]), r"components \(text_encoder\)"),
+        (lambda pipe: changed_last([*pipe.vae.parameters()][-1]), r"components \(vae\)"),
+        (lambda pipe: pipe.vae.register_to_config(scaling_factor=0.5), r"components \(vae\)"),
+        (lambda pipe: pipe.tokenizer.add_tokens(["hexagon"]), r"components \(tokenizer\)"),
+        (lambda pipe: pipe.scheduler.register_to_config(solver_order=1), r"components \(scheduler\)"),
+        (lambda pipe: setattr(pipe, "scheduler", DDIMScheduler()), r"components \(scheduler\)"),
+        (lambda pipe: setattr(pipe.text_encoder.encoder.block[0].layer[0], "scaling", {"a": 0.5}), "text_encoder"),
+    ],
+)
+def test_the_folder_of_a_pipeline_with_any_other_part_is_refused(change, what, tmp_path):
+    record(tiny.load("tiny-pixart"), tmp_path, samples=STEPS)
+    other = tiny.load("tiny-pixart")
+    record(other, tmp_path, samples=STEPS)
+    change(other)
+    with pytest.raises(DQError, match=f"another calibration: .*{what}.* differs"):
+        record(other, tmp_path, samples=STEPS)
+
+
+@pytest.mark.parametrize("value", [torch.ones(3, 70_000), np.ones((3, 70_000)), Image.new("RGB", (300, 300))])
+def test_embeddings_arrays_and_pictures_are_compared_to_the_last_value(value):
+    other = copy.deepcopy(value)
+    assert identity.digest({"a": [other]}) == identity.digest({"a": [value]})
+    if isinstance(value, Image.Image):
+        other.putpixel((299, 299), (0, 0, 1))
+    else:
+        other[2, -1] = 2
+    assert identity.digest({"a": [other]}) != identity.digest({"a": [value]})
+
+
+def loop_over(data, scale=1.0):
+    return lambda model: model(data * scale)
+
+
+def test_a_loop_is_known_by_what_it_does_and_with_which_data():
+    same = [loop_over(torch.ones(4)), loop_over(torch.ones(4))]
+    others = [loop_over(torch.arange(4.0)), loop_over(torch.ones(4), 2.0), lambda model: model(torch.ones(4))]
+    assert len({identity.digest(each) for each in same}) == 1
+    assert len({identity.digest(each) for each in (same[0], *others)}) == 4
+
+
+def test_identity_includes_the_versions_that_made_the_records(pixart, monkeypatch):
+    before = identity.of(pixart, {}, settings())
+    monkeypatch.setattr(identity, "version", lambda name: "0")
+    assert identity.differing(before, identity.of(pixart, {}, settings())) == "versions"
+
+
+def test_records_without_a_finished_run_are_taken_over_by_another_calibration(pixart, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(capture_module._Session, "finish", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            record(pixart, tmp_path / "one", seed=1)
+    record(pixart, tmp_path / "one")
+    record(pixart, tmp_path / "two")
+    assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
 def test_a_full_disk_is_one_line_and_what_was_finished_stays(pixart, tmp_path, monkeypatch):
@@ -321,6 +377,99 @@ def test_a_sketch_keeps_cosines():
     assert abs(x @ y / np.linalg.norm(x) / np.linalg.norm(y) - truth) < 3 / capture_module.SKETCH**0.5
 
 
+# --- several processes, other systems -----------------------------------------------------------------------------
+
+
+def hold(folder, ready, done):
+    with Calibration(folder=folder).workplace():
+        ready.set()
+        done.wait(30)
+
+
+def test_a_folder_is_one_process_work_at_a_time(tmp_path):
+    start = multiprocessing.get_context("spawn")
+    ready, done = start.Event(), start.Event()
+    process = start.Process(target=hold, args=(tmp_path, ready, done))
+    process.start()
+    assert ready.wait(60)
+    for _ in range(2):
+        with pytest.raises(DQError, match="another process is at work in the folder") as error:
+            with Calibration(folder=tmp_path).workplace():
+                pass
+        assert "\n" not in str(error.value)
+    process.kill()  # whoever holds it may die without a word
+    process.join()
+    with Calibration(folder=tmp_path).workplace() as place:
+        assert place == tmp_path
+
+
+def test_processes_of_one_launch_share_the_folder(tmp_path, monkeypatch):
+    with Calibration(folder=tmp_path).workplace():
+        monkeypatch.setattr(world, "processes", lambda: SimpleNamespace(is_main_process=False))
+        with Calibration(folder=tmp_path).workplace() as place:
+            assert place == tmp_path
+
+
+UNIX_ONLY = ("resource", "fcntl", "pwd", "grp", "termios", "pty", "tty", "syslog", "posix", "curses")
+ELSEWHERE = """
+import builtins, importlib, os, pkgutil
+real = builtins.__import__
+
+def elsewhere(name, globals=None, *rest, **named):
+    if name in {names!r} and str((globals or {{}}).get("__name__")).partition(".")[0] == "dq":
+        raise ModuleNotFoundError(f"No module named {{name!r}}")
+    return real(name, globals, *rest, **named)
+
+builtins.__import__ = elsewhere
+for name in ("fork", "sched_getaffinity", "getuid", "geteuid", "killpg", "setsid"):
+    delattr(os, name)
+import dq
+for item in pkgutil.walk_packages(dq.__path__, "dq."):
+    if not item.name.startswith(("dq.kernels.triton", "dq.kernels.cpu.lib", "dq.cli.__main__")):
+        importlib.import_module(item.name)
+import torch
+from torch import nn
+
+def loop(model):
+    model(torch.ones(4, 8, 64))
+
+model = nn.ModuleDict({{"blocks": nn.ModuleList([nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))])}})
+model.forward = lambda x: model["blocks"][0](x)
+for folder in (None, {folder!r}):
+    seen = dq.Calibration(forward_loop=loop, folder=folder)
+    dq.quantize(model, "gptq-int4-weight", calibration=seen, progress=False)
+    dq.save(model, {saved!r})
+    dq.dequantize(model)
+    dq.load({saved!r}, model)
+    dq.dequantize(model)
+dq.quantize(model, "int8-weight", budget=dq.Budget(bits=6), calibration=loop, progress=False)
+print("all done")
+"""
+
+
+def test_nothing_needs_a_module_that_windows_has_not(tmp_path):
+    places = {"folder": str(tmp_path / "kept"), "saved": str(tmp_path / "saved")}
+    program = ELSEWHERE.format(names=UNIX_ONLY, **places)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "all done", done.stderr[-2000:]
+
+
+def test_renames_go_where_nothing_is_as_windows_wants_it(pixart, tmp_path, monkeypatch):
+    real = Path.rename
+
+    def strict(self, target):
+        assert not Path(target).exists(), f"renamed onto {target}"
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", strict)
+    record(pixart, tmp_path, samples=STEPS)
+    store = Store(tmp_path / "transformer")
+    key = store.keys("calls/")[0]
+    store.write(key, store.read(key))
+    store.drop(key)
+    assert not store.has(key)
+
+
 # --- forward loops ------------------------------------------------------------------------------------------------
 
 
@@ -361,6 +510,51 @@ def test_a_forward_loop_that_failed_starts_anew(tmp_path):
     assert files(whole) == files(tmp_path / "half")
 
 
+def replacing(model):
+    loop(model)
+    model.mid_block = copy.deepcopy(model.mid_block)
+
+
+def training(model):
+    with torch.enable_grad():
+        loop(model)
+        model.conv_in.bias.requires_grad_(True).sum().backward()
+        torch.optim.SGD([model.conv_in.bias], lr=0.1).step()
+
+
+def writing(model):
+    loop(model)
+    model.conv_out.weight.data[-1, -1, -1, -1] += 1  # behind autograd's back
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (replacing, "put another module in the place of 'mid_block'"),
+        (training, "changed 'conv_in.bias' of the model"),
+        (writing, "changed 'conv_out.weight' of the model"),
+    ],
+)
+def test_a_loop_that_does_more_than_run_the_model_is_refused(wrong, message, tmp_path):
+    model = zoo.build("UNet2DModel")
+    with pytest.raises(DQError, match=f"forward_loop {message}") as error:
+        capture(model, {"": model}, Calibration(forward_loop=wrong), tmp_path)
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_a_layer_that_gives_no_usable_numbers_is_named(value, tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    spoilt = lambda model: (model(torch.ones(2, 4)), model(torch.tensor([[1.0, value, 1.0, 1.0]])))  # noqa: E731
+    with pytest.raises(DQError, match=r"layer '0' gave (NaN or Inf|values up to \S+) in calibration"):
+        capture(model, {"": model}, Calibration(forward_loop=spoilt), tmp_path)
+    model[2].weight.data[3, 3] = value
+    found = "its weight holds NaN or Inf" if value != 1e30 else "gave values up to"
+    with pytest.raises(DQError, match=f"layer '2'.*{found}"):
+        capture(model, {"": model}, Calibration(forward_loop=lambda model: model(torch.ones(2, 4))), tmp_path)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 # --- wrong use ----------------------------------------------------------------------------------------------------
 
 
@@ -375,6 +569,13 @@ def test_a_forward_loop_that_failed_starts_anew(tmp_path):
         ({"steps": 0}, "steps is 0"),
         ({"steps": 2.0}, "steps is 2.0"),
         ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**64}, f"seed is {2**64}, expected at most {2**63 - 1}"),
+        ({"steps": 10**9, "samples": 10**9}, "steps is 1000000000, expected at most 10000"),
+        ({"samples": 10**12}, "samples is 1000000000000, expected at most"),
+        ({"prompts": (text for text in PROMPTS)}, "prompts is a generator, expected a list of texts"),
+        ({"prompts": 3}, "prompts is a int"),
+        ({"prompts": {"a": 1}}, "prompts is a dict"),
+        ({"prompts": b"a red circle"}, "prompts is a bytes"),
         ({"policy": "stratifed"}, "Did you mean 'stratified'"),
         ({"call_kwargs": [1]}, "call_kwargs is a list"),
         ({"call_kwargs": {"num_inference_steps": 7}}, "give it as steps"),
@@ -420,9 +621,56 @@ def test_a_model_that_is_never_called_is_named(pixart, tmp_path):
     model = zoo.build("UNet2DModel")
     with pytest.raises(DQError, match="forward_loop never called the model"):
         capture(model, {"": model}, resolve(lambda model: None), tmp_path / "loop")
-    models = {"transformer": pixart.transformer, "transformer_2": model}
-    with pytest.raises(DQError, match="'transformer_2' was never called"):
-        capture(pixart, models, settings(), tmp_path / "pipe", progress=False)
+
+
+def test_a_part_that_the_pipeline_never_calls_is_left_out(pixart, tmp_path):
+    models = {"transformer": pixart.transformer, "adapter": zoo.build("UNet2DModel")}
+    silent = capture(pixart, models, settings(), tmp_path, progress=False)
+    assert silent == {"adapter": "never called by the pipeline, left in full precision"}
+    assert capture(pixart, models, settings(), tmp_path, progress=False) == silent  # taken up from the folder
+
+
+class InTurns(PixArtSigmaPipeline):
+    """A pipeline with the setting of those with two experts."""
+
+    def __init__(self, tokenizer, text_encoder, vae, transformer, scheduler, boundary_ratio=None):
+        super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
+        self.register_to_config(boundary_ratio=boundary_ratio)
+
+
+def test_settings_of_the_pipeline_itself_are_compared(pixart):
+    found = [identity.of(InTurns(**pixart.components, boundary_ratio=ratio), {}, settings()) for ratio in (0.5, 0.9)]
+    assert identity.differing(*found) == "settings"
+
+
+@pytest.mark.parametrize(
+    "config, advice",
+    [({}, "raise steps, or give call_kwargs"), ({"boundary_ratio": None}, "boundary_ratio=None"),
+     ({"boundary_ratio": 0.01}, "boundary_ratio=0.01; raise steps")],
+)  # fmt: skip
+def test_an_expert_that_is_never_reached_is_told_with_what_helps(config, advice, tmp_path):
+    pipe = tiny.load("tiny-pixart")
+    pipe = (InTurns if config else type(pipe))(**pipe.components, **config)
+    models = {"transformer": pipe.transformer, "transformer_2": copy.deepcopy(pipe.transformer)}
+    with pytest.raises(DQError, match=f"'transformer_2' was never called in {STEPS} steps: .*{advice}") as error:
+        capture(pipe, models, settings(samples=STEPS), tmp_path, progress=False)
+    assert "components={'transformer_2': None}" in str(error.value) and "raise samples" not in str(error.value)
+
+
+def test_an_expert_that_is_called_at_other_steps_only_is_told_to_raise_samples(tmp_path, monkeypatch):
+    pipe, first = tiny.load("tiny-pixart"), {}
+    other = copy.deepcopy(pipe.transformer)
+    real = pipe.transformer.forward
+
+    def experts(*args, **kwargs):
+        late = float(kwargs["timestep"].max()) < first.setdefault("timestep", float(kwargs["timestep"].max()))
+        return other(*args, **kwargs) if late else real(*args, **kwargs)
+
+    pipe.transformer.forward = experts
+    monkeypatch.setattr(policies, "choose", lambda calibration: {0: {0}})
+    models = {"transformer": pipe.transformer, "transformer_2": other}
+    with pytest.raises(DQError, match="'transformer_2' was called, but at no recorded step; raise samples"):
+        capture(pipe, models, settings(samples=STEPS), tmp_path, progress=False)
 
 
 # --- pipelines of other kinds -------------------------------------------------------------------------------------

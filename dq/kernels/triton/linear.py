@@ -46,8 +46,10 @@ def build(plan: LayerPlan, gelu: bool = False) -> Run:
 
 def _epilogue(x: torch.Tensor, t: Tensors, bias: torch.Tensor | None, gelu: bool) -> Epilogue:
     """What follows the product of a layer with input x."""
-    down_x, up = (None, None) if t.down is None else (F.linear(x, t.down.to(x.dtype)), t.up)
-    return Epilogue(x.dtype, bias, down_x, up, gelu)
+    if t.down is None:
+        return Epilogue(x.dtype, bias, None, None, gelu)
+    down, up = dense.factors(t, x.dtype) if x.dtype is torch.float16 else (t.down.to(x.dtype), t.up)
+    return Epilogue(x.dtype, bias, F.linear(x, down), up, gelu)
 
 
 def _column_scale(plan: LayerPlan, t: Tensors) -> torch.Tensor:
