@@ -2,7 +2,10 @@
 
 diffusers, transformers  "dq" becomes a known quantizer and config in `quantizers.auto` (two tables each)
 diffusers                `ModelMixin.save_pretrained` writes quantized models whole or not at all, others as before
+                         and refuses what could not be loaded again
 transformers             `PreTrainedModel.save_pretrained` likewise
+both                     `to`, `half`, `float`, `double`, `bfloat16` of quantized models: see `dq.host.casting`
+diffusers                `DiffusionPipeline.to` refuses a cast before it changes the first part
 peft                     `dispatch_default` makes adapters that fuse into the low-rank branch of packed layers
 diffusers                `FluxLoraLoaderMixin._calculate_module_shape` is told the shape a packed layer stands for
 The wrapped functions keep what they wrap as `before_dq`. None of this imports torch: see `dq.host.later`.
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 from dq.errors import DQError
@@ -30,10 +34,11 @@ def register() -> None:
     Raises DQError when another package has taken the name.
     """
     later.when_imported("diffusers.quantizers.auto", _enter)
-    later.when_imported("diffusers.models.modeling_utils", lambda home: _save_whole(home.ModelMixin))
+    later.when_imported("diffusers.models.modeling_utils", lambda home: _host_model(home.ModelMixin))
+    later.when_imported("diffusers.pipelines.pipeline_utils", _cast_none_or_all)
     later.when_imported("diffusers.loaders.lora_pipeline", _teach_flux_shapes)
     later.when_imported("transformers.quantizers.auto", _enter)
-    later.when_imported("transformers.modeling_utils", lambda home: _save_whole(home.PreTrainedModel))
+    later.when_imported("transformers.modeling_utils", lambda home: _host_model(home.PreTrainedModel))
     later.when_imported("peft.tuners.lora.model", _dispatch)
 
 
@@ -48,6 +53,11 @@ def _enter(home: ModuleType) -> None:
         table["dq"] = getattr(sys.modules.get(module), name, None) or later.Promise(module, name)
 
 
+def _host_model(base: type) -> None:
+    _save_whole(base)
+    _cast(base)
+
+
 def _save_whole(base: type) -> None:
     """Let `save_pretrained` refuse models of dq with attached adapters, and write all their files or none."""
     original = base.save_pretrained
@@ -58,17 +68,70 @@ def _save_whole(base: type) -> None:
     def save_pretrained(self, save_directory, *args, **kwargs):
         if not _of_dq(self):
             return original(self, save_directory, *args, **kwargs)
-        from dq.host import files, mark, store
+        from dq.host import files, store
 
-        store.refuse_unsavable(self)
-        mark.write_config(self)
-        if kwargs.get("push_to_hub"):  # takes the repository's name from the folder's
-            return original(self, save_directory, *args, **kwargs)
-        with files.replacing(save_directory) as made:
-            return original(self, str(made), *args, **kwargs)
+        with store.saving(self):
+            if kwargs.get("push_to_hub"):  # takes the repository's name from the folder's
+                return original(self, save_directory, *args, **kwargs)
+            with files.replacing(save_directory) as made:
+                return original(self, str(made), *args, **kwargs)
 
     save_pretrained.before_dq = original
     base.save_pretrained = save_pretrained
+
+
+def _cast(base: type) -> None:
+    """Let a quantized model be cast to the dtype it has, and to no other."""
+    original = base.to
+    if hasattr(original, "before_dq"):
+        return
+
+    @functools.wraps(original)
+    def to(self, *args, **kwargs):
+        if not _of_dq(self):
+            return original(self, *args, **kwargs)
+        from dq.host import casting
+
+        return casting.to(self, functools.partial(original, self), *args, **kwargs)
+
+    to.before_dq = original
+    base.to = to
+    for name in ("half", "float", "double", "bfloat16"):
+        setattr(base, name, _cast_by(getattr(base, name)))
+
+
+def _cast_by(original: Callable) -> Callable:
+    """A method that casts to one dtype, named after it."""
+
+    @functools.wraps(original)
+    def cast(self, *args):
+        if not _of_dq(self):
+            return original(self, *args)
+        import torch
+
+        return self.to(getattr(torch, original.__name__))
+
+    cast.before_dq = original
+    return cast
+
+
+def _cast_none_or_all(home: ModuleType) -> None:
+    """Let a pipeline refuse a cast that one of its parts refuses before it changes the others."""
+    original = home.DiffusionPipeline.to
+    if hasattr(original, "before_dq"):
+        return
+
+    @functools.wraps(original)
+    def to(self, *args, **kwargs):
+        dtype = kwargs.get("dtype") or next((value for value in args if type(value).__name__ == "dtype"), None)
+        if dtype is not None and any(map(_of_dq, self.components.values())):
+            from dq.host import casting
+
+            casting.refuse_change(self.components, dtype)
+        return original(self, *args, **kwargs)
+
+    to.before_dq = original
+    home.DiffusionPipeline.to = to
 
 
 def _of_dq(model) -> bool:

@@ -21,7 +21,7 @@ from dq import kernels
 from dq.errors import DQError
 from dq.formats.base import FormatError, Scales, check_finite
 from dq.kernels import Choice, Conv, Tensors, reference
-from dq.layers import hadamard
+from dq.layers import hadamard, naming
 from dq.plan import LayerPlan
 
 CONV_KINDS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
@@ -402,5 +402,5 @@ def parameter_bytes(*modules: nn.Module) -> int:
 
 
 def packed_layers(model: nn.Module) -> dict[str, _Packed | PackedStack]:
-    """Packed layers and stacks of a model by dotted name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, _Packed | PackedStack)}
+    """Packed layers and stacks of a model by dotted name, that of the layer itself where adapters are attached."""
+    return {name: module for name, module in naming.named(model) if isinstance(module, _Packed | PackedStack)}
