@@ -29,7 +29,7 @@ def loadable(model: Any, plan: Plan) -> Plan:
         if found(fresh, name) != (row.kind, row.shape):
             raise DQError(
                 f"{kind} was changed after it was made: layer {name!r} is {row.kind} {tuple(row.shape)}, "
-                f"from_pretrained makes {found(fresh, name)}; change its config likewise (register_to_config) before saving"
+                f"from_pretrained makes {found(fresh, name)}; change its config likewise before saving"
             )
     there = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     for name, (shape, _) in files.expected(fresh, plan).items():
@@ -37,7 +37,7 @@ def loadable(model: Any, plan: Plan) -> Plan:
             got = f"shape {there[name]}" if name in there else "none"
             raise DQError(
                 f"{kind} was changed after it was made: from_pretrained expects tensor {name!r} of shape {shape}, got "
-                f"{got}; change its config likewise (register_to_config), or undo the change, before saving"
+                f"{got}; change its config likewise, or undo the change, before saving"
             )
     return plan
 

@@ -4,6 +4,7 @@ diffusers, transformers  "dq" becomes a known quantizer and config in `quantizer
 diffusers                `ModelMixin.save_pretrained` writes quantized models whole or not at all, others as before
                          and refuses what could not be loaded again
 transformers             `PreTrainedModel.save_pretrained` likewise
+diffusers                class methods that make a model of another, and `fuse_qkv_projections`, refuse packed layers
 both                     `to`, `half`, `float`, `double`, `bfloat16` of quantized models: see `dq.host.casting`
 diffusers                `DiffusionPipeline.to` refuses a cast before it changes the first part
 peft                     `dispatch_default` makes adapters that fuse into the low-rank branch of packed layers
@@ -34,7 +35,7 @@ def register() -> None:
     Raises DQError when another package has taken the name.
     """
     later.when_imported("diffusers.quantizers.auto", _enter)
-    later.when_imported("diffusers.models.modeling_utils", lambda home: _host_model(home.ModelMixin))
+    later.when_imported("diffusers.models.modeling_utils", _host_diffusers)
     later.when_imported("diffusers.pipelines.pipeline_utils", _cast_none_or_all)
     later.when_imported("diffusers.loaders.lora_pipeline", _teach_flux_shapes)
     later.when_imported("transformers.quantizers.auto", _enter)
@@ -53,6 +54,11 @@ def _enter(home: ModuleType) -> None:
         table["dq"] = getattr(sys.modules.get(module), name, None) or later.Promise(module, name)
 
 
+def _host_diffusers(home: ModuleType) -> None:
+    _host_model(home.ModelMixin)
+    _watch_classes(home.ModelMixin)
+
+
 def _host_model(base: type) -> None:
     _save_whole(base)
     _cast(base)
@@ -67,6 +73,11 @@ def _save_whole(base: type) -> None:
     @functools.wraps(original)
     def save_pretrained(self, save_directory, *args, **kwargs):
         if not _of_dq(self):
+            if "dq.layers.packed" in sys.modules:
+                from dq.host import derived
+
+                derived.refuse_strays(self)
+                derived.forget_others(self)
             return original(self, save_directory, *args, **kwargs)
         from dq.host import files, store
 
@@ -113,6 +124,63 @@ def _cast_by(original: Callable) -> Callable:
 
     cast.before_dq = original
     return cast
+
+
+MAKERS = ("from_unet", "from_unet2d", "from_transformer")
+
+
+def _watch_classes(base: type) -> None:
+    """Let model classes, those there are and those to come, refuse to copy the weights of packed layers."""
+    if "__init_subclass__" in vars(base):
+        return
+
+    def __init_subclass__(cls, **kwargs):
+        super(base, cls).__init_subclass__(**kwargs)
+        _watch_class(cls)
+
+    base.__init_subclass__ = classmethod(__init_subclass__)
+    waiting = [base]
+    while waiting:
+        below = waiting.pop().__subclasses__()
+        waiting += below
+        for cls in below:
+            _watch_class(cls)
+
+
+def _watch_class(cls: type) -> None:
+    for name in MAKERS:
+        own = vars(cls).get(name)
+        if isinstance(own, classmethod) and not hasattr(own.__func__, "before_dq"):
+            setattr(cls, name, classmethod(_made_of(own.__func__)))
+    fuse = getattr(cls, "fuse_qkv_projections", None)
+    if fuse is not None and not hasattr(fuse, "before_dq"):
+        cls.fuse_qkv_projections = _fused(fuse)
+
+
+def _made_of(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def make(cls, *args, **kwargs):
+        if not any(map(_of_dq, (*args, *kwargs.values()))):
+            return original(cls, *args, **kwargs)
+        from dq.host import derived
+
+        return derived.make(original, cls, *args, **kwargs)
+
+    make.before_dq = original
+    return make
+
+
+def _fused(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def fuse_qkv_projections(self, *args, **kwargs):
+        if _of_dq(self):
+            from dq.host import derived
+
+            derived.refuse_fusing(self)
+        return original(self, *args, **kwargs)
+
+    fuse_qkv_projections.before_dq = original
+    return fuse_qkv_projections
 
 
 def _cast_none_or_all(home: ModuleType) -> None:
