@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dq import cookbook, explaining, fusions, kernels, layers, planning
 from dq.errors import DQError, nearest
 from dq.host import mark, peft
-from dq.layers import PackedStack, packed_layers, parameter_bytes
+from dq.layers import PackedStack, naming, packed_layers, parameter_bytes
 from dq.model import check_fit, put, to_dense
 from dq.plan import LayerPlan, Plan, Recipe
 from dq.report import Report
@@ -309,7 +309,7 @@ def _pack_all(part: str, model: nn.Module, plan: Plan, progress: bool) -> tuple[
 def _weight_of(model: nn.Module, name: str, plan: LayerPlan) -> tuple[torch.Tensor, nn.Module | None]:
     if plan.kind == "stack":
         return model.get_parameter(name), None
-    module = model.get_submodule(name)
+    module = naming.at(model, name)
     return module.weight, module
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from dq import fusions, layers
 from dq.errors import DQError
-from dq.layers import PACKED, PackedStack, clock, kind_of, naming, packed_layers
+from dq.layers import PACKED, PLAIN, PackedStack, clock, inherit, kind_of, naming, packed_layers
 from dq.layers.memory import align, page_out
 from dq.plan import LayerPlan, Plan
 
@@ -50,12 +50,23 @@ def found(model: nn.Module, name: str) -> tuple[str | None, tuple[int, ...]]:
 
 
 def put(model: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
-    """Put a module or parameter in place of what stands under a dotted name."""
+    """Put a module or parameter in place of what stands under a dotted name; what was put on a layer moves along."""
     owner, key = naming.place(model, name)
+    old = owner._modules.get(key)
+    if old is not None and isinstance(value, nn.Module):
+        inherit.take_over(value, old, _as_made(old, value))
     owner._parameters.pop(key, None)
     if isinstance(value, nn.Parameter):
         owner._modules.pop(key, None)
     setattr(owner, key, value)
+
+
+def _as_made(layer: Any, other: nn.Module) -> nn.Module:
+    """A layer of the kind of one that stands in a model, as it is before anything is put on it."""
+    if isinstance(layer, tuple(PACKED.values())):
+        return type(layer).like(other, layer.plan, layer.compute_dtype)
+    kind = kind_of(layer)
+    return nn.Module() if kind is None else PLAIN[kind](1, 1, 1, device="meta")
 
 
 def swap(model: nn.Module, plan: Plan, compute_dtype: torch.dtype, device: str = "meta") -> None:

@@ -20,7 +20,7 @@ from dq import layers
 from dq.fit import drafts
 from dq.fit.drafts import DraftLinear
 from dq.fit.smooth import sample
-from dq.layers import PACKED
+from dq.layers import PACKED, inherit, naming
 from dq.layers.memory import aligned
 from dq.plan import LayerPlan, Plan, Recipe
 from dq.trace.records import Store
@@ -151,6 +151,7 @@ def _unpacked(unit: Unit, tensors: Mapping, note: Mapping, dtype: torch.dtype) -
         for key in [key for key in tensors if key.rpartition(".")[0] == name]:
             layer.put(key.rpartition(".")[2], tensors[key])
         layer.bind(module.weight.device.type)
+        inherit.hooks(layer, module)  # for the replays; what else stands on it moves when it is put into the model
         packed[name] = layer.train(module.training)
     return packed
 
@@ -173,10 +174,8 @@ def finish(model: nn.Module, plan: Plan, trace: Trace, fitted: Fitted) -> Plan:
     for name, layer in list(plan.layers.items()):
         if name not in fitted.packed and layer.kind != "stack":
             reason = trace.unfit.get(name, "never called during calibration")
-            free = replace(_nearest(Unit(name, model.get_submodule(name), {name: layer}), name).plan, reason=reason)
-            fitted.packed[name] = layers.pack(
-                name, model.get_submodule(name), free, getattr(torch, plan.compute_dtype)
-            )
+            free = replace(_nearest(Unit(name, naming.at(model, name), {name: layer}), name).plan, reason=reason)
+            fitted.packed[name] = layers.pack(name, naming.at(model, name), free, getattr(torch, plan.compute_dtype))
         elif layer.kind == "stack":
             fitted.packed[name] = layers.pack_stack(
                 name, model.get_parameter(name), layer, getattr(torch, plan.compute_dtype)

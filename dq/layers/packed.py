@@ -32,12 +32,18 @@ STARTS_ALIKE = 1e-4  # squared distance, as a share of the power, up to which a 
 
 def kind_of(module: nn.Module) -> str | None:
     """The LayerPlan kind of a full-precision layer, None when dq cannot quantize it (or already has)."""
-    if isinstance(module, _Packed):
+    if isinstance(module, _Packed) or forward_replaced(module):
         return None
     for kind, base in PLAIN.items():
         if isinstance(module, base) and type(module).forward is base.forward:  # a forward of its own is not ours
             return kind
     return None
+
+
+def forward_replaced(module: nn.Module) -> bool:
+    """Whether somebody gave this one instance another forward; accelerate's and diffusers' hooks call the old one."""
+    own = vars(module)
+    return "forward" in own and "_hf_hook" not in own and "_diffusers_hook" not in own
 
 
 def tensor_shapes(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
