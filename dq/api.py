@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dq import cookbook, explaining, fusions, kernels, layers, planning
 from dq.errors import DQError, nearest
 from dq.host import mark, peft
-from dq.layers import PackedStack, packed_layers, parameter_bytes
+from dq.layers import PackedStack, naming, packed_layers, parameter_bytes
 from dq.model import check_fit, put, to_dense
 from dq.plan import LayerPlan, Plan, Recipe
 from dq.report import Report
@@ -358,7 +358,7 @@ def _put_all(models: Mapping, plans: Mapping[str, Plan], packed: Mapping[str, di
 def _weight_of(model: nn.Module, name: str, plan: LayerPlan) -> tuple[torch.Tensor, nn.Module | None]:
     if plan.kind == "stack":
         return model.get_parameter(name), None
-    module = model.get_submodule(name)
+    module = naming.at(model, name)
     return module.weight, module
 
 

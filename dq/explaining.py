@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dq.kernels import Choice
-from dq.layers import PackedStack, kind_of, packed_layers, parameter_bytes
+from dq.layers import PackedStack, kind_of, naming, packed_layers, parameter_bytes
 from dq.layers.memory import serving
 from dq.plan import LayerPlan, Plan
 from dq.report import Row
@@ -42,12 +42,12 @@ def row(part: str, name: str, plan: LayerPlan, size: int, decibels: float | None
 
 
 def kept_row(part: str, model: nn.Module, name: str, reason: str) -> Row:
-    home, _, key = name.rpartition(".")
-    owner, full = model.get_submodule(home), f"{part}.{name}" if part else name
+    owner, key = naming.place(model, name)
+    full = f"{part}.{name}" if part else name
     if key in owner._parameters:
         weight = owner._parameters[key]
         return Row(full, "stack", None, None, 0, weight.numel() * weight.element_size(), None, reason)
-    layer = owner.get_submodule(key)
+    layer = owner._modules[key]
     kind = kind_of(layer) or type(layer).__name__
     return Row(full, kind, None, None, 0, parameter_bytes(layer), None, reason)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from dq import fusions, layers
 from dq.errors import DQError
-from dq.layers import PACKED, PackedStack, clock, hadamard, kind_of, packed_layers
+from dq.layers import PACKED, PLAIN, PackedStack, clock, hadamard, inherit, kind_of, naming, packed_layers
 from dq.layers.memory import align, page_out
 from dq.plan import LayerPlan, Plan
 
@@ -28,7 +28,7 @@ def check_fit(model: nn.Module, plan: Plan) -> None:
     model_name = type(model).__name__
     for name, layer in plan.layers.items():
         layer.check(name)
-        kind, shape = _found(model, name)
+        kind, shape = found(model, name)
         if kind is None:
             raise DQError(f"layer {name!r} of the plan is not in {model_name}; is this plan for another model?")
         if (kind, shape) != (layer.kind, layer.shape):
@@ -58,11 +58,10 @@ def _check_sizes(name: str, layer: LayerPlan) -> None:
         )
 
 
-def _found(model: nn.Module, name: str) -> tuple[str | None, tuple[int, ...]]:
+def found(model: nn.Module, name: str) -> tuple[str | None, tuple[int, ...]]:
     """(kind, weight shape) of what stands under a name; kind None when nothing dq can quantize does."""
-    home, _, key = name.rpartition(".")
     try:
-        owner = model.get_submodule(home)
+        owner, key = naming.place(model, name)
     except AttributeError:
         return None, ()
     if (stack := owner._parameters.get(key)) is not None:
@@ -74,13 +73,23 @@ def _found(model: nn.Module, name: str) -> tuple[str | None, tuple[int, ...]]:
 
 
 def put(model: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
-    """Put a module or parameter in place of what stands under a dotted name."""
-    home, _, key = name.rpartition(".")
-    owner = model.get_submodule(home)
+    """Put a module or parameter in place of what stands under a dotted name; what was put on a layer moves along."""
+    owner, key = naming.place(model, name)
+    old = owner._modules.get(key)
+    if old is not None and isinstance(value, nn.Module):
+        inherit.take_over(value, old, _as_made(old, value))
     owner._parameters.pop(key, None)
     if isinstance(value, nn.Parameter):
         owner._modules.pop(key, None)
     setattr(owner, key, value)
+
+
+def _as_made(layer: Any, other: nn.Module) -> nn.Module:
+    """A layer of the kind of one that stands in a model, as it is before anything is put on it."""
+    if isinstance(layer, tuple(PACKED.values())):
+        return type(layer).like(other, layer.plan, layer.compute_dtype)
+    kind = kind_of(layer)
+    return nn.Module() if kind is None else PLAIN[kind](1, 1, 1, device="meta")
 
 
 def swap(model: nn.Module, plan: Plan, compute_dtype: torch.dtype, device: str = "meta") -> None:
@@ -90,7 +99,7 @@ def swap(model: nn.Module, plan: Plan, compute_dtype: torch.dtype, device: str =
         if layer.kind == "stack":
             packed = PackedStack(layer, compute_dtype, device)
         else:
-            old: Any = model.get_submodule(name)
+            old: Any = naming.at(model, name)
             packed = PACKED[layer.kind].like(old, layer, compute_dtype, device).train(old.training)
         put(model, name, packed)
 
@@ -101,7 +110,7 @@ def pack_one(model: nn.Module, name: str, plan: LayerPlan, weight: torch.Tensor,
     if plan.kind == "stack":
         packed = layers.pack_stack(name, weight, plan, dtype)
     else:
-        old: Any = model.get_submodule(name)
+        old: Any = naming.at(model, name)
         packed = PACKED[plan.kind].like(old, plan, dtype, "meta").train(old.training)
         layers.fill(name, packed, weight)
         if old.bias is not None and not old.bias.is_meta:

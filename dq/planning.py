@@ -17,7 +17,7 @@ from torch import nn
 from dq import families
 from dq.errors import DQError, nearest
 from dq.families import Family, generic
-from dq.layers import kind_of
+from dq.layers import PLAIN, forward_replaced, kind_of, naming
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 
 KEPT_SHARE = 0.04  # most of the weights that may stay in full precision at the edges of the model
@@ -54,7 +54,7 @@ def make_plan(model: nn.Module, recipe: Recipe, keep: Sequence[str] = ()) -> Pla
     weights = dict(_weights(model))
     if not weights:
         raise DQError(f"{type(model).__name__} has no linear, convolution or expert weights; pass a denoiser")
-    kept = _match_keeps(weights, (*recipe.keep, *keep))
+    kept = _replaced(model) | _match_keeps(weights, (*recipe.keep, *keep))
     roles = {name: _role(family, name) for name in weights if name not in kept}
     kept |= _keep_edges(weights, roles)
     layers = {}
@@ -65,9 +65,16 @@ def make_plan(model: nn.Module, recipe: Recipe, keep: Sequence[str] = ()) -> Pla
     return Plan(layers, kept, recipe.name, family.name, family.timestep, attention=recipe.attention)
 
 
+def _replaced(model: nn.Module) -> dict[str, str]:
+    """Layers that somebody made run by another forward, which a packed layer would not."""
+    reason = "its forward was replaced on this model"
+    plain = tuple(PLAIN.values())
+    return {n: reason for n, layer in naming.named(model) if isinstance(layer, plain) and forward_replaced(layer)}
+
+
 def _weights(model: nn.Module) -> Iterator[tuple[str, _Weight]]:
     """Name and description of every weight dq can quantize, in model order; stacks by their Parameter's name."""
-    for name, module in model.named_modules():
+    for name, module in naming.named(model):
         kind = kind_of(module)
         if kind is not None:
             groups, pixelwise = getattr(module, "groups", 1), kind != "linear" and _is_pixelwise(module)

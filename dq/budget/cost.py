@@ -27,6 +27,7 @@ from dq.budget.predictions import Predictions
 from dq.budget.sensitivity import packed
 from dq.disk import read_json, write_json
 from dq.errors import DQError
+from dq.layers import naming
 from dq.plan import LayerPlan, Plan
 from dq.trace.units import replaced, tensors_in
 from dq.version import __version__
@@ -67,12 +68,12 @@ def measure(
     ms = {}
     alike: dict[str, list[str]] = {}
     for name, shape in inputs.items():
-        alike.setdefault(_shape_key(model.get_submodule(name), shape), []).append(name)
+        alike.setdefault(_shape_key(naming.at(model, name), shape), []).append(name)
     for key, names in tqdm(alike.items(), desc="time layers", disable=not progress, delay=2):
         choices = {label(choice): choice for name in names for choice in menus[name]}
         missing = {text: choice for text, choice in choices.items() if (key, text) not in table}
         if missing:
-            modules = [model.get_submodule(name) for name in names]
+            modules = [naming.at(model, name) for name in names]
             table.add(key, _time(modules, missing, inputs[names[0]], dtype))
         for name in names:
             ms[name] = [table[key, label(choice)] for choice in menus[name]]
@@ -91,7 +92,7 @@ def _inputs(model: nn.Module, menus: Mapping, args: tuple, kwargs: dict) -> dict
         return lambda module, given, output: shapes.setdefault(name, given[0].shape) and None
 
     names = [name for name, choices in menus.items() if choices[-1] is None or choices[-1].kind != "stack"]
-    hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    hooks = [naming.at(model, name).register_forward_hook(watch(name)) for name in names]
     try:
         model(*args, **kwargs)
     finally:
@@ -121,7 +122,7 @@ def _time(modules: Sequence[nn.Module], choices: Mapping[str, Choice], shape: to
 
 def _whole(model: nn.Module, plans: Mapping[str, LayerPlan], dtype: torch.dtype, args: tuple, kwargs: dict) -> float:
     """Median milliseconds of a call of the model with layers rounded as planned."""
-    modules = {name: model.get_submodule(name) for name in plans}
+    modules = {name: naming.at(model, name) for name in plans}
     forwards = {module: packed(name, module, plans[name], dtype).forward for name, module in modules.items()}
     with replaced(forwards):
         times = timing.in_turn({"whole": lambda: model(*args, **kwargs)}, SECONDS * 5)

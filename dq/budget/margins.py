@@ -27,6 +27,7 @@ from dq.budget.choices import Choice, weight_bytes
 from dq.budget.predictions import BUCKETS
 from dq.fit import lowrank, rounding
 from dq.kernels import reference
+from dq.layers import naming
 from dq.plan import LayerPlan, TensorPlan
 
 REFERENCE_BITS = 4.5
@@ -76,7 +77,7 @@ class Listener:
     def __init__(self, model: nn.Module, menus: Mapping[str, Sequence[Choice]]):
         plans = {name: next(filter(None, reversed(menu))) for name, menu in menus.items()}
         plans = {name: plan for name, plan in plans.items() if plan.kind != "stack"}
-        self.modules = {name: model.get_submodule(name) for name in plans}
+        self.modules = {name: naming.at(model, name) for name in plans}
         self.rounders = {name: _rounders(menus[name]) for name in plans}
         self.plans = plans
         self.margins, self.running = self._empty(), self._empty()

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dq.budget import sensitivity
 from dq.budget.choices import Choice
 from dq.budget.sensitivity import Errors, Judge
-from dq.layers import parameter_bytes
+from dq.layers import naming, parameter_bytes
 from dq.trace.records import Store
 from dq.trace.units import replaced
 
@@ -60,7 +60,7 @@ def scores(
             for name, choice in zip(names, chosen, strict=True):
                 plan = menus[name][choice]
                 if plan is not None and plan.kind != "stack":
-                    forwards[model.get_submodule(name)] = layers.get(name, choice).forward
+                    forwards[naming.at(model, name)] = layers.get(name, choice).forward
             with replaced(forwards):
                 store.write(key, {"error": judge.error().tolist()}, share=False)
         found.append(store.read(key, kind="error")["error"])
@@ -80,7 +80,7 @@ class _Layers:
     def get(self, name: str, choice: int) -> nn.Module:
         if (name, choice) in self.kept:
             return self.kept[name, choice]
-        made = sensitivity.packed(name, self.model.get_submodule(name), self.menus[name][choice], self.dtype)
+        made = sensitivity.packed(name, naming.at(self.model, name), self.menus[name][choice], self.dtype)
         if parameter_bytes(made) <= self.left:
             self.left -= parameter_bytes(made)
             self.kept[name, choice] = made

@@ -22,7 +22,7 @@ from dq.budget.predictions import BUCKETS, Predictions
 from dq.budget.search import Part, Search
 from dq.budget.sensitivity import Errors, Judge
 from dq.disk import read_json, write_json
-from dq.layers import parameter_bytes
+from dq.layers import naming, parameter_bytes
 from dq.layers.memory import aligned
 from dq.plan import Plan, Recipe
 from dq.trace.calibration import Calibration
@@ -106,7 +106,7 @@ def unseen(subject: Subject) -> Search:
         errors = {}
         for name, menu in subject.menus[part].items():
             if menu[-1] is not None and menu[-1].kind != "stack":
-                errors[name] = sensitivity.relative(model.get_submodule(name).weight.detach(), menu)
+                errors[name] = sensitivity.relative(naming.at(model, name).weight.detach(), menu)
         parts[part] = Part(
             search.measured(subject.plans[part], subject.menus[part], errors, {}, subject.dtype(part), subject.extra)
         )
@@ -219,8 +219,7 @@ def _fixed_bytes(subject: Subject, parts: Mapping[str, Part], stores: Mapping[st
 
 def _weight(model: nn.Module, name: str) -> int:
     """Bytes of the weight of a planned layer, or of a stack of experts."""
-    home, _, key = name.rpartition(".")
-    owner = model.get_submodule(home)
+    owner, key = naming.place(model, name)
     value = owner._parameters.get(key)
     value = owner.get_submodule(key).weight if value is None else value
     return value.numel() * value.element_size()

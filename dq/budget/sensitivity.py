@@ -29,7 +29,7 @@ from dq.budget.predictions import BUCKETS, Predictions
 from dq.fit import lowrank, rounding
 from dq.fit.drafts import draft
 from dq.fit.smooth import put_branch
-from dq.layers import pack
+from dq.layers import naming, pack
 from dq.plan import LayerPlan
 from dq.trace.records import Store
 from dq.trace.running import run_seed
@@ -157,7 +157,7 @@ def judged(
 def _one(model: nn.Module, name: str, choice: Choice, judge: Judge, dtype: torch.dtype) -> np.ndarray:
     if choice is None or choice.kind == "stack":
         return np.zeros(BUCKETS + 1)
-    module = model.get_submodule(name)
+    module = naming.at(model, name)
     with replaced({module: packed(name, module, choice, dtype).forward}):
         return judge.error()
 

@@ -15,13 +15,14 @@ from dataclasses import replace
 from torch import nn
 
 from dq.families import Family
+from dq.layers import naming
 from dq.plan import Plan
 
 
 def found(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Layer name -> input channels at which its input is cut, for every concatenated input this model is known by."""
     cuts = dict(_shortcuts(model))
-    for name, module in model.named_modules():
+    for name, module in naming.named(model):
         for key, cut in _inside(module):
             cuts[f"{name}.{key}".lstrip(".")] = (cut,)
     return cuts
@@ -40,14 +41,20 @@ def apply(plan: Plan, model: nn.Module, family: Family) -> Plan:
 
 def _inside(module: nn.Module) -> Iterator[tuple[str, int]]:
     """(child, cut) for the concatenations that a block makes in front of one of its own linears."""
-    skip, out, to_out = (getattr(module, key, None) for key in ("skip_linear", "proj_out", "to_out"))
+    skip, out, to_out, mlp = (_child(module, key) for key in ("skip_linear", "proj_out", "to_out", "proj_mlp"))
     if isinstance(skip, nn.Linear) and skip.in_features == 2 * skip.out_features:  # Hunyuan-DiT: hidden | long skip
         yield "skip_linear", skip.out_features
-    attention_first = isinstance(out, nn.Linear) and isinstance(getattr(module, "proj_mlp", None), nn.Linear)
+    attention_first = isinstance(out, nn.Linear) and isinstance(mlp, nn.Linear)
     if attention_first and out.in_features > out.out_features:  # FLUX, Chroma, HunyuanVideo ...: attention | mlp
         yield "proj_out", out.out_features
     if isinstance(to_out, nn.Linear) and hasattr(module, "to_qkv_mlp_proj"):  # FLUX.2: the same inside its attention
         yield "to_out", module.inner_dim
+
+
+def _child(module: nn.Module, key: str) -> nn.Module | None:
+    """A child, or the layer within the adapters on it."""
+    child = module._modules.get(key)
+    return None if child is None else naming.inner(child)
 
 
 def _shortcuts(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -59,8 +66,8 @@ def _shortcuts(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden = _width(below) if below is not None else 0
     for i, block in enumerate(blocks):
         for j, resnet in enumerate(getattr(block, "resnets", None) or ()):
-            for name, module in resnet.named_modules():
-                shortcut = getattr(module, "conv_shortcut", None)
+            for name, module in naming.named(resnet):
+                shortcut = _child(module, "conv_shortcut")
                 if isinstance(shortcut, nn.Module) and 0 < hidden < getattr(shortcut, "in_channels", 0):
                     yield f"up_blocks.{i}.resnets.{j}.{name}.conv_shortcut".replace("..", "."), (hidden,)
             hidden = _width(resnet) or hidden

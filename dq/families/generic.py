@@ -7,7 +7,7 @@ import inspect
 from torch import nn
 
 from dq.families import Family
-from dq.layers import kind_of
+from dq.layers import kind_of, naming
 
 TIMESTEPS = ("timestep", "timesteps", "t", "time", "sigma", "timestep_ratio", "r", "decoder_noise_time")
 TIMESTEPS += ("timestep_img", "vision_timesteps", "local_latents_time")
@@ -54,7 +54,7 @@ def find_blocks(model: nn.Module) -> list[str]:
     list of single layers (per-block caption projections) is not one, nor is one of final layers (one a patch size).
     """
     found: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in naming.named(model):
         if not name or any(name.startswith(f"{outer}.") for outer in found):
             continue
         if isinstance(module, nn.ModuleList | nn.ModuleDict) and "final" not in name and _is_block_list(module):
@@ -65,5 +65,5 @@ def find_blocks(model: nn.Module) -> list[str]:
 
 
 def _is_block_list(module: nn.Module) -> bool:
-    layers = sum(kind_of(layer) is not None for layer in module.modules())
+    layers = sum(kind_of(layer) is not None for _, layer in naming.named(module))
     return len(module) > 0 and layers >= 2 * len(module)

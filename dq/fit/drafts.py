@@ -17,7 +17,7 @@ from torch import nn
 
 from dq.formats.base import Scales
 from dq.kernels import Conv, Tensors, dense, reference
-from dq.layers import PACKED, encode, geometry, hadamard, per_channel
+from dq.layers import PACKED, encode, geometry, hadamard, inherit, per_channel
 from dq.plan import LayerPlan
 
 
@@ -38,6 +38,7 @@ class DraftLinear(nn.Module):
     def __init__(self, module: Any, plan: LayerPlan, smooth: torch.Tensor | None = None):
         super().__init__()
         self.plan = plan
+        inherit.hooks(self, module)
         self.source = [module]
         self.clock = None  # a list hides the source from named_modules
         self.smooth = self._new(torch.ones, plan.shape[1]) if plan.smooth else None

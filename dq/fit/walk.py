@@ -22,7 +22,7 @@ from dq.fit import drafts
 from dq.fit.drafts import DraftLinear
 from dq.fit.smooth import sample
 from dq.formats.base import FormatError
-from dq.layers import PACKED
+from dq.layers import PACKED, inherit, naming
 from dq.layers.memory import aligned, peak_bytes
 from dq.plan import LayerPlan, Plan, Recipe
 from dq.trace.records import Store
@@ -161,6 +161,7 @@ def _unpacked(unit: Unit, tensors: Mapping, note: Mapping, dtype: torch.dtype) -
         for key, value in own.items():
             layer.put(key, value)
         layer.bind(module.weight.device.type)
+        inherit.hooks(layer, module)  # for the replays; what else stands on it moves when it is put into the model
         packed[name] = layer.train(module.training)
     return packed
 
@@ -191,8 +192,8 @@ def finish(model: nn.Module, plan: Plan, trace: Trace, fitted: Fitted) -> Plan:
     for name, layer in list(plan.layers.items()):
         if name not in fitted.packed and layer.kind != "stack":
             reason = trace.unfit.get(name, "never called during calibration")
-            free = replace(_nearest(Unit(name, model.get_submodule(name), {name: layer}), name).plan, reason=reason)
-            fitted.packed[name] = layers.pack(name, model.get_submodule(name), free, plan.dtype)
+            free = replace(_nearest(Unit(name, naming.at(model, name), {name: layer}), name).plan, reason=reason)
+            fitted.packed[name] = layers.pack(name, naming.at(model, name), free, plan.dtype)
         elif layer.kind == "stack":
             fitted.packed[name] = layers.pack_stack(name, model.get_parameter(name), layer, plan.dtype)
         plan.layers[name] = fitted.packed[name].plan

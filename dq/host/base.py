@@ -89,7 +89,23 @@ class QuantizerBase(_Quantizer):
         start(model, self.plan)
 
 
+def enter(model: Any, config: Any) -> None:
+    """Put a quantization entry into a diffusers model's config."""
+    _rewrite(model, {**model._internal_dict, "quantization_config": config})
+
+
 def forget(model: Any) -> None:
     """Drop the quantization entry from a diffusers model's config, so that it saves as an ordinary model."""
-    entries = {key: value for key, value in model._internal_dict.items() if key != "quantization_config"}
-    model._internal_dict = type(model._internal_dict)(entries)
+    _rewrite(model, {key: value for key, value in model._internal_dict.items() if key != "quantization_config"})
+
+
+def _rewrite(model: Any, entries: dict) -> None:
+    """A new config with these entries, and with what was set on the old one after the model was made.
+
+    Diffusers writes some settings (`config.encoder_hid_dim_type` of a loaded IP-Adapter) over attributes of the config
+    alone; `register_to_config` builds the new one from the old one's entries and would put them back.
+    """
+    old = model._internal_dict
+    new = type(old)(entries)
+    vars(new).update({key: value for key, value in vars(old).items() if key != "quantization_config"})
+    model._internal_dict = new

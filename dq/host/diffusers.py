@@ -13,7 +13,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 
 from dq.errors import DQError
 from dq.host import files
-from dq.host.base import QuantizerBase, forget
+from dq.host.base import QuantizerBase, enter, forget
 from dq.model import pack_one, to_dense
 
 
@@ -73,7 +73,7 @@ class DQQuantizer(QuantizerBase, DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         self.finish(model)
-        model.register_to_config(quantization_config=self.quantization_config)
+        enter(model, self.quantization_config)
         return model
 
     def get_state_dict_and_metadata(self, state_dict, safe_serialization=False):

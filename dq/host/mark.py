@@ -13,22 +13,32 @@ from dq.host import base
 from dq.host.config import DQConfig, DQMethod
 from dq.host.diffusers import DQQuantizer
 from dq.host.transformers import DQTransformersQuantizer
-from dq.layers import clock, notes, packed_layers
+from dq.layers import clock, naming, notes, packed_layers
 from dq.model import start
 from dq.plan import Plan
 
 
 def plan_of(model: nn.Module) -> Plan | None:
-    """The plan a model is quantized with, up to date with its layers (fused adapters add rank), else None."""
+    """The plan a model is quantized with, else None; up to date with its layers.
+
+    Fused adapters add rank to a layer, and unloading an IP-Adapter takes layers out of the model.
+    """
     plan = notes.read(model).plan
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, base.QuantizerBase):
         plan = quantizer.plan
     if plan is None:
         return None
-    found = packed_layers(model)
-    layers = {name: found[name].plan if name in found else layer for name, layer in plan.layers.items()}
-    return replace(plan, layers=layers)
+    found, there = packed_layers(model), dict(naming.named(model))
+    layers = {name: found[name].plan for name in plan.layers if name in found}
+    kept = {name: reason for name, reason in plan.kept.items() if _has(there, name)}
+    return replace(plan, layers=layers, kept=kept)
+
+
+def _has(there: dict[str, nn.Module], name: str) -> bool:
+    """Whether a name is that of a layer, or of a parameter (stacked experts)."""
+    home, _, key = name.rpartition(".")
+    return name in there or (home in there and key in there[home]._parameters)
 
 
 def mark(model: Any, plan: Plan) -> None:
@@ -69,11 +79,11 @@ def quantizer_class(model: nn.Module) -> type | None:
     return DQTransformersQuantizer if isinstance(model, PreTrainedModel) else None
 
 
-def write_config(model: Any) -> None:
-    """Put the plan as it is now into the config that will be saved."""
+def write_config(model: Any, plan: Plan | None = None) -> None:
+    """Put a plan, by default the model's as it is now, into the config that will be saved."""
     config = model.hf_quantizer.quantization_config
-    config.plan = plan_of(model)
+    config.plan = plan_of(model) if plan is None else plan
     if isinstance(model, ModelMixin):
-        model.register_to_config(quantization_config=config)
+        base.enter(model, config)
     else:
         model.config.quantization_config = config

@@ -1,9 +1,13 @@
 """Every change that `import dq` makes to other libraries, in one list; each is made once its library is imported.
 
 diffusers, transformers  "dq" becomes a known quantizer and config in `quantizers.auto` (two tables each)
-diffusers                `save_pretrained` of models and pipelines writes quantized ones whole or not at all
+diffusers                `save_pretrained` of models and pipelines writes quantized ones whole or not at all, and refuses
+                         what could not be loaded again
 transformers             `PreTrainedModel.save_pretrained` likewise
 both                     `from_pretrained` of these first removes, or ends, what a killed save left in the folder
+diffusers                class methods that make a model of another, and `fuse_qkv_projections`, refuse packed layers
+both                     `to`, `half`, `float`, `double`, `bfloat16` of quantized models: see `dq.host.casting`
+diffusers                `DiffusionPipeline.to` refuses a cast before it changes the first part
 peft                     `dispatch_default` makes adapters that fuse into the low-rank branch of packed layers
 diffusers                `FluxLoraLoaderMixin._calculate_module_shape` is told the shape a packed layer stands for
 The wrapped functions keep what they wrap as `before_dq`. None of this imports torch: see `dq.host.later`.
@@ -11,10 +15,12 @@ The wrapped functions keep what they wrap as `before_dq`. None of this imports t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -35,11 +41,11 @@ def register() -> None:
     Raises DQError when another package has taken the name.
     """
     later.when_imported("diffusers.quantizers.auto", _enter)
-    later.when_imported("diffusers.models.modeling_utils", lambda home: _whole(home.ModelMixin))
-    later.when_imported("diffusers.pipelines.pipeline_utils", lambda home: _whole(home.DiffusionPipeline))
+    later.when_imported("diffusers.models.modeling_utils", _host_diffusers)
+    later.when_imported("diffusers.pipelines.pipeline_utils", _host_pipelines)
     later.when_imported("diffusers.loaders.lora_pipeline", _teach_flux_shapes)
     later.when_imported("transformers.quantizers.auto", _enter)
-    later.when_imported("transformers.modeling_utils", lambda home: _whole(home.PreTrainedModel))
+    later.when_imported("transformers.modeling_utils", lambda home: _host_model(home.PreTrainedModel))
     later.when_imported("peft.tuners.lora.model", _dispatch)
 
 
@@ -52,6 +58,21 @@ def _enter(home: ModuleType) -> None:
         if there is not None and (there.__module__, there.__qualname__) != place:
             raise DQError(f"another package registered 'dq' with {home.__name__}; import only one of them")
         table["dq"] = getattr(sys.modules.get(module), name, None) or later.Promise(module, name)
+
+
+def _host_diffusers(home: ModuleType) -> None:
+    _host_model(home.ModelMixin)
+    _watch_classes(home.ModelMixin)
+
+
+def _host_pipelines(home: ModuleType) -> None:
+    _whole(home.DiffusionPipeline)
+    _cast_none_or_all(home)
+
+
+def _host_model(base: type) -> None:
+    _whole(base)
+    _cast(base)
 
 
 def _whole(base: type) -> None:
@@ -90,22 +111,136 @@ def _save_whole(base: type) -> None:
     def save_pretrained(self, save_directory, *args, **kwargs):
         parts = getattr(self, "components", None)
         if not any(map(_of_dq, [self, *(parts.values() if isinstance(parts, dict) else ())])):
+            if "dq.layers.packed" in sys.modules and hasattr(self, "named_modules"):
+                from dq.host import derived
+
+                derived.refuse_strays(self)
+                derived.forget_others(self)
             return original(self, save_directory, *args, **kwargs)
-        from dq.host import files, mark, store
+        from dq.host import files, store
 
         given = takes.bind(self, save_directory, *args, **kwargs).arguments
         if not given.get("safe_serialization", given.get("kwargs", {}).get("safe_serialization", True)):
             raise DQError("safe_serialization=False: quantized models are saved as safetensors only; leave it True")
-        if _of_dq(self):
-            store.refuse_unsavable(self)
-            mark.write_config(self)
-        if kwargs.get("push_to_hub"):  # takes the repository's name from the folder's
-            return original(self, save_directory, *args, **kwargs)
-        with files.replacing(save_directory) as made:
-            return original(self, str(made), *args, **kwargs)
+        with store.saving(self) if _of_dq(self) else contextlib.nullcontext():
+            if kwargs.get("push_to_hub"):  # takes the repository's name from the folder's
+                return original(self, save_directory, *args, **kwargs)
+            with files.replacing(save_directory) as made:
+                return original(self, str(made), *args, **kwargs)
 
     save_pretrained.before_dq = original
     base.save_pretrained = save_pretrained
+
+
+def _cast(base: type) -> None:
+    """Let a quantized model be cast to the dtype it has, and to no other."""
+    original = base.to
+    if hasattr(original, "before_dq"):
+        return
+
+    @functools.wraps(original)
+    def to(self, *args, **kwargs):
+        if not _of_dq(self):
+            return original(self, *args, **kwargs)
+        from dq.host import casting
+
+        return casting.to(self, functools.partial(original, self), *args, **kwargs)
+
+    to.before_dq = original
+    base.to = to
+    for name in ("half", "float", "double", "bfloat16"):
+        setattr(base, name, _cast_by(getattr(base, name)))
+
+
+def _cast_by(original: Callable) -> Callable:
+    """A method that casts to one dtype, named after it."""
+
+    @functools.wraps(original)
+    def cast(self, *args):
+        if not _of_dq(self):
+            return original(self, *args)
+        import torch
+
+        return self.to(getattr(torch, original.__name__))
+
+    cast.before_dq = original
+    return cast
+
+
+MAKERS = ("from_unet", "from_unet2d", "from_transformer")
+
+
+def _watch_classes(base: type) -> None:
+    """Let model classes, those there are and those to come, refuse to copy the weights of packed layers."""
+    if "__init_subclass__" in vars(base):
+        return
+
+    def __init_subclass__(cls, **kwargs):
+        super(base, cls).__init_subclass__(**kwargs)
+        _watch_class(cls)
+
+    base.__init_subclass__ = classmethod(__init_subclass__)
+    waiting = [base]
+    while waiting:
+        below = waiting.pop().__subclasses__()
+        waiting += below
+        for cls in below:
+            _watch_class(cls)
+
+
+def _watch_class(cls: type) -> None:
+    for name in MAKERS:
+        own = vars(cls).get(name)
+        if isinstance(own, classmethod) and not hasattr(own.__func__, "before_dq"):
+            setattr(cls, name, classmethod(_made_of(own.__func__)))
+    fuse = getattr(cls, "fuse_qkv_projections", None)
+    if fuse is not None and not hasattr(fuse, "before_dq"):
+        cls.fuse_qkv_projections = _fused(fuse)
+
+
+def _made_of(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def make(cls, *args, **kwargs):
+        if not any(map(_of_dq, (*args, *kwargs.values()))):
+            return original(cls, *args, **kwargs)
+        from dq.host import derived
+
+        return derived.make(original, cls, *args, **kwargs)
+
+    make.before_dq = original
+    return make
+
+
+def _fused(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def fuse_qkv_projections(self, *args, **kwargs):
+        if _of_dq(self):
+            from dq.host import derived
+
+            derived.refuse_fusing(self)
+        return original(self, *args, **kwargs)
+
+    fuse_qkv_projections.before_dq = original
+    return fuse_qkv_projections
+
+
+def _cast_none_or_all(home: ModuleType) -> None:
+    """Let a pipeline refuse a cast that one of its parts refuses before it changes the others."""
+    original = home.DiffusionPipeline.to
+    if hasattr(original, "before_dq"):
+        return
+
+    @functools.wraps(original)
+    def to(self, *args, **kwargs):
+        dtype = kwargs.get("dtype") or next((value for value in args if type(value).__name__ == "dtype"), None)
+        if dtype is not None and any(map(_of_dq, self.components.values())):
+            from dq.host import casting
+
+            casting.refuse_change(self.components, dtype)
+        return original(self, *args, **kwargs)
+
+    to.before_dq = original
+    home.DiffusionPipeline.to = to
 
 
 def _of_dq(model) -> bool:

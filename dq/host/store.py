@@ -6,16 +6,19 @@ plan, and plain `save_pretrained` and `from_pretrained` work. Reloading replays 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from dq import disk
 from dq.errors import DQError
-from dq.host import files, peft
-from dq.host.mark import mark, plan_of, quantizer_class
+from dq.host import files, fresh, peft
+from dq.host.mark import mark, plan_of, quantizer_class, write_config
 from dq.layers import packed_layers
 from dq.model import check_fit, swap
 from dq.plan import Plan
@@ -59,6 +62,21 @@ def refuse_unsavable(model: nn.Module) -> None:
             f"{type(model).__name__} is offloaded (tensor {offloaded!r} has no data); before saving, remove the hooks "
             "with pipe.remove_all_hooks() or accelerate.hooks.remove_hook_from_submodules(model)"
         )
+
+
+@contextlib.contextmanager
+def saving(model: Any) -> Iterator[None]:
+    """While a model of a host library is saved, its config holds the plan that will fit when it is loaded.
+
+    DQError for a model that cannot be saved, or could not be loaded.
+    """
+    refuse_unsavable(model)
+    plan = plan_of(model)
+    write_config(model, fresh.loadable(model, plan) if isinstance(model, ModelMixin) else plan)
+    try:
+        yield
+    finally:
+        write_config(model, plan)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from dq.layers.packed import (
     CONV_KINDS,
     PACKED,
+    PLAIN,
     STARTS_ALIKE,
     PackedConv1d,
     PackedConv2d,
@@ -11,6 +12,7 @@ from dq.layers.packed import (
     PackedStack,
     encode,
     fill,
+    forward_replaced,
     geometry,
     kind_of,
     pack,
@@ -24,6 +26,7 @@ from dq.layers.packed import (
 __all__ = [
     "CONV_KINDS",
     "PACKED",
+    "PLAIN",
     "STARTS_ALIKE",
     "PackedConv1d",
     "PackedConv2d",
@@ -32,6 +35,7 @@ __all__ = [
     "PackedStack",
     "encode",
     "fill",
+    "forward_replaced",
     "geometry",
     "kind_of",
     "pack",

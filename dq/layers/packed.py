@@ -21,7 +21,7 @@ from dq import kernels
 from dq.errors import DQError
 from dq.formats.base import FormatError, Scales, check_finite
 from dq.kernels import Choice, Conv, Tensors, reference
-from dq.layers import hadamard
+from dq.layers import hadamard, naming
 from dq.plan import LayerPlan
 
 CONV_KINDS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
@@ -32,12 +32,18 @@ STARTS_ALIKE = 1e-4  # squared distance, as a share of the power, up to which a 
 
 def kind_of(module: nn.Module) -> str | None:
     """The LayerPlan kind of a full-precision layer, None when dq cannot quantize it (or already has)."""
-    if isinstance(module, _Packed):
+    if isinstance(module, _Packed) or forward_replaced(module):
         return None
     for kind, base in PLAIN.items():
         if isinstance(module, base) and type(module).forward is base.forward:  # a forward of its own is not ours
             return kind
     return None
+
+
+def forward_replaced(module: nn.Module) -> bool:
+    """Whether somebody gave this one instance another forward; accelerate's and diffusers' hooks call the old one."""
+    own = vars(module)
+    return "forward" in own and "_hf_hook" not in own and "_diffusers_hook" not in own
 
 
 def tensor_shapes(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
@@ -410,5 +416,5 @@ def parameter_bytes(*modules: nn.Module) -> int:
 
 
 def packed_layers(model: nn.Module) -> dict[str, _Packed | PackedStack]:
-    """Packed layers and stacks of a model by dotted name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, _Packed | PackedStack)}
+    """Packed layers and stacks of a model by dotted name, that of the layer itself where adapters are attached."""
+    return {name: module for name, module in naming.named(model) if isinstance(module, _Packed | PackedStack)}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dq.errors import DQError
+from dq.layers import naming
 from dq.layers.clock import Clock
 from dq.trace import units
 from dq.trace.records import Store
@@ -124,8 +125,7 @@ class Replay:
             if layer.plan.steps > 1:
                 layer.clock = self.clock
             if name != unit.name:
-                path, _, leaf = name.removeprefix(f"{unit.name}.").rpartition(".")
-                own[unit.module.get_submodule(path), leaf] = layer
+                own[naming.place(unit.module, name.removeprefix(f"{unit.name}."))] = layer
         before = {place: place[0]._modules[place[1]] for place in own}
         try:
             for (parent, leaf), layer in own.items():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dq.layers import naming
 from dq.plan import LayerPlan
 
 
@@ -77,7 +78,7 @@ class Unit:
 
     def layer(self, name: str) -> nn.Module:
         """The full-precision layer of a full dotted name."""
-        return self.module if name == self.name else self.module.get_submodule(name.removeprefix(f"{self.name}."))
+        return self.module if name == self.name else naming.at(self.module, name.removeprefix(f"{self.name}."))
 
 
 @dataclass(frozen=True)

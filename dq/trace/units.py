@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dq.families import Family
-from dq.layers import kind_of
+from dq.layers import kind_of, naming
 from dq.plan import Plan
 from dq.trace.classes import storable
 from dq.trace.seen import Unit
@@ -172,7 +172,7 @@ def _block_lists(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]
 
 
 def _layers_in(module: nn.Module) -> int:
-    return sum(kind_of(layer) is not None for layer in module.modules())
+    return sum(kind_of(layer) is not None for _, layer in naming.named(module))
 
 
 def kind(value: Any) -> Any:
@@ -208,7 +208,7 @@ def _count(model: nn.Module, named: set[str], call: tuple[tuple, dict]) -> _Run:
 
         return counted
 
-    modules = {model.get_submodule(name): name for name in sorted(named)}
+    modules = {naming.at(model, name): name for name in sorted(named)}
     with replaced({module: counting(name, module) for module, name in modules.items()}):
         model(*call[0], **call[1])
     return found
@@ -231,7 +231,7 @@ def _choose(model: nn.Module, plan: Plan, blocks: list[str], runs: list[_Run]) -
         elif owner is not None:
             units[owner].layers[name] = plan.layers[name]
         elif most == 1:
-            units[name] = Unit(name, model.get_submodule(name), {name: plan.layers[name]})
+            units[name] = Unit(name, naming.at(model, name), {name: plan.layers[name]})
         else:
             unfit[name] = f"called {most} times per model call" if most else "never called"
     return sorted(units.values(), key=lambda unit: order[unit.name]), unfit
