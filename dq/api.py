@@ -20,7 +20,7 @@ from dq import cookbook, explaining, fusions, kernels, layers, planning
 from dq.errors import DQError, nearest
 from dq.host import mark, peft
 from dq.layers import PackedStack, packed_layers, parameter_bytes
-from dq.model import check_fit, put, to_dense
+from dq.model import check_fit, install, to_dense
 from dq.plan import LayerPlan, Plan, Recipe
 from dq.report import Report
 
@@ -72,8 +72,7 @@ def quantize(
     for part, (model, _) in models.items():
         rows += explaining.planned_rows(part, model, plans[part], packed[part], errors)
     for part, (model, _) in models.items():
-        for name, layer in packed[part].items():
-            put(model, name, layer)
+        install(model, packed[part])
         mark.mark(model, plans[part])
     after, rows = parameter_bytes(*(model for model, _ in models.values())), explaining.with_kernels(rows, models)
     seconds, notes = time.perf_counter() - start, notes + _step_notes(plans)

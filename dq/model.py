@@ -5,6 +5,7 @@ A plan is checked against the model before anything is changed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -60,16 +61,34 @@ def put(model: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
     setattr(owner, key, value)
 
 
+def aliases(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Further names of the modules among `names` that stand in several places of a model: other name -> name."""
+    wanted = set(names)
+    first = {id(module): name for name, module in model.named_modules() if name in wanted}
+    every = model.named_modules(remove_duplicate=False)
+    return {name: first[id(part)] for name, part in every if id(part) in first and name not in wanted}
+
+
+def install(model: nn.Module, parts: Mapping[str, nn.Module | nn.Parameter]) -> None:
+    """Put each part in place of what stands under its name, wherever else the same module stands."""
+    others = aliases(model, parts)
+    for name, part in parts.items():
+        put(model, name, part)
+    for name, first in others.items():
+        put(model, name, parts[first])
+
+
 def swap(model: nn.Module, plan: Plan, compute_dtype: torch.dtype, device: str = "meta") -> None:
     """Replace the layers a plan names by empty packed ones. DQError, before any change, when the plan does not fit."""
     check_fit(model, plan)
+    made: dict[str, nn.Module] = {}
     for name, layer in plan.layers.items():
         if layer.kind == "stack":
-            packed = PackedStack(layer, compute_dtype, device)
+            made[name] = PackedStack(layer, compute_dtype, device)
         else:
             old: Any = model.get_submodule(name)
-            packed = PACKED[layer.kind].like(old, layer, compute_dtype, device).train(old.training)
-        put(model, name, packed)
+            made[name] = PACKED[layer.kind].like(old, layer, compute_dtype, device).train(old.training)
+    install(model, made)
 
 
 @torch.no_grad()
@@ -111,10 +130,10 @@ def start(model: nn.Module, plan: Plan) -> None:
 def to_dense(model: nn.Module) -> None:
     """Put the full-precision layers that packed ones stand for in their place, in the compute dtype."""
     fusions.detach(model)
+    made: dict[str, nn.Module | nn.Parameter] = {}
     for name, layer in packed_layers(model).items():
-        if isinstance(layer, PackedStack):
-            put(model, name, nn.Parameter(layer.dense_weight().to(layer.compute_dtype), requires_grad=False))
-        else:
-            put(model, name, layer.dense())
+        stack = isinstance(layer, PackedStack)
+        made[name] = nn.Parameter(layer.dense_weight().to(layer.compute_dtype), False) if stack else layer.dense()
+    install(model, made)
     model.__dict__.pop("_keep_in_fp32_modules", None)
     clock.detach(model)

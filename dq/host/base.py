@@ -10,7 +10,7 @@ from torch import nn
 
 from dq.errors import DQError
 from dq.layers import packed_layers
-from dq.model import check_fit, start, swap
+from dq.model import aliases, check_fit, put, start, swap
 from dq.plan import Plan
 
 
@@ -33,6 +33,7 @@ class QuantizerBase(_Quantizer):
         self.compute_dtype = _dtype(self.quantization_config.compute_dtype)
         self.as_saved = False  # reloading with no dtype asked for: every tensor in the dtype it was saved in
         self.sums: dict[str, str] = {}
+        self.aliases: dict[str, str] = {}  # other name -> name of planned layers that stand in several places
 
     @property
     def plan(self) -> Plan:
@@ -74,6 +75,7 @@ class QuantizerBase(_Quantizer):
             swap(model, plan, self.compute_dtype)
         else:
             check_fit(model, plan)
+        self.aliases = aliases(model, plan.layers)
 
     def is_planned(self, name: str) -> str | None:
         """The layer whose full-precision weight a parameter is, None if it is no planned weight."""
@@ -90,6 +92,8 @@ class QuantizerBase(_Quantizer):
             missing = ["weight"] if layer is None else [key for key, p in layer.named_parameters() if p.is_meta]
             if missing and not hasattr(layer, "_hf_hook"):  # with a hook: offloaded
                 raise DQError(f"the checkpoint lacks tensor '{name}.{missing[0]}'; download or save the model again")
+        for other, first in self.aliases.items():
+            put(model, other, there[first])
         start(model, self.plan)
 
 

@@ -3,6 +3,7 @@
 from dq.layers.packed import (
     CONV_KINDS,
     PACKED,
+    PLAIN,
     STARTS_ALIKE,
     PackedConv1d,
     PackedConv2d,
@@ -24,6 +25,7 @@ from dq.layers.packed import (
 __all__ = [
     "CONV_KINDS",
     "PACKED",
+    "PLAIN",
     "STARTS_ALIKE",
     "PackedConv1d",
     "PackedConv2d",
