@@ -21,7 +21,7 @@ from dq import cookbook, explaining, fusions, kernels, layers, planning
 from dq.errors import DQError, nearest
 from dq.host import mark, peft
 from dq.layers import PackedStack, naming, packed_layers, parameter_bytes
-from dq.model import check_fit, put, to_dense
+from dq.model import check_fit, install, to_dense
 from dq.plan import LayerPlan, Plan, Recipe
 from dq.report import Report
 
@@ -346,11 +346,12 @@ def _put_all(models: Mapping, plans: Mapping[str, Plan], packed: Mapping[str, di
     """Swap every layer, then mark the models. A layer that two models share is one layer afterwards as well."""
     done: dict[int, nn.Module] = {}
     for part, (model, _) in models.items():
-        old = {name: model.get_submodule(name) for name, layer in packed[part].items() if layer.plan.kind != "stack"}
+        mine = dict(packed[part])
         for name, layer in packed[part].items():
-            mine = done.setdefault(id(old[name]), layer) if name in old else layer
-            plans[part].layers[name] = mine.plan
-            put(model, name, mine)
+            if layer.plan.kind != "stack":
+                mine[name] = done.setdefault(id(naming.at(model, name)), layer)
+                plans[part].layers[name] = mine[name].plan
+        install(model, mine)
     for part, (model, _) in models.items():
         mark.mark(model, plans[part])
 

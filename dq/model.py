@@ -6,7 +6,7 @@ A plan is checked against the model before anything is changed.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -92,16 +92,38 @@ def _as_made(layer: Any, other: nn.Module) -> nn.Module:
     return nn.Module() if kind is None else PLAIN[kind](1, 1, 1, device="meta")
 
 
+def aliases(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Further names of the layers among `names` that stand in several places of a model: other name -> name."""
+    there = dict(naming.named(model))
+    first = {id(there[name]): name for name in names if name in there}
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        name = ".".join(key for key in path.split(".") if key != naming.BASE)
+        if id(module) in first and name != first[id(module)]:
+            found[name] = first[id(module)]
+    return found
+
+
+def install(model: nn.Module, parts: Mapping[str, nn.Module | nn.Parameter]) -> None:
+    """Put each part in place of what stands under its name, wherever else the same module stands."""
+    others = aliases(model, parts)
+    for name, part in parts.items():
+        put(model, name, part)
+    for name, first in others.items():
+        put(model, name, parts[first])
+
+
 def swap(model: nn.Module, plan: Plan, compute_dtype: torch.dtype, device: str = "meta") -> None:
     """Replace the layers a plan names by empty packed ones. DQError, before any change, when the plan does not fit."""
     check_fit(model, plan)
+    made: dict[str, nn.Module] = {}
     for name, layer in plan.layers.items():
         if layer.kind == "stack":
-            packed = PackedStack(layer, compute_dtype, device)
+            made[name] = PackedStack(layer, compute_dtype, device)
         else:
             old: Any = naming.at(model, name)
-            packed = PACKED[layer.kind].like(old, layer, compute_dtype, device).train(old.training)
-        put(model, name, packed)
+            made[name] = PACKED[layer.kind].like(old, layer, compute_dtype, device).train(old.training)
+    install(model, made)
 
 
 @torch.no_grad()
@@ -157,10 +179,10 @@ def kept_in_fp32(model: nn.Module) -> Callable[[str], bool]:
 def to_dense(model: nn.Module) -> None:
     """Put the full-precision layers that packed ones stand for in their place, in the compute dtype."""
     fusions.detach(model)
+    made: dict[str, nn.Module | nn.Parameter] = {}
     for name, layer in packed_layers(model).items():
-        if isinstance(layer, PackedStack):
-            put(model, name, nn.Parameter(layer.dense_weight().to(layer.compute_dtype), requires_grad=False))
-        else:
-            put(model, name, layer.dense())
+        stack = isinstance(layer, PackedStack)
+        made[name] = nn.Parameter(layer.dense_weight().to(layer.compute_dtype), False) if stack else layer.dense()
+    install(model, made)
     model.__dict__.pop("_keep_in_fp32_modules", None)
     clock.detach(model)

@@ -10,19 +10,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import isqrt, prod
 
 from torch import nn
 
 from dq import families
 from dq.errors import DQError, nearest
-from dq.families import Family, generic
+from dq.families import Family, generic, readers
 from dq.layers import PLAIN, forward_replaced, kind_of, naming
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 
 KEPT_SHARE = 0.04  # most of the weights that may stay in full precision at the edges of the model
-
-
+# linears over patches of pictures
+PIXELS = r"(.*\.)?\w*(patch|vision|pixel)_?(emb|proj)\w*(\.(linear|proj|projection|\d+))?$"
 FEWEST_COLUMNS = 16  # a row shorter than this gains little from 8 bits next to its own scale
 
 
@@ -54,7 +54,7 @@ def make_plan(model: nn.Module, recipe: Recipe, keep: Sequence[str] = ()) -> Pla
     weights = dict(_weights(model))
     if not weights:
         raise DQError(f"{type(model).__name__} has no linear, convolution or expert weights; pass a denoiser")
-    kept = _replaced(model) | _match_keeps(weights, (*recipe.keep, *keep))
+    kept = _replaced(model) | _match_keeps(weights, (*recipe.keep, *keep)) | _unpackable(model, weights)
     roles = {name: _role(family, name) for name in weights if name not in kept}
     kept |= _keep_edges(weights, roles)
     layers = {}
@@ -83,6 +83,66 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, _Weight]]:
             for key, value in module.named_parameters(recurse=False):
                 if value.dim() == 3 and value.is_floating_point():
                     yield f"{name}.{key}".lstrip("."), _Weight("stack", tuple(value.shape))
+
+
+def _unpackable(model: nn.Module, weights: dict[str, _Weight]) -> dict[str, str]:
+    """Layers that are kept because of what stands around them, with the reason."""
+    read, tied, first = readers.read_directly(model), _tied(model), _first(model)
+    kept = dict.fromkeys(_computed(model), "its weight is computed from other tensors")
+    for name, weight in weights.items():
+        module = None if weight.kind == "stack" else naming.at(model, name)
+        if name in tied:
+            kept[name] = f"its weight is also that of {tied[name]!r}"
+        elif name in read:
+            kept[name] = "its weight is read without calling it"
+        elif name in first:
+            kept[name] = "a model's dtype is read off its first parameter"
+        elif module is not None and _takes_pixels(name, module):
+            kept[name] = "embedding of pixels"
+    return kept
+
+
+def _first(model: nn.Module) -> set[str]:
+    """Layers that hold the first parameter of the model, or of a model in it, and no bias of the compute dtype."""
+    found = set()
+    for name, part in naming.named(model):
+        if part is model or hasattr(type(part), "dtype"):
+            own = next(((key, layer) for key, layer in naming.named(part) if _holds(layer)), None)
+            if own is not None and getattr(own[1], "bias", None) is None:
+                found.add(".".join(filter(None, (name, own[0]))))
+    return found
+
+
+def _holds(layer: nn.Module) -> bool:
+    return any(value is not None for value in layer._parameters.values())
+
+
+def _computed(model: nn.Module) -> list[str]:
+    """Linears and convolutions without a weight of their own: of weight_norm, spectral_norm and parametrizations."""
+    kinds = tuple(PLAIN.values())
+    return [name for name, part in naming.named(model) if isinstance(part, kinds) and "weight" not in part._parameters]
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Modules whose weight is that of another one, with the other's name; transformers ties only after loading."""
+    owners: dict[int, list[str]] = {}
+    for name, module in naming.named(model):
+        for value in module._parameters.values():
+            if value is not None and name not in owners.setdefault(id(value), []):
+                owners[id(value)].append(name)
+    found = {name: names[name == names[0]] for names in owners.values() if len(names) > 1 for name in names}
+    for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        target, source = (key.removesuffix(".weight") for key in pair)
+        found |= {target: source, source: target}
+    return found
+
+
+def _takes_pixels(name: str, module: nn.Module) -> bool:
+    """A convolution over three channels, or a linear over patches of 3 t p p values that is named an embedding."""
+    if not isinstance(module, nn.Linear):
+        return module.in_channels == 3
+    frames = (module.in_features / 3 / count for count in (1, 2) if module.in_features % (3 * count) == 0)
+    return re.match(PIXELS, name) is not None and any(isqrt(int(size)) ** 2 == size for size in frames)
 
 
 def _any_match(patterns: Sequence[str], name: str) -> bool:
@@ -118,7 +178,7 @@ def _role(family: Family, name: str) -> str:
 
 def _keep_edges(weights: dict[str, _Weight], roles: dict[str, str]) -> dict[str, str]:
     """Layers kept for their role: routing, time embedders, and the smallest edges within KEPT_SHARE of all weights."""
-    reasons = {"keep": "routing, or a weight that is read directly", "time": "timestep embedder"}
+    reasons = {"keep": "routing, or named by the family", "time": "timestep embedder"}
     kept = {name: reasons[role] for name, role in roles.items() if role in reasons}
     room = KEPT_SHARE * sum(weight.elements for weight in weights.values())
     edges = [name for name, role in roles.items() if role == "edge"]

@@ -26,10 +26,8 @@ CALL = {"true_cfg_scale": 4.0, "negative_prompt": " ", "height": 1024, "width": 
 
 def quantize(pipe) -> dq.Report:
     """The transformer with 4-bit weights, fitted to runs like `draw`'s; the text encoder with 8-bit weights."""
-    weights = ("int8/channel", None)  # `int8-weight`, but the pipeline reads the encoder's dtype off its first layer
-    encoder = dq.Recipe("int8-weight", linear=weights, conv=weights, keep=(r"model\.visual\.patch_embed\.",))
     seen = dq.Calibration(steps=STEPS, samples=SAMPLES, call_kwargs=CALL)
-    return dq.quantize(pipe, "gptq-int4-weight", calibration=seen, components={"text_encoder": encoder})
+    return dq.quantize(pipe, "gptq-int4-weight", calibration=seen, components={"text_encoder": "int8-weight"})
 
 
 def draw(pipe):

@@ -24,9 +24,7 @@ MODULATION = (
 TIME_EMBEDDER = (r"(.*\.)?(time\w*|t_embed\w*)\.(\w+\.)*(linear_1|in_layer|fc1|proj_in|0)$",)
 # choices between experts: a wrong turn costs more than the bytes
 ROUTING = (r"(.*\.)?(router|gating)(\.\w+)*$",)
-# weights that their owner reads directly instead of calling the layer: attention poolers, FIR resamplers
-READ = (r"(.*\.)?pooler\.\w_proj$", r"(.*\.)?Conv2d_0$")
-KEEP = ROUTING + READ
+KEEP = ROUTING
 
 
 def discover(model: nn.Module) -> Family:

@@ -10,7 +10,7 @@ from torch import nn
 
 from dq.errors import DQError
 from dq.layers import packed_layers
-from dq.model import check_fit, start, swap
+from dq.model import aliases, check_fit, put, start, swap
 from dq.plan import Plan, compute_dtype
 
 _Quantizer: Any = object  # a quantizer class of the library stands behind the mixin
@@ -29,6 +29,7 @@ class QuantizerBase(_Quantizer):
         self.compute_dtype = None if name is None else compute_dtype(name)
         self.sums: dict[str, str] = {}
         self.as_saved = False  # reloading with no dtype asked for: every tensor in the dtype it was saved in
+        self.aliases: dict[str, str] = {}  # other name -> name of planned layers that stand in several places
 
     @property
     def plan(self) -> Plan:
@@ -70,6 +71,7 @@ class QuantizerBase(_Quantizer):
             swap(model, plan, self.compute_dtype)
         else:
             check_fit(model, plan)
+        self.aliases = aliases(model, plan.layers)
 
     def is_planned(self, name: str) -> str | None:
         """The layer whose full-precision weight a parameter is, None if it is no planned weight."""
@@ -86,6 +88,8 @@ class QuantizerBase(_Quantizer):
             missing = ["weight"] if layer is None else [key for key, p in layer.named_parameters() if p.is_meta]
             if missing and not hasattr(layer, "_hf_hook"):  # with a hook: offloaded
                 raise DQError(f"the checkpoint lacks tensor '{name}.{missing[0]}'; download or save the model again")
+        for other, first in self.aliases.items():
+            put(model, other, there[first])
         start(model, self.plan)
 
 

@@ -24,6 +24,7 @@ from dq import disk, schema
 from dq.errors import DQError
 from dq.host import header
 from dq.layers import tensor_shapes
+from dq.model import aliases
 from dq.plan import Plan
 
 PLAN_FILE, WEIGHTS_FILE = "dq_plan.json", "model.safetensors"
@@ -108,6 +109,10 @@ def expected(model: nn.Module, plan: Plan) -> Expected:
             found[name] = (tuple(value.shape), None)
     for name, layer in plan.layers.items():
         found |= {f"{name}.{key}": entry for key, entry in tensor_shapes(layer).items()}
+    for other, first in aliases(model, plan.layers).items():  # a module in two places has its tensors under both
+        own = {name.removeprefix(first): entry for name, entry in found.items() if name.startswith(f"{first}.")}
+        found = {name: entry for name, entry in found.items() if not name.startswith(f"{other}.")}
+        found |= {other + key: entry for key, entry in own.items()}
     return found
 
 

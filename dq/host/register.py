@@ -1,8 +1,8 @@
 """Every change that `import dq` makes to other libraries, in one list; each is made once its library is imported.
 
 diffusers, transformers  "dq" becomes a known quantizer and config in `quantizers.auto` (two tables each)
-diffusers                `save_pretrained` of models and pipelines writes quantized ones whole or not at all, and refuses
-                         what could not be loaded again
+diffusers                `save_pretrained` of models and pipelines writes quantized ones whole or not at all, and
+                         refuses what could not be loaded again
 transformers             `PreTrainedModel.save_pretrained` likewise
 both                     `from_pretrained` of these first removes, or ends, what a killed save left in the folder
 diffusers                class methods that make a model of another, and `fuse_qkv_projections`, refuse packed layers

@@ -5,7 +5,8 @@
 x (..., in), W (out, in), smooth (in,), R (in, in) of Hadamard blocks, down (rank, in), up (out, rank). Convolutions
 are the same with channels for features. Packed layers subclass the layer they replace and hold plain Parameters only
 (no buffers, no tensor subclasses), so that offload, hooks, LoRA and safetensors treat them like any other layer;
-weights are int8 bytes, never uint8. Their differentiable counterparts, for fitting, are in `drafts.py`.
+weights are int8 bytes, never uint8, and tell the compute dtype to who asks for `layer.weight.dtype` (`codes`). Their
+differentiable counterparts, for fitting, are in `drafts.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dq import kernels
 from dq.errors import DQError
 from dq.formats.base import FormatError, Scales, check_finite
 from dq.kernels import Choice, Conv, Tensors, reference
-from dq.layers import hadamard, naming
+from dq.layers import codes, hadamard, naming
 from dq.plan import LayerPlan
 
 CONV_KINDS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
@@ -32,7 +33,8 @@ STARTS_ALIKE = 1e-4  # squared distance, as a share of the power, up to which a 
 
 def kind_of(module: nn.Module) -> str | None:
     """The LayerPlan kind of a full-precision layer, None when dq cannot quantize it (or already has)."""
-    if isinstance(module, _Packed) or forward_replaced(module):
+    own = getattr(module, "_parameters", {}).get("weight")  # weight_norm, parametrizations: computed from others
+    if isinstance(module, _Packed) or forward_replaced(module) or not isinstance(own, nn.Parameter):
         return None
     for kind, base in PLAIN.items():
         if isinstance(module, base) and type(module).forward is base.forward:  # a forward of its own is not ours
@@ -106,10 +108,24 @@ class _Frozen(nn.Module):
 
     plan: LayerPlan
     compute_dtype: torch.dtype
-    weight: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor | None
     scale_global: torch.Tensor | None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The packed bytes, which tell the compute dtype to who casts by it (`codes`)."""
+        found = self._parameters.get("weight")
+        if found is None:
+            raise AttributeError(f"{type(self).__name__} has no weight yet")
+        if found.is_meta or torch.compiler.is_compiling():
+            return found  # accelerate casts what it brings back to the dtype it finds on meta
+        return codes.of(found, self.compute_dtype)
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """The Parameter of the packed bytes, int8."""
+        return self._parameters["weight"]  # type: ignore[return-value]
 
     def put(self, name: str, value: torch.Tensor) -> None:
         """Set one packed tensor as a frozen Parameter."""
@@ -150,14 +166,14 @@ class _Packed(_Frozen):
         self.clock = None
         self.backend = None  # one of its own, set by dq.set_backend for its model
         self._choice, self._bound, self._turn = None, None, None
+        self.register_parameter("bias", None)  # first: many take the dtype of a model's first parameter for its own
+        if has_bias:
+            self.put("bias", torch.empty(plan.shape[0], dtype=compute_dtype, device=device))
         for name, (shape, dtype) in tensor_shapes(plan).items():
             self.put(name, torch.empty(shape, dtype=dtype or compute_dtype, device=device))
         for name in OPTIONAL:
             if name not in self._parameters:
                 self.register_parameter(name, None)
-        self.register_parameter("bias", None)
-        if has_bias:
-            self.put("bias", torch.empty(plan.shape[0], dtype=compute_dtype, device=device))
 
     def bind(self, device: str) -> Choice:
         """Choose the kernel for a device type, among those of the layer's backend if it has one of its own."""
@@ -178,6 +194,16 @@ class _Packed(_Frozen):
         """The kernel that serves the layer where its weights are."""
         return self.ready(self.weight.device.type)
 
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        """The bias last, as in files."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (bias := destination.pop(f"{prefix}bias", None)) is not None:
+            destination[f"{prefix}bias"] = bias
+
+    def __getstate__(self) -> dict:
+        """Without its kernel, which is chosen anew where the layer is used: a pickled layer goes to other machines."""
+        return super().__getstate__() | {"_choice": None, "_bound": None, "_turn": None}
+
     def _conv(self) -> Conv | None:
         return None
 
@@ -187,7 +213,7 @@ class _Packed(_Frozen):
         if stored is not None:
             stored = stored.index_select(0, self.clock.to(stored.device))[0] if self.plan.steps > 1 else stored[0]
         return Tensors(
-            self.weight, self.scale, self.zero, self.scale_global, self.bias, stored, self.proj_down, self.proj_up
+            self.stored, self.scale, self.zero, self.scale_global, self.bias, stored, self.proj_down, self.proj_up
         )
 
     def run(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
@@ -345,13 +371,13 @@ class PackedStack(_Frozen, nn.Module):
     def dense_weight(self) -> torch.Tensor:
         """(experts, in, out) fp32."""
         experts, inputs, outputs = self.plan.shape
-        tensors = Tensors(self.weight, self.scale, self.zero, self.scale_global)
+        tensors = Tensors(self.stored, self.scale, self.zero, self.scale_global)
         return reference.weight_decoder(self.plan)(tensors).reshape(experts, outputs, inputs).transpose(1, 2)
 
     def __getitem__(self, expert: int) -> torch.Tensor:
         outputs = self.plan.shape[2]
         rows = slice(expert * outputs, (expert + 1) * outputs)
-        picked: Any = [None if t is None else t[rows] for t in (self.weight, self.scale, self.zero)]
+        picked: Any = [None if t is None else t[rows] for t in (self.stored, self.scale, self.zero)]
         return reference.weight_decoder(self.plan)(Tensors(*picked, self.scale_global)).t().to(self.compute_dtype)
 
     @classmethod

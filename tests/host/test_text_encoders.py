@@ -8,7 +8,17 @@ from diffusers import FluxPipeline, FluxTransformer2DModel, PipelineQuantization
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
 
 import dq
 from dq.errors import DQError
@@ -151,3 +161,34 @@ def test_saved_pipeline_with_quantized_text_encoder_reloads_the_same_pictures(tm
     dq.save(pipe, tmp_path / "out")
     assert torch.equal(draw(open_pipeline(tmp_path / "out")), picture)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 100}
+TIED = {
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, tie_word_embeddings=True)),
+    "t5": lambda: T5ForConditionalGeneration(T5Config(**T5)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)),
+}
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    ids = torch.arange(10).reshape(1, 10)
+    return model(ids, **({"decoder_input_ids": ids} if isinstance(model, T5ForConditionalGeneration) else {})).logits
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_tied_output_heads_stay_tied(tmp_path, name):
+    torch.manual_seed(0)
+    dense = TIED[name]().eval()
+    wanted = logits(dense)
+    dense.save_pretrained(tmp_path / "base")
+    during = type(dense).from_pretrained(tmp_path / "base", quantization_config=dq.DQConfig("int8-weight")).eval()
+    dq.quantize(dense, "int8-weight", progress=False)
+    dense.save_pretrained(tmp_path / "q")
+    again = type(dense).from_pretrained(tmp_path / "q").eval()
+    for model in (during, dense, again):
+        assert model.lm_head.weight is model.get_input_embeddings().weight and "lm_head" not in packed_layers(model)
+        assert torch.equal(logits(model), logits(dense))
+    assert (logits(dense) - wanted).norm() < 0.03 * wanted.norm()

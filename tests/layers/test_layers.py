@@ -197,8 +197,8 @@ def test_a_packed_layer_is_its_parent_with_plain_frozen_parameters(kind):
     assert isinstance(packed, packed_module.PLAIN[kind]) and isinstance(packed, PACKED[kind])
     assert not list(packed.buffers()) and not packed.training == module.eval().training
     values = dict(packed.named_parameters())
-    assert all(type(value) is nn.Parameter and not value.requires_grad for value in values.values())
-    assert {name: value.dtype for name, value in values.items()} == {
+    assert all(isinstance(value, nn.Parameter) and not value.requires_grad for value in values.values())
+    assert {name: value.dtype for name, value in packed.state_dict().items()} == {
         "weight": torch.int8,
         "scale": torch.float32,
         "bias": torch.bfloat16,
