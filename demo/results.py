@@ -80,7 +80,8 @@ def worst(run: Run, found: Mapping[str, Any], pipeline: str, entry: str) -> list
             caption = (
                 f"{item['prompt']} (seed {item['seed']}, {listed['metric'].replace('_', ' ')} {item['value']:.4g})"
             )
-            shown.append((_beside([before, after, figures.difference(after, before)]), caption))
+            gap = [figures.difference(after, before)] if figures.alike(after, before) else []
+            shown.append((_beside([before, after, *gap]), caption))
     return shown
 
 

@@ -4,8 +4,8 @@
     csv, tsv   a header, then a prompt a row          json    a list, or objects by name (MJHQ's meta_data.json), or
                (PartiPrompts.tsv)                             COCO's captions: the first caption of each image
 
-The column is `prompt`, `caption` or `text` (upper and lower case alike) unless the suite names another. What a file may
-hold is bounded, and of csv only one column is kept: short rows below a long header would fill the memory.
+The column is `prompt`, `caption` or `text` (upper and lower case alike) unless the suite names another. What a file
+may hold is bounded, and of csv only one column is kept: short rows below a long header would fill the memory.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def read(path: str | Path, column: str | None = None, limit: int | None = None) 
     path = Path(path)
     if path.suffix.lower() not in ENDINGS:
         raise DQError(f"prompts file {str(path)!r}: unknown ending {path.suffix!r}, expected {', '.join(ENDINGS)}")
-    text = reading.text(path, f"prompts file {str(path)!r}", MOST_BYTES, "utf-8-sig")
+    text = reading.text(path, f"prompts file {str(path)!r}", MOST_BYTES, encoding="utf-8-sig")
     texts = (text for text in (_text(row, column, path) for row in _rows(text, column, path)) if text)
     found = list(islice(texts, MOST_PICTURES + 1 if limit is None else limit))
     if not found:

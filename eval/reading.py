@@ -11,10 +11,12 @@ import json
 import math
 import stat
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
+from PIL import Image, UnidentifiedImageError
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -31,6 +33,12 @@ from dq.errors import DQError, nearest
 MOST_DEPTH, MOST_VALUES = 32, 20_000  # of a YAML file, aliases counted as what they stand for
 MOST_YAML, MOST_JSON = 2**18, 2**26  # bytes
 MOST_TEXT, MOST_INTEGER = 4096, 2**63 - 1
+SPOKEN = {  # what pydantic expected, in words of files
+    "string_type": "text",
+    "int_type": "an integer",
+    "dict_type": "keys and values",
+    "model_type": "keys and values",
+}
 SHOWN = 60  # characters of a value in an error
 
 Text = Annotated[str, StringConstraints(max_length=MOST_TEXT, pattern=r"^[^\x00]*$")]
@@ -58,9 +66,9 @@ class Open(Form):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
 
-def text(path: str | Path, what: str, most: int, encoding: str = "utf-8") -> str:
-    """The text of a file of at most `most` bytes. what: as errors name it, for example `suite 'tiny.yaml'`."""
-    path, room = Path(path), f"expected a text file in UTF-8 of at most {most >> 10} KiB"
+def text(path: str | Path, what: str, most: int, hint: str = "", encoding: str = "utf-8") -> str:
+    """The text of a file of at most `most` bytes; errors begin with `what`, `suite 'x.yaml'`, and end with `hint`."""
+    path, room = Path(path), hint or f"expected a text file in UTF-8 of at most {most >> 10} KiB"
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe or a device may never end
             raise DQError(f"{what} cannot be read: it is a folder or a device; {room}")
@@ -77,6 +85,16 @@ def text(path: str | Path, what: str, most: int, encoding: str = "utf-8") -> str
     if "\0" in found:
         raise DQError(f"{what} holds a NUL byte; {room}")
     return found
+
+
+def picture(path: Path, hint: str) -> Image.Image:
+    """A picture, decoded; errors end with `hint`."""
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except Exception as error:  # decoders raise what they please on damaged bytes
+        reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+        raise DQError(f"picture {str(path)!r} cannot be read: {reason or type(error).__name__}; {hint}") from None
 
 
 def from_json(given: str, what: str, hint: str = "expected JSON") -> Any:
@@ -139,10 +157,13 @@ class _Bounded(yaml.SafeLoader):
 def checked(form: type[T], data: Any, what: str, hint: str = "") -> T:
     """`data` as a form, or as any type pydantic knows. The first thing that is wrong with it is a DQError."""
     try:
-        return TypeAdapter(form).validate_python(data)
+        return _adapter(form).validate_python(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     raise DQError(f"{what}: {_said(first)}{hint and '; '}{hint}")
+
+
+_adapter = cache(TypeAdapter)
 
 
 def _said(error: Mapping[str, Any]) -> str:
@@ -152,8 +173,9 @@ def _said(error: Mapping[str, Any]) -> str:
         return f"{place}{place and ': '}{error['ctx']['error']}"
     if error["type"] == "missing":
         return f"{place} is missing"
-    expected = error["msg"].replace("Input should be ", "").replace("a valid ", "a ")
-    expected = {"a string": "text", "a dictionary": "keys and values"}.get(expected, expected)
+    expected = SPOKEN.get(error["type"]) or error["msg"].replace("Input should be ", "").replace("valid ", "")
+    for bound, words in (("ge", "{} or more"), ("le", "at most {}")):
+        expected = words.format(error["ctx"][bound]) if bound in error.get("ctx", ()) else expected
     return f"{place or 'it'} is {shown(error['input'])}, expected {expected}"
 
 
