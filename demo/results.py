@@ -34,7 +34,7 @@ class Runs:
     def open(self, name: str) -> Run:
         """The run of that name; DQError when there is none."""
         found = dict(self._found())
-        if name not in found:
+        if not isinstance(name, str) or name not in found:
             raise DQError(f"run {str(name)[:80]!r} is not here, {nearest(str(name)[:80], found) if found else NO_RUN}")
         return Run(found[name])
 
