@@ -64,9 +64,8 @@ class Guard:
         own = self.names | ({_bare(str(server[0]))} if self.any and server else set())
         asked = headers.getlist("host")
         if len(asked) != 1 or _name(asked[0]) not in own:
-            return (
-                f"this server is not {asked[0][:80] if asked else 'named'}; start it with --allow-host NAME for others"
-            )
+            got = repr(asked[0][:80]) if asked else "no name"
+            return f"this server does not go by {got}; start it with --allow-host NAME if it should"
         for name in FORWARDED:
             given = headers.get(name)
             if given is not None and _name(re.sub(r"^https?://|/.*", "", given.split(",")[0].strip())) not in own:
