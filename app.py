@@ -2,82 +2,82 @@
 
 Tabs: Compare (one prompt, full precision against quantized), Quantize (run a recipe, take the result away), Results
 (browse evaluation runs). Every action is also an endpoint for gradio_client; the page's footer lists them.
+Exit codes: 0 done, 2 wrong use (one line on stderr), 1 a fault of ours.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
+import sys
 from pathlib import Path
+from typing import Annotated, Optional
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: no call home
+import typer
+from typer.exceptions import TyperException
 
-import gradio as gr
-from starlette.middleware import Middleware
+from dq.errors import DQError
 
-from demo import compare, look, quantizing, results
-from demo.models import Shelf
-from demo.sessions import Sessions
-
-QUEUE, UPLOAD = 100, "8mb"
-CLEAN = 3600  # seconds after which pictures that were shown leave the disk
-HEAD = """# dq
-Diffusion pipelines in full precision and quantized, side by side."""
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+Folders = Annotated[list[Path], typer.Option(exists=True, file_okay=False)]
 
 
-def build(models: list[Path], runs: list[Path], made: Path, most: int = 2) -> gr.Blocks:
-    """The page. models, runs: the folders it may read; made: where quantized pipelines are kept; most: in memory."""
-    made.mkdir(parents=True, exist_ok=True)
-    shelf, sessions = Shelf(models, made, most), Sessions()
-    with gr.Blocks(title="dq", analytics_enabled=False, delete_cache=(CLEAN, CLEAN)) as page:
-        gr.Markdown(HEAD, elem_id="head")
-        with gr.Tab("Compare", id="compare"):
-            compare.tab(shelf, sessions)
-        with gr.Tab("Quantize", id="quantize"):
-            quantizing.tab(shelf, sessions)
-        with gr.Tab("Results", id="results"):
-            results.tab(runs)
+def __getattr__(name: str):
+    """`build` and `launch`, imported when asked for: options are answered before gradio and torch are there."""
+    if name in ("build", "launch"):
+        from demo import page
 
-        def left(request: gr.Request) -> None:
-            sessions.stop(request)  # nobody waits for it any more
-
-        page.unload(left)
-    return page.queue(max_size=QUEUE, default_concurrency_limit=1)
-
-
-def launch(page: gr.Blocks, readable: list[Path], host: str = "127.0.0.1", port: int | None = None, wait=True) -> str:
-    """Serve the page; its address. readable: folders from which files may be downloaded."""
-    _, address, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        prevent_thread_lock=not wait,
-        theme=look.THEME,
-        css=look.CSS,
-        allowed_paths=[str(folder.resolve()) for folder in readable],
-        max_file_size=UPLOAD,
-        footer_links=["api"],
-        app_kwargs={"middleware": [Middleware(look.OwnHost)]},
-        quiet=not wait,
-        share=False,
-        ssr_mode=False,
-        run_history=False,
-        enable_monitoring=False,
-    )
-    return address
+        return getattr(page, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, action="append", default=[], help="folder of pipelines; may repeat")
-    parser.add_argument("--runs", type=Path, action="append", default=[], help="folder of evaluation runs; may repeat")
-    parser.add_argument("--made", type=Path, default=Path("out/app/quantized"), help="where results are kept")
-    parser.add_argument("--most", type=int, default=2, help="pipelines in memory at once")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=None)
-    options = parser.parse_args()
-    runs = options.runs or [Path("out")]
-    page = build(options.models, runs, options.made, options.most)
-    launch(page, [options.made, *runs], options.host, options.port)
+    """Run the command line and leave with its exit code."""
+    try:
+        code = app(prog_name="app.py", standalone_mode=False)
+    except (DQError, TyperException) as error:
+        text = error.format_message() if isinstance(error, TyperException) else str(error)
+        print("app: " + " ".join(text.split()), file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@app.command()
+def serve(
+    models: Annotated[
+        list[Path], typer.Option(exists=True, file_okay=False, help="Folder of pipelines; may repeat.")
+    ] = [],  # noqa: B006
+    runs: Annotated[
+        list[Path], typer.Option(exists=True, file_okay=False, help="Folder of evaluation runs; may repeat.")
+    ] = [],  # noqa: B006
+    made: Annotated[Path, typer.Option(file_okay=False, help="Where results are kept.")] = Path("out/app/quantized"),
+    most: Annotated[int, typer.Option(min=1, max=100, help="Pipelines in memory at once.")] = 2,
+    minutes: Annotated[
+        float, typer.Option(min=0.1, max=10_000, help="The longest that one user's work may take.")
+    ] = 60,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: every one of this machine.")] = "127.0.0.1",
+    port: Annotated[Optional[int], typer.Option(min=1, max=65535, help="A free one if left out.")] = None,  # noqa: UP045
+    allow_host: Annotated[list[str], typer.Option(help="A name that the page may be asked by; may repeat.")] = [],  # noqa: B006
+) -> None:
+    """Serve the page until it is stopped."""
+    _listens(host, port)
+    from demo import page
+
+    read = runs or [Path("out")]
+    page.launch(page.build(models, read, made, most, minutes), [made, *read], host, port, names=allow_host)
+
+
+def _listens(host: str, port: int | None) -> None:
+    """DQError when nobody can listen there."""
+    import socket
+
+    try:
+        (family, *_, address), *_ = socket.getaddrinfo(host.strip("[]") or None, port or 0, type=socket.SOCK_STREAM)
+        with socket.socket(family, socket.SOCK_STREAM) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise DQError(f"cannot listen on {host!r}, port {port or 'any'}: {error}; choose another one") from None
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import pandas as pd
 from PIL import Image
 
 import dq
-from demo import drawing, look
+from demo import drawing, look, models
 from demo.drawing import Drawn, Request, Watch
 from demo.models import Shelf
 from demo.sessions import Sessions, told
@@ -53,9 +53,10 @@ def compare(shelf: Shelf, chosen: tuple, wish: Request, stop: Event, tell: Calla
     chosen   names of the model and the recipe, and a plan's file or None, which then goes before the recipe
     tell     called with a share of the work and words, after each step
     """
-    model, recipe, plan = chosen
+    model, recipe, file = chosen
+    plan = models.plan_of(file) if file is not None else None
     tell(0.0, f"loading {model}")
-    with shelf.borrow(model) as shared:
+    with shelf.borrow(model, plan) as shared:
         tell(0.02, "quantizing")
         form, own = shelf.form(shared, recipe, plan), tiny.CALL.get(shared.name, {})
         drawn = []
@@ -143,9 +144,7 @@ def tab(shelf: Shelf, sessions: Sessions) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=320):
             inputs = _inputs(shelf)
-            with gr.Row():
-                go = gr.Button("Compare", variant="primary", elem_id="compare-go")
-                halt = gr.Button("Stop", elem_id="compare-stop", min_width=80)
+            go, halt = look.buttons("Compare", "compare")
             gr.Examples([[text] for text in EXAMPLES], inputs["prompt"], label="Prompts", api_visibility="private")
         with gr.Column(scale=7, min_width=320):
             outputs = _outputs()
@@ -227,19 +226,13 @@ def _inputs(shelf: Shelf) -> dict[str, gr.components.Component]:
     )
     found["negative"] = gr.Textbox("", label="Negative prompt", max_length=drawing.LONGEST_PROMPT)
     with gr.Row():
-        found["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=drawing.MOST_SEED, min_width=90)
-        found["steps"] = gr.Number(20, label="Steps", precision=0, minimum=1, maximum=drawing.MOST_STEPS, min_width=90)
-        found["guidance"] = gr.Number(3.0, label="Guidance", minimum=0, maximum=drawing.MOST_GUIDANCE, min_width=90)
+        found["seed"] = look.number(0, "Seed", (0, drawing.MOST_SEED))
+        found["steps"] = look.number(20, "Steps", (1, drawing.MOST_STEPS))
+        found["guidance"] = look.number(3.0, "Guidance", (0, drawing.MOST_GUIDANCE), precision=None)
     with gr.Accordion("Size", open=False), gr.Row():
-        for name, most in (
-            ("width", drawing.MOST_SIDE),
-            ("height", drawing.MOST_SIDE),
-            ("frames", drawing.MOST_FRAMES),
-        ):
-            info = "0: its own" if name != "frames" else "of a video"
-            found[name] = gr.Number(
-                0, label=name.capitalize(), precision=0, minimum=0, maximum=most, info=info, min_width=90
-            )
+        found["width"] = look.number(0, "Width", (0, drawing.MOST_SIDE), info="0: its own")
+        found["height"] = look.number(0, "Height", (0, drawing.MOST_SIDE), info="0: its own")
+        found["frames"] = look.number(0, "Frames", (0, drawing.MOST_FRAMES), info="of a video")
     return found
 
 

@@ -1,6 +1,6 @@
-"""How the pages look, and what gr.HTML is made into: figures as tiles, and clips on one clock.
+"""How the pages look: buttons that start and stop, figures as tiles, clips on one clock.
 
-Nothing is fetched from elsewhere: fonts are the reader's, and a Content-Security-Policy refuses the rest.
+Nothing is fetched from elsewhere: fonts are the reader's, and a Content-Security-Policy (guard.py) refuses the rest.
 """
 
 from __future__ import annotations
@@ -44,36 +44,6 @@ CSS = """
 .plots figure { margin: 0; } .plots svg { width: 100%; height: auto; font-family: var(--font); }
 #said { font-size: 0.85rem; color: var(--body-text-color-subdued); }
 """
-
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
-    "connect-src 'self' data: blob:; frame-ancestors 'self'; base-uri 'self'; object-src 'none'"
-)
-
-
-class OwnHost:
-    """ASGI middleware: browsers load nothing from elsewhere, whatever a page asks for."""
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send):
-        async def guarded(message):
-            if message["type"] == "http.response.start":
-                message = message | {"headers": [*message.get("headers", ()), *self.headers()]}
-            await send(message)
-
-        await self.app(scope, receive, guarded if scope["type"] == "http" else send)
-
-    @staticmethod
-    def headers() -> list[tuple[bytes, bytes]]:
-        return [
-            (b"content-security-policy", POLICY.encode()),
-            (b"referrer-policy", b"no-referrer"),
-            (b"x-content-type-options", b"nosniff"),
-        ]
-
 
 TILES = """
 {{#if value.psnr_db}}
@@ -156,4 +126,27 @@ def player(**options) -> gr.HTML:
     """
     shown = gr.HTML(html_template=CLIPS, css_template=CLIPS_STYLE, js_on_load=CLIPS_SCRIPT, label="clips", **options)
     shown.api_info = lambda: {"type": "object", "description": "fps, and clips of data URIs; null for pictures"}
+    return shown
+
+
+def buttons(what: str, name: str) -> tuple[gr.Button, gr.Button]:
+    """The button that starts a tab's work, called `what`, and the one that stops it; ids NAME-go and NAME-stop."""
+    with gr.Row():
+        go = gr.Button(what, variant="primary", elem_id=f"{name}-go")
+        return go, gr.Button("Stop", elem_id=f"{name}-stop", min_width=80)
+
+
+def number(value: float, label: str, bounds: tuple[float, float], precision: int | None = 0, **options) -> gr.Number:
+    """A gr.Number that answers programs in one line when they send no number. precision: None for fractions."""
+    least, most = bounds
+    shown = gr.Number(value, label=label, minimum=least, maximum=most, precision=precision, min_width=90, **options)
+    taken = shown.preprocess
+
+    def preprocess(payload):
+        if isinstance(payload, bool) or not isinstance(payload, int | float | None):
+            said = f"{shown.label}: got a {type(payload).__name__}, expected a number"
+            raise gr.Error(said, print_exception=False)
+        return taken(payload)
+
+    shown.preprocess = preprocess
     return shown

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import hashlib
+import json
 import re
 import threading
 import weakref
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -101,8 +102,11 @@ class Shelf:
         raise DQError(f"model {shown!r} is not known here, {expected}")
 
     @contextlib.contextmanager
-    def borrow(self, name: str) -> Iterator[Model]:
-        """The model of a name, loaded if need be, for one user at a time. DQError when it cannot be opened."""
+    def borrow(self, name: str, plan: Plan | None = None) -> Iterator[Model]:
+        """The model of a name, loaded if need be, for one user at a time. DQError when it cannot be opened.
+
+        plan: what its user brings; one that does not fit the model is a DQError before anybody has to wait for it
+        """
         place = str(self.place(name))
         with self._lock:  # one load at a time: two at once could need twice the memory
             if place not in self._models:
@@ -112,24 +116,23 @@ class Shelf:
                 self._models[place] = Model(str(name).strip(), load(place), self.forms)
             self._models.move_to_end(place)
             model = self._models[place]
+        for part in api.find_denoisers(model.pipe).values() if plan else ():
+            check_fit(part, plan)
         with model.lock:
             yield model
 
-    def form(self, model: Model, recipe: str, plan: str | Path | None = None) -> DiffusionPipeline:
-        """A quantized form of a borrowed model: by a plan file, a data-free recipe or a saved one. DQError if none."""
+    def form(self, model: Model, recipe: str, plan: Plan | None = None) -> DiffusionPipeline:
+        """A quantized form of a borrowed model: by a plan, a data-free recipe or a saved one. DQError if none."""
         if plan is not None:
-            wanted = cookbook.get(Path(plan))
-            if not isinstance(wanted, Plan):
-                raise DQError("the file is a recipe, expected a plan: JSON with a list of layers")
-            return model.quantized(
-                f"plan {zlib.crc32(Path(plan).read_bytes()):08x}", lambda pipe: _fresh(pipe, wanted)
-            )
+            key = hashlib.sha256(json.dumps(plan.to_dict()).encode()).hexdigest()
+            return model.quantized(f"plan {key}", lambda pipe: _fresh(pipe, plan))
         recipe = str(recipe or "").strip()
         if recipe in cookbook.RECIPES:
             return model.quantized(recipe, lambda pipe: _fresh(pipe, recipe))
         folder = _below((self.made, *self.roots), recipe)
         if folder is not None:
-            return model.quantized(str(folder), lambda pipe: _saved(pipe, folder))
+            made = (folder / saved.PIPELINE).stat().st_mtime_ns  # names of results that went are given again
+            return model.quantized(f"{folder} {made}", lambda pipe: _saved(pipe, folder))
         if recipe in cookbook.names():
             raise DQError(f"recipe {recipe!r} needs calibration: run it in the Quantize tab, then choose its result")
         raise DQError(f"recipe {recipe[:80]!r} is unknown, {nearest(recipe[:80], self.choices(model.name))}")
@@ -144,6 +147,14 @@ def load(place: str):
         raise DQError("that pipeline is quantized; choose the one it was made from, and this one as the recipe")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(DEVICE)
+
+
+def plan_of(file: str | Path) -> Plan:
+    """The plan in an uploaded file. DQError when it holds none."""
+    found = cookbook.get(Path(file))
+    if not isinstance(found, Plan):
+        raise DQError("the file is a recipe, expected a plan: JSON with a list of layers")
+    return found
 
 
 def release() -> None:

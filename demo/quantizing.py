@@ -24,7 +24,7 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from demo import drawing
+from demo import drawing, look
 from demo.job import PLAN, REPORT
 from demo.models import Shelf
 from demo.sessions import Sessions, Stopped, told
@@ -193,9 +193,7 @@ def tab(shelf: Shelf, sessions: Sessions) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=320):
             inputs = _inputs(shelf)
-            with gr.Row():
-                go = gr.Button("Quantize", variant="primary", elem_id="quantize-go")
-                halt = gr.Button("Stop", elem_id="quantize-stop", min_width=80)
+            go, halt = look.buttons("Quantize", "quantize")
         with gr.Column(scale=7, min_width=320):
             words = gr.HTML(
                 "<p>Progress appears here. Leaving the page stops the run.</p>", label="progress", elem_id="progress"
@@ -246,11 +244,11 @@ def _inputs(shelf: Shelf) -> dict[str, gr.components.Component]:
             elem_id="quantize-recipe",
             info="the data-free ones need no calibration",
         ),
-        "bits": gr.Number(
+        "bits": look.number(
             0,
-            label="Budget: bits per weight",
-            minimum=0,
-            maximum=MOST_BITS,
+            "Budget: bits per weight",
+            (0, MOST_BITS),
+            precision=None,
             elem_id="quantize-bits",
             info="0: the recipe's own formats; else each layer gets one by how much it harms the picture",
         ),
@@ -260,11 +258,7 @@ def _inputs(shelf: Shelf) -> dict[str, gr.components.Component]:
             "", label="Prompts, one a line", lines=3, max_lines=8, placeholder="empty: the prompts that come with dq"
         )
         with gr.Row():
-            found["samples"] = gr.Number(
-                64, label="Samples", precision=0, minimum=1, maximum=MOST_SAMPLES, min_width=90
-            )
-            found["steps"] = gr.Number(
-                20, label="Steps", precision=0, minimum=1, maximum=drawing.MOST_STEPS, min_width=90
-            )
-            found["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=drawing.MOST_SEED, min_width=90)
+            found["samples"] = look.number(64, "Samples", (1, MOST_SAMPLES))
+            found["steps"] = look.number(20, "Steps", (1, drawing.MOST_STEPS))
+            found["seed"] = look.number(0, "Seed", (0, drawing.MOST_SEED))
     return found

@@ -34,7 +34,7 @@ class Runs:
     def open(self, name: str) -> Run:
         """The run of that name; DQError when there is none."""
         found = dict(self._found())
-        if name not in found:
+        if not isinstance(name, str) or name not in found:
             raise DQError(f"run {str(name)[:80]!r} is not here, {nearest(str(name)[:80], found) if found else NO_RUN}")
         return Run(found[name])
 
@@ -80,7 +80,8 @@ def worst(run: Run, found: Mapping[str, Any], pipeline: str, entry: str) -> list
             caption = (
                 f"{item['prompt']} (seed {item['seed']}, {listed['metric'].replace('_', ' ')} {item['value']:.4g})"
             )
-            shown.append((_beside([before, after, figures.difference(after, before)]), caption))
+            gap = [figures.difference(after, before)] if figures.alike(after, before) else []
+            shown.append((_beside([before, after, *gap]), caption))
     return shown
 
 

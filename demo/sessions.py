@@ -24,9 +24,13 @@ class Stopped(Exception):
 
 
 class Sessions:
-    """Which work runs for which browser session, so that a user stops their own and nobody else's."""
+    """Which work runs for which browser session, so that a user stops their own and nobody else's.
 
-    def __init__(self):
+    minutes  after which work ends by itself, so that whoever has gone without a word holds nothing for ever
+    """
+
+    def __init__(self, minutes: float = 60):
+        self.minutes = minutes
         self._stops: dict[str, list[threading.Event]] = defaultdict(list)
         self._lock = threading.Lock()
 
@@ -34,11 +38,20 @@ class Sessions:
     def working(self, request: gr.Request | None) -> Iterator[threading.Event]:
         """An event that is set when the work in the block should end."""
         session, stop = getattr(request, "session_hash", None) or "", threading.Event()
+        late = threading.Timer(60 * self.minutes, stop.set)
+        late.daemon = True
         with self._lock:
             self._stops[session].append(stop)
+        late.start()
         try:
             yield stop
+        except Stopped:
+            if late.finished.is_set():
+                asked = "take fewer steps, a smaller size or fewer samples"
+                raise DQError(f"that took longer than the {self.minutes:g} minutes it may take; {asked}") from None
+            raise
         finally:
+            late.cancel()
             with self._lock:
                 self._stops[session].remove(stop)
                 if not self._stops[session]:

@@ -31,7 +31,8 @@ def main() -> None:
         code = app(prog_name="python -m eval", standalone_mode=False)
     except (DQError, TyperException) as error:
         text = error.format_message() if isinstance(error, TyperException) else str(error)
-        print("eval: " + " ".join(text.split()), file=sys.stderr)
+        if text:  # else there was no command, and the help was shown
+            print("eval: " + " ".join(text.split()), file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
@@ -45,14 +46,16 @@ def run(
     only: Annotated[list[str], typer.Option(help="A pipeline, an entry or pipeline/entry; may repeat.")] = [],  # noqa: B006
 ) -> None:
     """Draw every picture of a suite, compute the scores, write the report."""
+    from eval.suite import Suite
+
+    asked = Suite.read(suite)  # before what takes seconds to import
+    chosen = _chosen(asked, only)
     quiet_loading()
     from dq.trace.world import processes
     from eval import generate
     from eval import score as scoring
-    from eval.suite import Suite
 
-    asked, state = Suite.read(suite), processes()
-    chosen = _chosen(asked, only)
+    state = processes()
     scoring.check(asked)
     found = generate.generate(asked, out, chosen)
     _score(found, chosen, state)
@@ -68,10 +71,11 @@ def report(
     commit: Annotated[bool, typer.Option(help="Also put its figures into eval/results/eval.json.")] = False,
 ) -> None:
     """Write a run's report anew: report.html, report.md and report.json in its folder."""
-    from eval import report as reporting
     from eval.runs import Run
 
     found = Run(folder)
+    from eval import report as reporting
+
     print(f"wrote {reporting.write(found)}")
     if commit:
         reporting.commit(found)

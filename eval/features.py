@@ -9,6 +9,7 @@
 """
 
 import argparse
+import math
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 from dq.errors import DQError
+from eval import reading
 from pipelines import tiny
 
 INCEPTION, RECOGNISER, TINY_CLIP = "inception", "scene-recogniser", "tiny-clip"
 CLIP = "openai/clip-vit-large-patch14"
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SCENES, SCENES_FROM = 1000, 1_900_000_000  # renders that stand for real pictures; no prompt or training scene is there
+MOST_STATISTICS = 2**30  # bytes
 CHUNK = 32  # pictures that go through a network at once
 
 
@@ -69,16 +72,37 @@ class Statistics:
     def load(cls, path: str | Path) -> "Statistics":
         """Statistics of a file; DQError when it holds none."""
         try:
-            with np.load(path, allow_pickle=False) as file:
-                data = {key: file[key] for key in file.files}
+            data = _arrays(Path(path))
             mean, covariance = (torch.from_numpy(data[key].astype(np.float64)) for key in ("mu", "sigma"))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise DQError(f"statistics {str(path)!r} cannot be read: {error}; expected .npz with mu, sigma") from None
+            count, network = (data[key].item() if key in data else None for key in ("count", "network"))
+            count = None if count is None else int(count)
+        except Exception as error:  # of whatever the bytes were taken for
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DQError(f"statistics {str(path)!r} cannot be read: {reason}; expected .npz with mu, sigma") from None
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
             raise DQError(f"statistics {str(path)!r}: mu and sigma are {shapes}, expected (d,) and (d, d)")
-        count, network = (data[key].item() if key in data else None for key in ("count", "network"))
+        if not (mean.isfinite().all() and covariance.isfinite().all()) or (count is not None and count < 2):
+            raise DQError(f"statistics {str(path)!r} hold NaN, infinity or a count below 2; make them anew")
         return cls(mean, covariance, count, network)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file; ValueError for one that would need more than MOST_STATISTICS bytes."""
+    with zipfile.ZipFile(path) as file:
+        size = sum(item.file_size for item in file.infolist())
+        for item in file.infolist():
+            with file.open(item) as head:
+                version = np.lib.format.read_magic(head)
+                read = (
+                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                )
+                shape, _, dtype = read(head)
+            size = max(size, math.prod(shape) * dtype.itemsize)
+    if size > MOST_STATISTICS:
+        raise ValueError(f"it says it holds {size} bytes, expected at most {MOST_STATISTICS}")
+    with np.load(path, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
 
 
 @cache
@@ -169,11 +193,7 @@ def _alike(paths: list[Path]) -> Iterator[list[Image.Image]]:
     """Pictures in file order, at most CHUNK at once, each group of one size."""
     group: list[Image.Image] = []
     for path in paths:
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except OSError as error:
-            raise DQError(f"picture {str(path)!r} cannot be read: {error}; remove it") from None
+        image = reading.picture(path, "remove it")
         if group and (len(group) == CHUNK or group[0].size != image.size):
             yield group
             group = []

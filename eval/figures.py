@@ -163,6 +163,11 @@ def strip(frames: Sequence[Image.Image], side: int) -> Image.Image:
     return sheet
 
 
+def alike(frames: Sequence[Image.Image], reference: Sequence[Image.Image]) -> bool:
+    """Whether there is a difference to take: as many frames on both sides, of one size."""
+    return [frame.size for frame in frames] == [frame.size for frame in reference]
+
+
 def difference(frames: Sequence[Image.Image], reference: Sequence[Image.Image]) -> list[Image.Image]:
     """|x - y| of each frame in each channel, times GAIN, before anything is made smaller."""
     pairs = [(np.asarray(x, np.int16), np.asarray(y, np.int16)) for x, y in zip(frames, reference, strict=True)]

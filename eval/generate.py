@@ -85,7 +85,12 @@ class _Making:
             self.state.wait_for_everyone()
             if not place.is_dir():
                 return None
-        return load(str(place), self.pipeline.dtype, self.state.device)
+        try:
+            return load(str(place), self.pipeline.dtype, self.state.device)
+        except DQError as error:
+            if self.entry.folder is not None:  # not ours to make again
+                raise
+            raise DQError(f"{error} (of this run: delete {str(place)!r} and run the suite again)") from None
 
     def quantize(self, place: Path) -> None:
         """Quantize and save; the first process notes down why when that is refused."""

@@ -42,11 +42,11 @@ class Album:
         return self._uri(self.run.frames(self.pipeline, entry, index))
 
     def difference(self, entry: str, index: int) -> str | None:
-        """Of an entry to full precision, which has none itself."""
+        """Of an entry to full precision, which has none itself; None for other sizes."""
         if entry == FULL or not all(self.run.has(self.pipeline, name, index) for name in (entry, FULL)):
             return None
-        pair = (self.run.frames(self.pipeline, name, index) for name in (entry, FULL))
-        return self._uri(figures.difference(*pair))
+        pair = [self.run.frames(self.pipeline, name, index) for name in (entry, FULL)]
+        return self._uri(figures.difference(*pair)) if figures.alike(*pair) else None
 
     def _uri(self, frames) -> str:
         return figures.data_uri(figures.strip(frames, self.side))

@@ -28,8 +28,8 @@ def write(run: Run) -> Path:
     found = summary(run)
     write_json(run.folder / "report.json", found)
     write_file(run.folder / "report.md", lambda fresh: fresh.write_text(markdown(found), "utf-8"))
-    place = run.folder / "report.html"
-    write_file(place, lambda fresh: fresh.write_text(page.render(run, found), "utf-8"))
+    place, text = run.folder / "report.html", page.render(run, found)  # before: what it reads may be damaged
+    write_file(place, lambda fresh: fresh.write_text(text, "utf-8"))
     return place
 
 

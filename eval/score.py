@@ -127,6 +127,11 @@ class Feed:
 
     def _trajectory(self, entry: str) -> list[torch.Tensor]:
         found = [self.run.trajectory(self.pipeline, entry, item.index) for item in self.items]
+        for item, latents in zip(self.items, found, strict=True):
+            if latents is None or latents.shape != found[0].shape:
+                path = str(self.run.latents_path(self.pipeline, entry, item.index))
+                picture = str(self.run.image_path(self.pipeline, entry, item.index))
+                raise DQError(f"latents {path!r} are not those of a run; delete {picture!r} and run the suite again")
         return list(torch.stack(found, 1))
 
 

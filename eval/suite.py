@@ -12,16 +12,21 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
 
 from dq.errors import DQError, nearest
+from eval import reading
+from eval.reading import Form, Plain, Text, Texts, whole
 
 FULL = "full"
-DTYPES = ("float32", "bfloat16", "float16")
 NAME = re.compile(r"\w[\w .,+=-]*")  # names are folder names too
-KEYS = ("name", "pipelines", "recipes", "prompts", "seeds", "steps", "batch", "metrics", "fid", "clip", "timing")
+LONGEST_NAME = 200  # bytes
+MOST_SEED, MOST_STEPS, MOST_SCENES, MOST_PICTURES = 2**32 - 1, 10_000, 20_000, 200_000
+DECIDED = ("prompt", "generator", "num_inference_steps", "output_type")  # of a call, by other keys of the suite
+SOURCES = ("recipe", "plan", "folder")
 SCENES, LINES = ("scenes", "seed", "objects"), ("file", "column", "limit")
-CALIBRATION = ("prompts", "samples", "steps", "seed", "policy")
 
 
 @dataclass(frozen=True)
@@ -76,46 +81,22 @@ class Suite:
     @classmethod
     def read(cls, path: str | Path) -> Suite:
         """The suite of a YAML file; DQError in one line for whatever is wrong with it."""
-        import yaml
-
-        try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or type(error).__name__
-            raise DQError(f"suite {str(path)!r} cannot be read: {reason}; expected a YAML file") from None
-        except yaml.YAMLError as error:
-            raise DQError(f"suite {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
-        return cls.from_dict({"name": Path(path).stem} | _mapping(data, "the suite"))
+        what = f"suite {str(path)!r}"
+        data = reading.from_yaml(reading.text(path, what, reading.MOST_YAML), what)
+        given = {"name": Path(path).stem} | data if isinstance(data, Mapping) else data
+        return cls.from_dict(given, what)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Suite:
-        """A suite from what a YAML file or a manifest holds."""
-        _known(data, KEYS, "suite")
+    def from_dict(cls, data: Mapping[str, Any], what: str = "suite") -> Suite:
+        """A suite from what a YAML file or a manifest holds; DQErrors begin with `what`."""
         for key in ("pipelines", "recipes", "prompts"):
-            if not data.get(key):
-                raise DQError(f"suite: {key} is missing; eval/suites/tiny.yaml shows what a suite looks like")
-        pipelines = tuple(_pipeline(name, given) for name, given in _mapping(data["pipelines"], "pipelines").items())
-        recipes = [_entry(given) for given in _list(data["recipes"], "recipes")]
-        entries = (Entry(FULL), *(entry for entry in recipes if entry.name != FULL))
-        _distinct([entry.name for entry in entries], "recipes")
-        seeds = tuple(_whole(seed, "seeds", 0) for seed in _list(data.get("seeds", [0]), "seeds"))
-        _distinct(seeds, "seeds")
-        if not seeds:
-            raise DQError("suite: seeds is empty, expected one seed or more, for example seeds: [0]")
-        metrics = data.get("metrics")
-        return cls(
-            name=str(data.get("name", "suite")),
-            pipelines=pipelines,
-            entries=entries,
-            prompts=_prompts(_mapping(data["prompts"], "prompts")),
-            seeds=seeds,
-            steps=_whole(data.get("steps", 20), "steps", 1),
-            batch=_whole(data.get("batch", 16), "batch", 1),
-            metrics=None if metrics is None else tuple(map(str, _list(metrics, "metrics"))),
-            fid=_known(data.get("fid") or {}, ("real", "features"), "fid"),
-            clip=_known(data.get("clip") or {}, ("model",), "clip"),
-            timing={"repeats": _whole(_timing(data).get("repeats", 5), "timing: repeats", 0)},
-        )
+            if isinstance(data, Mapping) and not data.get(key):
+                raise DQError(f"{what}: {key} is missing; eval/suites/tiny.yaml shows what a suite looks like")
+        given = reading.checked(SuiteForm, data, what)
+        try:
+            return _suite(given)
+        except DQError as error:
+            raise DQError(f"{what}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types with every default filled in; two suites that make the same run have equal ones."""
@@ -138,17 +119,113 @@ def _named(rows: Iterable, name: str, what: str):
     return found[name]
 
 
-def _pipeline(name: str, given: Any) -> Pipeline:
-    what = f"pipeline {name!r}"
-    given = _known(given or {}, ("path", "dtype", "call"), what)
-    path, dtype = str(given.get("path", name)), given.get("dtype", "float32")
-    if dtype not in DTYPES:
-        raise DQError(f"suite: {what}: dtype is {dtype!r}, {nearest(str(dtype), DTYPES)}")
-    call = _mapping(given.get("call") or {}, f"{what}: call")
-    for own in ("prompt", "generator", "num_inference_steps", "output_type"):
-        if own in call:
-            raise DQError(f"suite: {what}: call holds {own!r}, which the suite's prompts, seeds and steps decide")
-    return Pipeline(_name(name), path, dtype, _usual(path) | call)
+class PipelineForm(Form):
+    """A pipeline as a suite writes it, as the forms below are of its other parts."""
+
+    path: Text | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    call: Plain | None = None
+
+
+class CalibrationForm(Form):
+    prompts: Texts | None = None
+    samples: whole(1, 10**6) = 64
+    steps: whole(1, MOST_STEPS) = 20
+    seed: whole(0, MOST_SEED) = 0
+    policy: Text = "stratified"
+
+
+class EntryForm(Form):
+    name: Text | None = None
+    recipe: Text | None = None
+    plan: Text | None = None
+    folder: Text | None = None
+    calibration: CalibrationForm | None = None
+    budget: Plain | None = None
+
+
+class PromptsForm(Form):
+    """The scene grammar, or a file."""
+
+    scenes: whole(1, MOST_SCENES) | None = None
+    seed: whole(0, MOST_SEED) = 0
+    objects: whole(1, 3) | None = None
+    file: Text | None = None
+    column: Text | None = None
+    limit: whole(1, MOST_PICTURES) | None = None
+
+
+class FidForm(Form):
+    real: Text = ""
+    features: Text = ""
+
+
+class ClipForm(Form):
+    model: Text = ""
+
+
+class TimingForm(Form):
+    repeats: whole(0, 1000) = 5
+
+
+def _named_by_recipe(given: Any) -> Any:
+    """A recipe's name alone stands for itself."""
+    return {"recipe": given} if isinstance(given, str) else given
+
+
+Named = Annotated[EntryForm, BeforeValidator(_named_by_recipe)]
+
+
+class SuiteForm(Form):
+    name: Text = "suite"
+    pipelines: Annotated[dict[str, PipelineForm | None], Field(max_length=100)]
+    recipes: Annotated[list[Named], Field(max_length=1000)]
+    prompts: PromptsForm
+    seeds: Annotated[list[whole(0, MOST_SEED)], Field(max_length=10_000)] = [0]  # noqa: RUF012
+    steps: whole(1, MOST_STEPS) = 20
+    batch: whole(1, 4096) = 16
+    metrics: Annotated[list[Text], Field(max_length=100)] | None = None
+    fid: FidForm | None = None
+    clip: ClipForm | None = None
+    timing: TimingForm | None = TimingForm()
+
+
+def _suite(given: SuiteForm) -> Suite:
+    """The suite of a form: what its fields mean together."""
+    entries = (Entry(FULL), *(entry for entry in map(_entry, given.recipes) if entry.name != FULL))
+    _distinct([entry.name for entry in entries], "recipes")
+    _distinct(given.seeds, "seeds")
+    if not given.seeds:
+        raise DQError("seeds is empty, expected one seed or more, for example seeds: [0]")
+    if (given.prompts.scenes or 0) * len(given.seeds) > MOST_PICTURES:
+        asked = f"{given.prompts.scenes} scenes with {len(given.seeds)} seeds each"
+        raise DQError(f"prompts: got {asked}, expected at most {MOST_PICTURES} pictures")
+    return Suite(
+        name=given.name,
+        pipelines=tuple(_pipeline(name, form or PipelineForm()) for name, form in given.pipelines.items()),
+        entries=entries,
+        prompts=_prompts(given.prompts),
+        seeds=tuple(given.seeds),
+        steps=given.steps,
+        batch=given.batch,
+        metrics=None if given.metrics is None else tuple(given.metrics),
+        fid=_given(given.fid),
+        clip=_given(given.clip),
+        timing={"repeats": given.timing.repeats if given.timing else 0},  # null times nothing
+    )
+
+
+def _given(form: Form | None) -> dict[str, Any]:
+    """What somebody wrote of a form."""
+    return form.model_dump(exclude_unset=True) if form else {}
+
+
+def _pipeline(name: str, given: PipelineForm) -> Pipeline:
+    for own in DECIDED:
+        if own in (given.call or {}):
+            raise DQError(f"pipeline {name!r}: call holds {own!r}, which the suite's prompts, seeds and steps decide")
+    path = name if given.path is None else given.path
+    return Pipeline(_name(name), path, given.dtype, _usual(path) | (given.call or {}))
 
 
 def _usual(path: str) -> dict[str, Any]:
@@ -158,83 +235,44 @@ def _usual(path: str) -> dict[str, Any]:
     return {key: value for key, value in tiny.CALL.get(path, {}).items() if key != "num_inference_steps"}
 
 
-def _entry(given: Any) -> Entry:
-    if isinstance(given, str):
-        return Entry(FULL) if given == FULL else Entry(_name(given), recipe=given)
-    known = ("name", "recipe", "plan", "folder", "calibration", "budget")
-    given = {key: value for key, value in _known(given, known, "a recipe").items() if value is not None}
-    sources = [key for key in ("recipe", "plan", "folder") if key in given]
+def _entry(given: EntryForm) -> Entry:
+    sources = [key for key in SOURCES if getattr(given, key) is not None]
     if len(sources) != 1:
         got = " and ".join(sources) or "none"
-        raise DQError(f"suite: recipe {given.get('name', '')!r}: got {got}, expected one of recipe, plan and folder")
+        raise DQError(f"recipe {given.name or ''!r}: got {got}, expected one of recipe, plan and folder")
     (source,) = sources
-    name = _name(given.get("name", given[source] if source == "recipe" else Path(str(given[source])).stem))
+    value = getattr(given, source)
+    if given.model_fields_set == {"recipe"} and value == FULL:
+        return Entry(FULL)
+    name = _name(given.name or (value if source == "recipe" else Path(value).stem))
     if name == FULL:
-        raise DQError(f"suite: the name {FULL!r} belongs to the model as it came; give this recipe another name")
-    if source == "folder" and (given.get("budget") or given.get("calibration")):
-        raise DQError(f"suite: recipe {name!r}: a saved folder takes neither budget nor calibration")
-    budget = _mapping(given["budget"], f"recipe {name!r}: budget") if "budget" in given else None
-    calibration = _known(given.get("calibration", {}), CALIBRATION, f"recipe {name!r}: calibration")
-    return Entry(name, **{source: str(given[source])}, calibration=calibration, budget=budget)
+        raise DQError(f"the name {FULL!r} belongs to the model as it came; give this recipe another name")
+    calibration = _given(given.calibration)
+    if source == "folder" and (given.budget or calibration):
+        raise DQError(f"recipe {name!r}: a saved folder takes neither budget nor calibration")
+    return Entry(name, **{source: value}, calibration=calibration, budget=given.budget)
 
 
-def _prompts(given: dict[str, Any]) -> dict[str, Any]:
+def _prompts(given: PromptsForm) -> dict[str, Any]:
     """The scene grammar, or a file, with defaults filled in."""
-    if ("scenes" in given) == ("file" in given):
-        raise DQError(f"suite: prompts: got {', '.join(given)}, expected either scenes: COUNT or file: PATH")
-    if "scenes" in given:
-        _known(given, SCENES, "prompts")
-        objects = given.get("objects")
-        if objects not in (None, 1, 2, 3):
-            raise DQError(f"suite: prompts: objects is {objects!r}, expected 1, 2 or 3")
-        seed = _whole(given.get("seed", 0), "prompts: seed", 0)
-        return {"scenes": _whole(given["scenes"], "prompts: scenes", 1), "seed": seed, "objects": objects}
-    _known(given, LINES, "prompts")
-    column, limit = given.get("column"), given.get("limit")
-    limit = None if limit is None else _whole(limit, "prompts: limit", 1)
-    return {"file": str(given["file"]), "column": None if column is None else str(column), "limit": limit}
+    if (given.scenes is None) == (given.file is None):
+        raise DQError(f"prompts: got {', '.join(_given(given))}, expected either scenes: COUNT or file: PATH")
+    mine = LINES if given.scenes is None else SCENES
+    for key in given.model_fields_set.difference(mine):
+        raise DQError(f"prompts: {key} does not go with {mine[0]}, expected one of {', '.join(mine)}")
+    return {key: getattr(given, key) for key in mine}
 
 
-def _timing(data: Mapping[str, Any]) -> dict[str, Any]:
-    """`timing: null` times nothing."""
-    given = data.get("timing", {"repeats": 5})
-    return {"repeats": 0} if given is None else _known(given, ("repeats",), "timing")
-
-
-def _name(text: Any) -> str:
-    if not isinstance(text, str) or not NAME.fullmatch(text):
-        raise DQError(f"suite: name {text!r}: expected letters, digits, spaces and .,+=-_, starting with a letter")
+def _name(text: str) -> str:
+    if not NAME.fullmatch(text) or len(text.encode()) > LONGEST_NAME:
+        expected = f"letters, digits, spaces and .,+=-_, starting with a letter, at most {LONGEST_NAME} bytes"
+        raise DQError(f"name {reading.shown(text)}: expected {expected}")
     return text
 
 
-def _known(given: Any, keys: Iterable[str], what: str) -> dict[str, Any]:
-    given = _mapping(given, what)
-    for key in given:
-        if key not in keys:
-            raise DQError(f"suite: {what}: unknown key {str(key)!r}, {nearest(str(key), keys)}")
-    return given
-
-
-def _mapping(given: Any, what: str) -> dict[str, Any]:
-    if not isinstance(given, Mapping):
-        raise DQError(f"suite: {what} is a {type(given).__name__}, expected keys and values")
-    return dict(given)
-
-
-def _list(given: Any, what: str) -> list:
-    if not isinstance(given, (list, tuple)):
-        raise DQError(f"suite: {what} is a {type(given).__name__}, expected a list")
-    return list(given)
-
-
-def _whole(value: Any, what: str, least: int) -> int:
-    if type(value) is not int or value < least:
-        raise DQError(f"suite: {what} is {value!r}, expected an integer of {least} or more")
-    return value
-
-
 def _distinct(values: Iterable, what: str) -> None:
-    values = list(values)
-    twice = next((value for value in values if values.count(value) > 1), None)
-    if twice is not None:
-        raise DQError(f"suite: {what}: {twice!r} is there twice, expected each once")
+    seen: set = set()
+    for value in values:
+        if value in seen:
+            raise DQError(f"{what}: {value!r} is there twice, expected each once")
+        seen.add(value)

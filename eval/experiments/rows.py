@@ -3,13 +3,13 @@
 A row holds its figures and the keys of `stamp`. Rows are written one by one, so that a run that stops goes on later.
 """
 
-import json
 import os
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
 from dq.disk import write_json
+from eval import reading
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 PACKAGES = ("torch", "diffusers", "transformers")
@@ -17,7 +17,11 @@ PACKAGES = ("torch", "diffusers", "transformers")
 
 def read(path: Path) -> list[dict]:
     """The rows of a result file, none when there is no file."""
-    return json.loads(path.read_text())["rows"] if path.exists() else []
+    if not path.exists():
+        return []
+    what = f"result file {str(path)!r}"
+    found = reading.from_json(reading.text(path, what, reading.MOST_JSON), what)
+    return reading.checked(dict[str, list[dict]], found, what).get("rows", [])
 
 
 def add(path: Path, row: dict, keys: tuple[str, ...]) -> None:

@@ -21,7 +21,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 import app
 import dq
-from demo import drawing, models, quantizing
+from demo import drawing, models, quantizing, waiting
 from eval.metrics import psnr
 from pipelines import tiny
 from tests.app import app_folders
@@ -32,6 +32,7 @@ FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --window-size=1300,1250"
 ).split()
+REBOUND = "--host-resolver-rules=MAP evil.example 127.0.0.1"
 QUICK = {"prompt": "a red circle", "seed": 1, "steps": 2, "guidance": 3.0, "width": 64, "height": 64}
 FILM = {"width": 32, "height": 32, "frames": 9}
 needs_chromium = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver are installed")
@@ -231,7 +232,7 @@ def downloads(tmp_path_factory):
 def browser(tmp_path_factory, downloads):
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+    for flag in (*FLAGS, REBOUND, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
         options.add_argument(flag)
     options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
@@ -306,6 +307,38 @@ def test_compare_in_a_browser(browser, address):
     hosts = "return performance.getEntriesByType('resource').map(x => new URL(x.name).host)"
     assert set(page.run(hosts)) == {address.split("/")[2]}, "nothing comes from elsewhere"
     page.keep("compare")
+
+
+@needs_chromium
+def test_a_name_that_was_made_to_point_here_shows_a_refusal_and_no_page(browser, address):
+    browser.get(f"http://evil.example:{address.split(':')[2]}")
+    shown = browser.find_element(By.TAG_NAME, "body").text
+    assert "does not go by 'evil.example:" in shown and not browser.find_elements(By.CSS_SELECTOR, "gradio-app")
+    script = "fetch(arguments[0], {mode: 'no-cors'}).then(() => arguments[1]('sent'), () => arguments[1]('kept away'))"
+    assert browser.execute_async_script(script, f"{address}config") == "kept away"
+
+
+@needs_chromium
+def test_a_user_with_too_many_requests_is_told_so_in_the_page(browser, address, monkeypatch):
+    page = Page(browser, address)
+    monkeypatch.setattr(waiting, "MOST_OF_SESSION", 0)
+    page.press("#compare-go")
+    page.wait(lambda: "You have 0 requests waiting, the most there may be." in page.text())
+    page.keep("limit")
+    monkeypatch.undo()
+    page.press("#compare-go")
+    page.wait(lambda: len(page.shown("#pair img")) == 2)
+
+
+@needs_chromium
+def test_both_tabs_have_their_buttons_alike(browser, address):
+    page = Page(browser, address)
+    for tab in ("Compare", "Quantize"):
+        page.open(tab)
+        go, stop = (page.all(f"#{tab.lower()}-{name}")[0] for name in ("go", "stop"))
+        page.wait(go.is_displayed)
+        assert all(abs(go.rect[key] - stop.rect[key]) < 1 for key in ("y", "width", "height")), tab
+    page.keep("quantize-tab")
 
 
 @needs_chromium

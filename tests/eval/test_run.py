@@ -255,7 +255,7 @@ WRONG = [
     ({"pipelines": {"tiny-pixart": {"dtype": "int8"}}}, "dtype is 'int8'"),
     ({"pipelines": {"tiny-pixart": {"call": {"num_inference_steps": 3}}}}, "call holds 'num_inference_steps'"),
     ({"pipelines": {"../up": {"path": "tiny-pixart"}}}, "name '../up'"),
-    ({"recipes": "int8"}, "recipes is a str, expected a list"),
+    ({"recipes": "int8"}, "recipes is 'int8', expected a list"),
     ({"recipes": ["int8", "int8"]}, "'int8' is there twice"),
     ({"recipes": [{"name": "x"}]}, "got none, expected one of recipe, plan and folder"),
     ({"recipes": [{"recipe": "int8", "plan": "x.json"}]}, "got recipe and plan"),
