@@ -273,7 +273,7 @@ def test_the_folder_of_another_calibration_is_refused_in_one_line(tmp_path):
         )
     other = pipeline()
     other.transformer.blocks[2][2].bias.data[0] += 1
-    refused(other, "svdquant-int4", "models differs", calibration=settings(folder=tmp_path))
+    refused(other, "svdquant-int4", r"models \(transformer\) differs", calibration=settings(folder=tmp_path))
 
 
 def test_a_folder_is_taken_up_by_another_process_whatever_the_order_of_diffusers_notes(tmp_path, whole):
