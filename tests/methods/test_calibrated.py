@@ -23,11 +23,13 @@ import dq
 import pipelines.tiny as tiny
 from dq import cookbook, methods, planning
 from dq.errors import DQError
+from dq.formats.base import FormatError
 from dq.host import mark
 from dq.layers import packed_layers
+from dq.methods import gptq
 from dq.model import check_fit
 from dq.trace import records
-from dq.trace.calibration import Calibration
+from dq.trace.calibration import MOST_SEED, Calibration
 from dq.trace.seen import Needs
 from tests import zoo
 from tests.models import same_state
@@ -271,7 +273,7 @@ def test_the_folder_of_another_calibration_is_refused_in_one_line(tmp_path):
         )
     other = pipeline()
     other.transformer.blocks[2][2].bias.data[0] += 1
-    refused(other, "svdquant-int4", "models differs", calibration=settings(folder=tmp_path))
+    refused(other, "svdquant-int4", r"models \(transformer\) differs", calibration=settings(folder=tmp_path))
 
 
 def test_a_folder_is_taken_up_by_another_process_whatever_the_order_of_diffusers_notes(tmp_path, whole):
@@ -578,3 +580,51 @@ def test_every_method_file_has_its_needs_recipes_and_fit():
         assert re.search(r"arXiv \d{4}\.\d{4,5}|arXiv:? ?\d{4}|\d{4}\.\d{5}|NeurIPS \d{4}", method.__doc__), (
             f"{name} cites its source"
         )
+
+
+# --- numbers that nothing can be fitted to ------------------------------------------------------------------------
+
+FITTED = [name for name in dq.recipes() if cookbook.get(name).needs_calibration]
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))])
+
+    def forward(self, x, timestep=None):
+        return self.blocks[0](x)
+
+
+@pytest.mark.parametrize("recipe", FITTED)
+@pytest.mark.parametrize("what", ["NaN", "Inf", "1e30", "weight"])
+def test_numbers_that_nothing_can_be_fitted_to_name_their_layer_for_every_recipe(recipe, what):
+    model, x = Block(), torch.randn(4, 8, 64)
+    if what == "weight":
+        model.blocks[0][2].weight.data[0, 0] = float("nan")
+    else:
+        x[0, 0, 0] = float(what)
+    with pytest.raises(DQError, match=rf"layer 'blocks\.0\.{2 if what == 'weight' else 0}'") as error:
+        dq.quantize(model, recipe, calibration=lambda model: model(x), progress=False)
+    assert "\n" not in str(error.value) and not packed_layers(model)
+
+
+@pytest.mark.parametrize(
+    "failure", [FormatError("second moments of the input: got 3"), torch.linalg.LinAlgError("no")]
+)
+def test_what_a_method_cannot_fit_names_its_unit(failure, monkeypatch):
+    model = Block()
+    monkeypatch.setattr(gptq, "fit", lambda *args: (_ for _ in ()).throw(failure))
+    with pytest.raises(DQError, match=r"unit 'blocks\.0' cannot be fitted") as error:
+        dq.quantize(model, "gptq-w4a8", calibration=lambda model: model(torch.ones(4, 8, 64)), progress=False)
+    assert "\n" not in str(error.value) and not packed_layers(model)
+
+
+@pytest.mark.parametrize("recipe", ["svdquant-int4", "ptq4dm-w8a8", "mixdq-w5a8"])
+def test_the_largest_seed_works(recipe):
+    model = Block()
+    loop = lambda model: [model(torch.randn(4, 8, 64), torch.tensor([step])) for step in (900.0, 100.0)]  # noqa: E731
+    seen = dq.Calibration(forward_loop=loop, seed=MOST_SEED)
+    dq.quantize(model, recipe, calibration=seen, progress=False)
+    assert len(packed_layers(model)) == 2
