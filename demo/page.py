@@ -62,7 +62,7 @@ def launch(
 
     guard.fetch_nothing()
     _, address, _ = page.launch(
-        server_name=host,
+        server_name=f"[{host}]" if ":" in host and not host.startswith("[") else host,  # as gradio wants IPv6
         server_port=port,
         prevent_thread_lock=not wait,
         theme=look.THEME,

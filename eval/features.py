@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from dq.disk import write
 from dq.errors import DQError
 from eval import reading
 from pipelines import tiny
@@ -57,16 +58,22 @@ class Statistics:
 
     @classmethod
     def of(cls, features: torch.Tensor, network: str | None = None) -> "Statistics":
-        """Statistics of features (N, d); ValueError for fewer than two pictures."""
+        """Statistics of features (N, d); DQError for fewer than two pictures."""
         if features.ndim != 2 or len(features) < 2:
-            raise ValueError(f"a covariance needs features (2 or more, d), got {tuple(features.shape)}")
+            raise DQError(f"a covariance needs features (2 or more, d), got {tuple(features.shape)}")
         features = features.double()
         return cls(features.mean(0), torch.cov(features.T).reshape(2 * features.shape[1:]), len(features), network)
 
     def save(self, path: str | Path) -> None:
+        """Write the file; DQError when that cannot be done."""
         given = {"count": self.count, "network": self.network}
         known = {key: np.asarray(value) for key, value in given.items() if value is not None}
-        np.savez(path, mu=self.mean.numpy(), sigma=self.covariance.numpy(), **known)
+
+        def save(fresh: Path) -> None:
+            with fresh.open("wb") as file:
+                np.savez(file, mu=self.mean.numpy(), sigma=self.covariance.numpy(), **known)
+
+        write(Path(path), save)
 
     @classmethod
     def load(cls, path: str | Path) -> "Statistics":
@@ -137,8 +144,8 @@ def pretrained(kind, name: str, fetch: bool = True):
     for local in (True, False)[: 1 + (fetch and not Path(place).exists())]:  # asking the Hub takes a while offline
         try:
             loaded = kind.from_pretrained(place, local_files_only=local, **more)
-        except (OSError, ValueError, ImportError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
+        except Exception as error:  # of whatever the files were taken for
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         else:
             return loaded.eval().requires_grad_(False).to(_device()) if isinstance(loaded, torch.nn.Module) else loaded
     if not fetch:
@@ -246,6 +253,7 @@ def main() -> None:
     parser.add_argument("folder", help="pictures, also in folders below, or `scenes` for renders of the scene grammar")
     parser.add_argument("out", help=".npz file to write")
     parser.add_argument("--network", default=INCEPTION, help=f"{INCEPTION}, {RECOGNISER}, a folder or a Hub id")
+    parser.error = lambda message: parser.exit(2, f"features: {message}\n")  # one line
     options = parser.parse_args()
     try:
         if not options.out.endswith(".npz"):
@@ -256,7 +264,7 @@ def main() -> None:
         found = Statistics.of(found, label(options.network))
         found.save(options.out)
     except DQError as error:
-        parser.exit(2, f"{error}\n")
+        parser.error(" ".join(str(error).split()))
     print(f"{options.out}: {found.count} pictures, {len(found.mean)} features of {found.network}")
 
 

@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,9 +133,21 @@ class _Making:
         mine = batches[self.state.process_index :: self.state.num_processes]
         todo = [batch for batch in mine if not all(self.run.has(*self.names, item.index) for item in batch)]
         if todo:  # kernels that are tried out in a model's first call: which picture comes first must not matter
-            call(pipe, self.suite, self.pipeline, batches[0], min(2, self.suite.steps))
+            with self.refusals():
+                call(pipe, self.suite, self.pipeline, batches[0], min(2, self.suite.steps))
         for batch in tqdm(todo, desc=" ".join(self.names), disable=not self.progress):
             self.keep(pipe, batch)
+
+    @contextlib.contextmanager
+    def refusals(self) -> Iterator[None]:
+        """What full precision does not like about its arguments, in one line; of other entries it is our fault."""
+        try:
+            yield
+        except (TypeError, ValueError, RuntimeError) as error:
+            if self.entry.name != FULL or isinstance(error, DQError):
+                raise
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DQError(f"pipeline {self.pipeline.name!r} refuses its call: {first[:300]}") from error
 
     def keep(self, pipe, batch: list[Item]) -> None:
         traced = any(name.startswith("trajectory") for name in self.suite.metrics or ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -315,6 +316,16 @@ def test_wrong_options_are_one_line_and_code_2_without_importing_gradio(words, s
     with pytest.raises(SystemExit) as left:
         app.main()
     assert left.value.code == 2 and said in told_by("app", capsys.readouterr().err)
+
+
+def test_a_port_that_is_taken_is_one_line_and_code_2(monkeypatch, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setattr(sys, "argv", ["app.py", "--port", str(taken.getsockname()[1])])
+        with pytest.raises(SystemExit) as left:
+            app.main()
+    assert left.value.code == 2 and "cannot listen on '127.0.0.1'" in told_by("app", capsys.readouterr().err)
 
 
 def test_options_are_read_before_anything_heavy_is_imported():

@@ -1,5 +1,7 @@
 """Feature networks and statistics files are read or refused in one line; intervals cover what they say they cover."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from eval.metrics import fid
 from pipelines import tiny
 from pipelines.tiny import scenes
 from pipelines.tiny.recogniser import as_tensor
+from tests.lines import told_by
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +117,20 @@ def test_the_interval_of_a_distance_lies_around_it_and_narrows_with_more_picture
         assert low < 2.0 < high
         widths.append(high - low)
     assert widths[1] < widths[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--foo"], "required: folder, out"),
+        (["scenes", "x.txt"], "ends in .npz"),
+        (["nowhere", "x.npz", "--network", RECOGNISER], "holds no picture"),
+        (["scenes", "{}/file/x.npz", "--network", RECOGNISER], "cannot write"),
+    ],
+)
+def test_wrong_use_of_the_program_is_one_line(words, said, monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["features", *(word.format(tmp_path) for word in words)])
+    with pytest.raises(SystemExit) as left:
+        features.main()
+    assert left.value.code == 2 and said in told_by("features", capsys.readouterr().err)

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -288,6 +289,8 @@ def test_a_suite_with_its_defaults_filled_in_is_the_same_suite():
     [
         ({"pipelines": {"tiny-pixart": {"call": {"hight": 64}}}}, "takes no 'hight', .*Did you mean 'height'"),
         ({"pipelines": {"x": {"path": "no/such/folder"}}}, "'no/such/folder' does not exist"),
+        ({"pipelines": {"tiny-pixart": {"call": {"height": 63}}}}, "refuses its call: .*63"),
+        ({"pipelines": {"tiny-pixart": {"call": {"height": "64"}}}}, "refuses its call"),
     ],
 )
 def test_a_pipeline_that_cannot_be_called_so_is_refused(changes, message, tmp_path):
@@ -310,12 +313,24 @@ def test_the_command_line_leaves_with_2_and_one_line_for_wrong_use(monkeypatch, 
         (("run", path, "--out", tmp_path / "run", "--only", "int7"), "--only 'int7' is not in the suite.*int8"),
         (("report", tmp_path), "holds no evaluation run"),
         (("run", path), "--out"),
+        (("run", path, "--out", tmp_path / "run", "--foo"), "No such option"),
+        (("sun",), "No such command"),
+        (("compare", tmp_path), "Missing argument"),
     ]
     for words, message in wrong:
         code, line = told(monkeypatch, capsys, *words)
         assert code == 2 and "\n" not in line
         assert re.search(message, line)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_suite_is_told_before_anything_heavy_is_imported(tmp_path):
+    (tmp_path / "suite.yaml").write_text("steps: 3\n")
+    words = ["eval", "run", str(tmp_path / "suite.yaml"), "--out", str(tmp_path / "run")]
+    code = f"import sys; sys.argv = {words}\nfrom eval.__main__ import main\ntry: main()\nexcept SystemExit as left: "
+    code += "print(left.code, *sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["2"] and "pipelines is missing" in told_by("eval", found.stderr)
 
 
 def test_only_keeps_full_precision_which_all_else_is_compared_with():
