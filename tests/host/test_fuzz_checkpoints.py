@@ -140,7 +140,7 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(quantized, base, tmp_p
     for leading in (f"../{shards[0].name}", str(tmp_path / shards[0].name)):
         text = place.read_text()
         place.write_text(text.replace(f'"{shards[0].name}"', json.dumps(leading)))
-        with pytest.raises(ValueError, match="folder|path separator"):
+        with pytest.raises(ValueError, match=r"folder|path separator"):
             load(tmp_path / "model")
         place.write_text(text)
 
@@ -174,3 +174,35 @@ def test_a_whole_file_says_nothing(bare):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dq.load(bare, plain())
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS])
+def test_any_damage_to_a_diffusers_model_is_found_or_harmless(quantized, tmp_path, name):
+    """By the way that the command line and the demo load."""
+    folder, state = copied(quantized, tmp_path / "inside" / "model"), load(quantized).state_dict()
+    content = (folder / name).read_bytes()
+    for seed in range(60):
+        (folder / name).write_bytes(mutated.bytes_of(content, seed))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                model = saved.load(str(folder))
+            except DQError as error:
+                assert "\n" not in str(error), seed
+            else:
+                assert same(model, state), seed
+    assert [path.name for path in tmp_path.iterdir()] == ["inside"]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_any_config_of_a_diffusers_model_loads_or_is_refused(quantized, tmp_path, seed):
+    folder, good = copied(quantized, tmp_path / "model"), json.loads(Path(quantized, "config.json").read_text())
+    own = {key: value for key, value in good.items() if key != "quantization_config"}
+    for data in mutated.values(own, 40, seed):
+        (folder / "config.json").write_text(json.dumps({"quantization_config": good["quantization_config"]} | data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                saved.load(str(folder))
+            except DQError as error:
+                assert "\n" not in str(error)
