@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from dq.disk import read_json
@@ -32,13 +34,26 @@ WIDTH = re.compile(r"[a-z]*[-_ ]?(\d)(?:[-_ ]?bits?)?")  # a format or a width i
 
 def names() -> list[str]:
     """Names of all recipes, the data-free ones first."""
-    return list(_all())
+    return [*RECIPES, *_fitted_names()]
 
 
 def _all() -> dict[str, Recipe]:
     from dq import methods  # the fit half: only for those who ask for more than a data-free recipe
 
     return RECIPES | methods.recipes()
+
+
+@cache
+def _fitted_names() -> list[str]:
+    """Names of the recipes of `dq.methods`, `<method>-<format>`, read from the files: importing those costs torch."""
+    found = []
+    for path in sorted(Path(__file__).with_name("methods").glob("*.py")):
+        named = re.compile(rf"{path.stem}(-[a-z0-9]+)+")
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "RECIPES":
+                texts = [node.value for node in ast.walk(statement) if isinstance(node, ast.Constant)]
+                found += [text for text in texts if isinstance(text, str) and named.fullmatch(text)]
+    return found
 
 
 def get(recipe: str | Path | Recipe | Plan) -> Recipe | Plan:
@@ -56,10 +71,11 @@ def get(recipe: str | Path | Recipe | Plan) -> Recipe | Plan:
         data = read_json(text)
         with naming(text):
             return Plan.from_dict(data) if "layers" in data else Recipe.from_dict(data)
-    known = _all()
+    known = names()
     if text not in known:
-        raise DQError(f"recipe {text!r} is unknown, {_of_width(text, known) or nearest(text, known)}")
-    return known[text]
+        shown = text[:100]
+        raise DQError(f"recipe {shown!r} is unknown, {_of_width(shown, known) or nearest(shown, known)}")
+    return _all()[text]
 
 
 def _of_width(text: str, known: Iterable[str]) -> str:

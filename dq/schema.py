@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 from dq.errors import DQError, nearest
@@ -29,7 +29,6 @@ Tensor = Annotated[str, Field(strict=True, max_length=100)]  # "int4/group:64"; 
 Attention, Status = Literal[ATTENTION], Literal[STATUS]  # type: ignore[valid-type]
 Crc32 = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{8}\z")]
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
-Option = Annotated[Any, AfterValidator(lambda value: _option(value))]
 QUOTED = re.compile("'([^']*)'")
 closed = with_config(ConfigDict(extra="forbid"))
 
@@ -67,6 +66,32 @@ class Plan(TypedDict):
 
 
 @closed
+class Options(TypedDict, total=False):
+    """Arguments of all methods; each says in its file which are its own."""
+
+    rank: Annotated[int, Field(strict=True, ge=0, le=2**15)] | None
+    share: Annotated[Number, Field(ge=0, le=1)]
+    bits: Annotated[Number, Field(ge=1, le=32)]
+    choices: Annotated[list[Tensor], Field(min_length=1, max_length=32)]
+    steps: Annotated[int, Field(strict=True, ge=0, le=10**6)]
+    batch: Annotated[int, Field(strict=True, ge=1, le=4096)]
+    strength: Number
+    lr: Number
+    power: Number
+    margins: Annotated[list[Number], Field(min_length=1, max_length=32)]
+    start: Literal["gptq", "nearest"]
+    round: Literal["gptq", "nearest"]
+    ranges: Literal["minmax", "search", "network"]
+    splits: Flag
+    static: Flag
+    temporal: Flag
+    plain: Flag
+    smooth: Flag
+    shift: Flag
+    rotate: Flag
+
+
+@closed
 class Recipe(TypedDict):
     """A recipe: pairs are (weight, activation or null)."""
 
@@ -78,7 +103,7 @@ class Recipe(TypedDict):
     keep: NotRequired[Annotated[list[Name], Field(max_length=1000)]]
     attention: NotRequired[Attention]
     method: NotRequired[Annotated[str, Field(strict=True, pattern=r"^\w{0,60}\z")]]
-    options: NotRequired[Annotated[dict[Name, Option], Field(max_length=100)]]
+    options: NotRequired[Options]
     status: NotRequired[Status]
 
 
@@ -206,6 +231,9 @@ TYPES: Mapping[str, Any] = {
 }
 
 
+INSIDE = {"recipe": Options, "header": HeaderRow, "record": RecordRow, "call": CallInfo}  # what stands in a field
+
+
 @cache
 def _adapter(kind: str) -> TypeAdapter:
     return TypeAdapter(TYPES[kind])
@@ -226,31 +254,27 @@ def check(kind: str, data: Any, what: str) -> None:
         raise DQError(_line(first, kind, what)) from None
 
 
-def _option(value: Any) -> Any:
-    """An argument of a method: null, a flag, a number, a name, or a list of these."""
-    values = value if isinstance(value, list | tuple) else [value]
-    for each in values[:100]:
-        plain = each is None or isinstance(each, bool) or (isinstance(each, str) and len(each) <= 1000)
-        if not plain and not (isinstance(each, int | float) and abs(each) < 1e18):
-            raise ValueError("should be a flag, a number, a name, null or a list of these")
-    return value
-
-
 def _line(found: Mapping[str, Any], kind: str, what: str) -> str:
     """One line about the first thing that is wrong."""
     place, home = [str(step) for step in found["loc"] if step != "[key]"], TYPES[kind]
     if kind == "plan" and place[:1] == ["layers"] and len(place) > 1:
         what, place, home = f"{what}: layer {shown(place[1])}", place[2:], Layer
+    elif len(place) > 1:
+        home = INSIDE.get(kind)
     field = ".".join(step if step.isidentifier() or step.isdigit() else shown(step) for step in place)
     if found["type"] == "missing":
         return f"{what}: field {field!r} is missing, write it or make the file anew"
     if found["type"] == "extra_forbidden":
-        return f"{what}: unknown field {shown(place[-1])}, {nearest(place[-1][:100], home.__annotations__)}"
+        return f"{what}: unknown field {shown(place[-1])}, {nearest(place[-1][:100], _names(home))}"
     expected = re.sub(r"^.*?should (be |have )?", "", found["msg"])
     got = f"{field} is" if field else "got"
     if found["type"] == "literal_error" and isinstance(found["input"], str):
         return f"{what}: {got} {shown(found['input'])}, {nearest(found['input'][:100], QUOTED.findall(found['msg']))}"
     return f"{what}: {got} {shown(found['input'])}, expected {expected}"
+
+
+def _names(home: Any) -> list[str]:
+    return list(getattr(home, "__annotations__", ()))
 
 
 def shown(value: Any) -> str:

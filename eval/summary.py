@@ -38,7 +38,8 @@ def summary(run: Run) -> dict[str, Any]:
             "missing": said_of(entries, "missing"),
             "notes": said_of(entries, "note"),
         }
-    return {"suite": run.suite.name, "items": len(run.items), "manifest": run.manifest, "pipelines": pipelines}
+    manifest = run.manifest | {"suite": run.suite.to_dict()}  # with every default, whatever the file left out
+    return {"suite": run.suite.name, "items": len(run.items), "manifest": manifest, "pipelines": pipelines}
 
 
 def _entry(run: Run, pipeline: str, entry: str) -> dict[str, Any]:
@@ -167,7 +168,7 @@ def _score(score: Mapping[str, Any], best: bool = False) -> Cell:
 
 def decimals(value: float, unit: str) -> int:
     """Digits after the point that a figure is shown with: three that count, of decibels one."""
-    if unit == "dB" or value == 0:
+    if unit == "dB" or value == 0 or not math.isfinite(value):
         return 1
     return min(max(2 - math.floor(math.log10(abs(value))), 0), 5)
 

@@ -317,6 +317,8 @@ def test_help_inspect_and_wrong_options_are_answered_without_torch(folder):
             ["inspect", "./nowhere"],
             ["quantize", "tiny-pixart", "--what"],
             ["quantize", "tiny-pixart", "--recipe", "int8"],
+            ["quantize", *given, "int4"],
+            ["quantize", *given, "svdqant-int4"],
             ["quantize", *given, "int8", "--dtype", "int"],
             ["quantize", *given, "int8", "--component", "vae"],
             ["quantize", *given, "int8", "--samples", "none"],

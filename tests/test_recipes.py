@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import dq
-from dq import cookbook, families, layers, planning
+from dq import cookbook, families, layers, methods, planning
 from dq.errors import DQError
 from dq.families import generic
 from dq.plan import Plan, Recipe
@@ -192,6 +192,19 @@ def test_recipes_come_by_name_object_and_file(tmp_path):
     assert isinstance(cookbook.get(str(tmp_path / "plan.json")), Plan)
     with pytest.raises(DQError, match=r"recipe 'int8-wieght' is unknown, .*Did you mean 'int8-weight'"):
         cookbook.get("int8-wieght")
+
+
+def test_names_of_fitted_recipes_are_read_from_the_files_of_their_methods():
+    assert cookbook.names() == [*cookbook.RECIPES, *methods.recipes()]
+    for name in methods.recipes():
+        assert cookbook.get(name).name == name
+
+
+@pytest.mark.parametrize("name", ["int4", "w4", "4-bit", "INT4"])
+def test_a_format_in_place_of_a_recipe_is_answered_with_the_recipes_of_its_bits(name):
+    with pytest.raises(DQError, match=r"expected with 4-bit weights one of int4-weight, .*svdquant-int4") as error:
+        cookbook.get(name)
+    assert "int8" not in str(error.value)
 
 
 @pytest.mark.parametrize("options", [{"stride": 2}, {"padding": 1}, {}], ids=["strided", "padded", "plain"])

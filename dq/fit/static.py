@@ -11,7 +11,8 @@ new prompts add beyond the range seen is the risk of stored scales: wider ranges
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from math import gcd
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dq.errors import DQError, nearest
 from dq.fit import moments, rounding, tables
 from dq.fit.drafts import DraftLinear, draft
 from dq.fit.smooth import column_absmax
@@ -51,6 +53,15 @@ class StaticWish:
     margins: tuple[float, ...] = MARGINS
     power: float = tables.POWER
     round: str = "gptq"
+
+
+def wish(options: Mapping[str, Any]) -> StaticWish:
+    """The wish that a recipe's options state. DQError for an option that is none of its fields."""
+    known = [item.name for item in fields(StaticWish)]
+    for name in options:
+        if name not in known:
+            raise DQError(f"option {name!r} of stored scales is unknown, {nearest(name, known)}")
+    return StaticWish(**options)
 
 
 @dataclass(frozen=True)

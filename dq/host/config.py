@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
@@ -12,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin as Tr
 
 from dq.errors import DQError, nearest
 from dq.plan import COMPUTE, Plan, Recipe
+from dq.schema import shown
 
 OVERRIDES = {field.name for field in dataclasses.fields(Recipe)} - {"name", "keep", "method", "options", "status"}
 
@@ -40,6 +44,10 @@ class DQConfig(QuantizationConfigMixin, TransformersConfigMixin):
             if key not in OVERRIDES:
                 known = OVERRIDES | {"recipe", "keep", "plan", "compute_dtype"}
                 raise DQError(f"DQConfig: unknown keyword {key!r}, {nearest(key, known)}")
+        if not isinstance(recipe, str | Path | dict | Recipe | Plan) or not isinstance(plan, dict | Plan | None):
+            raise DQError(f"DQConfig: recipe is {shown(recipe)} and plan {shown(plan)}, expected a name and none")
+        if not isinstance(keep, str | None) and not all(isinstance(each, str) for each in _listed(keep)):
+            raise DQError(f"DQConfig: keep is {shown(keep)}, expected patterns of layer names")
         self.recipe = Recipe.from_dict(recipe) if isinstance(recipe, dict) else recipe
         self.keep = [keep] if isinstance(keep, str) else list(keep or ())
         self.overrides = kwargs
@@ -50,6 +58,17 @@ class DQConfig(QuantizationConfigMixin, TransformersConfigMixin):
             raise DQError(f"{got}, {nearest(self.compute_dtype[:100], COMPUTE)}")
         if self.plan is None:
             self.resolve()
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        """What a file says. DQError for one without a plan that names another file: it may lie anywhere."""
+        recipe = config_dict.get("recipe", "int8")
+        if config_dict.get("plan") is None and not isinstance(recipe, dict | Recipe | Plan):
+            from dq import cookbook  # as in `resolve`
+
+            if recipe not in cookbook.names():
+                raise DQError(f"quantization_config has no plan, and recipe {shown(recipe)}; save the model again")
+        return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def resolve(self) -> Recipe | Plan:
         """The recipe with its overrides, or the plan when the recipe names one. DQError when it needs calibration."""
@@ -87,3 +106,8 @@ class DQConfig(QuantizationConfigMixin, TransformersConfigMixin):
     def __repr__(self) -> str:
         count = "no plan yet" if self.plan is None else f"{len(self.plan.layers)} layers"
         return f"DQConfig(recipe={str(getattr(self.recipe, 'name', self.recipe))!r}, {count})"
+
+
+def _listed(value: Any) -> list:
+    """The patterns given as any kind of list; for another value, one that is no pattern."""
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, dict) else [value]

@@ -19,6 +19,7 @@ from dq.report import Report, Row
 EMBEDDED = ("tiny-pixart", "tiny-sd")
 CLONE = Path(__file__).resolve().parents[2] / "pipelines" / "tiny"
 PIPELINE, MODEL, BARE = "model_index.json", "config.json", "dq_plan.json"
+MOST_SIZE = 2**31
 MAKE_ONE = "make one with `dq quantize MODEL --recipe int8 --out DIR`"
 KINDS = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
 
@@ -55,15 +56,27 @@ def load(name: str, dtype: str | None = None):
         raise DQError(f"{name!r} was written by dq.save for a model of your own; read it with dq.load(folder, model)")
     from diffusers import AutoModel, DiffusionPipeline
 
+    for path in (place / MODEL, *place.glob(f"*/{MODEL}")) if isinstance(place, Path) else ():
+        _refuse_giants(path)
     dtype = dtype or (stored_dtype(place) if isinstance(place, Path) else None) or "float32"
     lone = isinstance(place, Path) and not (place / PIPELINE).is_file()
     try:
         return (AutoModel if lone else DiffusionPipeline).from_pretrained(str(place), dtype=compute_dtype(dtype))
     except DQError:
         raise
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # the class that the files name was given what they hold, and may fail in any way
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DQError(f"model {name!r} cannot be loaded: {reason[:300]}") from error
+
+
+def _refuse_giants(path: Path) -> None:
+    """DQError for a config with a size that no model has: its class would be built for ever."""
+    data = read_json(path) if path.is_file() else {}
+    for key, value in data.items():
+        if any(
+            type(each) is int and abs(each) > MOST_SIZE for each in (value if isinstance(value, list) else [value])
+        ):
+            raise DQError(f"file {str(path)!r}: {key[:100]} is out of bounds, expected at most {MOST_SIZE}")
 
 
 def plans(folder: Path, checked: bool = True) -> dict[str, tuple[Path, Plan]]:

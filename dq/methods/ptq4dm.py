@@ -30,4 +30,4 @@ PLAIN = static.StaticWish("minmax", smooth=False, shift=False, rotate=False, mar
 def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     """Drafts of the unit's layers with stored ranges; weight-only layers are left to plain rounding."""
     asked = {key: value for key, value in options.items() if key != "plain"}
-    return static.layers(unit, seen, PLAIN if options.get("plain") else static.StaticWish(**asked))
+    return static.layers(unit, seen, PLAIN if options.get("plain") else static.wish(asked))

@@ -31,30 +31,29 @@ WIDE = 2**20  # weights from which branch and rounding take one turn: GPTQ is a 
 GELU_SHIFT = 0.171875  # minus the least value of GELU, rounded up
 ONE_SIDED = 0.25  # an input whose low end is closer to 0 than this share of its high end is called one-sided
 
-# weights and activations of linears; convolutions have the same weights and round activations to 8 bits
-FORMATS = {
-    "int4": ("int4/group:64", "int4/group:64"),
-    "nvfp4": ("nvfp4", "nvfp4"),
-    "w4a8": ("int4/group:64", "int8/token"),
-    "int8": ("int8/channel", "int8/token"),
-}
 OPTIONS = {"rank": RANK, "share": BRANCH_SHARE}
+# weights and activations of linears; convolutions have the same weights and round activations to 8 bits
 RECIPES = tuple(
     Recipe(
-        f"svdquant-{name}",
+        name,
         pair,
         (pair[0], "int8a/tensor"),
         method="svdquant",
         options=OPTIONS,
-        status="experimental" if name == "nvfp4" else "stable",
+        status="experimental" if name.endswith("nvfp4") else "stable",
     )
-    for name, pair in FORMATS.items()
+    for name, pair in {
+        "svdquant-int4": ("int4/group:64", "int4/group:64"),
+        "svdquant-nvfp4": ("nvfp4", "nvfp4"),
+        "svdquant-w4a8": ("int4/group:64", "int8/token"),
+        "svdquant-int8": ("int8/channel", "int8/token"),
+    }.items()
 )
 
 
 def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     """Drafts of all layers of a unit that saw data."""
-    made = {}
+    made, options = {}, {**OPTIONS, **options}
     for shared in groups.shared(unit, seen):
         wishes = {name: _wish(shared.plans[name], module, options) for name, module in shared.modules.items()}
         least = min(each.rank for each in wishes.values())

@@ -25,4 +25,4 @@ RECIPES = (Recipe("tdq-w8a8", FORMATS, FORMATS, method="tdq"),)
 
 def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     """Drafts of the unit's layers with a table of ranges; weight-only layers are left to plain rounding."""
-    return static.layers(unit, seen, static.StaticWish(**{"ranges": "network", **options}))
+    return static.layers(unit, seen, static.wish({"ranges": "network", **options}))
