@@ -58,7 +58,7 @@ def quantize(
     calibration = _resolve(target, wanted, calibration, budget)
     models = _chosen_parts(target, wanted, components or {})
     keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
-    plans = _plan_all(models, keep)
+    plans = _plan_all(models, keep, budget is not None)
     packed, errors, notes, candidates = {}, {}, [], None
     if calibration is not None or budget is not None:
         from dq import stages
@@ -94,7 +94,7 @@ def explore(target, recipe: str | Recipe, calibration=None, *, wish=None, keep=(
     if calibration is None:
         raise DQError("a bare model needs data to be measured; pass calibration=a function that runs it")
     models = find_denoisers(target)
-    plans = _plan_all({part: (model, wanted) for part, model in models.items()}, tuple(keep))
+    plans = _plan_all({part: (model, wanted) for part, model in models.items()}, tuple(keep), True)
     found = stages.Stages(target, models, plans, wanted, calibration, None, progress).explored(wish)
     return found, plans
 
@@ -300,8 +300,11 @@ def _step_notes(plans: Mapping[str, Plan]) -> list[str]:
     ]
 
 
-def _plan_all(models: Mapping[str, tuple[nn.Module, Recipe | Plan]], keep: Sequence[str]) -> dict[str, Plan]:
-    """A checked plan per model; everything that can be refused is refused here, before any work."""
+def _plan_all(models: Mapping[str, tuple[nn.Module, Recipe | Plan]], keep, measured: bool = False) -> dict[str, Plan]:
+    """A checked plan per model; everything that can be refused is refused here, before any work.
+
+    measured  whether layers are tried out on data, whatever their recipe says
+    """
     plans = {}
     for part, (model, wanted) in models.items():
         if packed_layers(model):
@@ -309,8 +312,7 @@ def _plan_all(models: Mapping[str, tuple[nn.Module, Recipe | Plan]], keep: Seque
             raise DQError(
                 f"{part or type(model).__name__} is already quantized (layer {first!r}); call dq.dequantize first"
             )
-        if peft.attached(model) is not None:
-            raise DQError(f"{part or type(model).__name__} has adapters attached; fuse_lora() and unload them first")
+        peft.refuse_unfit(part or type(model).__name__, model, measured or wanted.needs_calibration)
         if isinstance(wanted, Plan) and keep:
             raise DQError(f"keep={list(keep)} goes with a recipe, got a plan; take the layers out of the plan instead")
         plan = planning.make_plan(model, wanted, keep) if isinstance(wanted, Recipe) else copy.deepcopy(wanted)

@@ -381,12 +381,15 @@ def test_a_quantized_model_is_not_quantized_again():
     assert unchanged(model, before) and isinstance(model.blocks[0][2], PackedLinear)
 
 
-def test_a_model_with_adapters_is_refused():
+def test_a_model_with_fused_adapters_still_attached_is_refused():
     peft = pytest.importorskip("peft")
     model = zoo.build(UNET)
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+    model.fuse_lora()
     before = frozen(model)
-    with pytest.raises(DQError, match="UNet2DConditionModel has adapters attached; fuse_lora"):
+    with pytest.raises(
+        DQError, match=r"UNet2DConditionModel has adapters fused into its weights \('default'\); before"
+    ):
         dq.quantize(model, "int8", progress=False)
     assert unchanged(model, before)
 

@@ -12,7 +12,7 @@ from accelerate.utils import set_module_tensor_to_device
 from diffusers.quantizers.base import DiffusersQuantizer
 
 from dq.errors import DQError
-from dq.host import files
+from dq.host import files, peft
 from dq.host.base import QuantizerBase, enter, forget
 from dq.model import pack_one, to_dense
 
@@ -86,6 +86,7 @@ class DQQuantizer(QuantizerBase, DiffusersQuantizer):
 
     def _dequantize(self, model):
         to_dense(model)
+        peft.release(model)
         forget(model)
         return model
 

@@ -9,7 +9,7 @@ from diffusers import ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
 
-from dq.host import base
+from dq.host import base, peft
 from dq.host.config import DQConfig, DQMethod
 from dq.host.diffusers import DQQuantizer
 from dq.host.transformers import DQTransformersQuantizer
@@ -48,6 +48,7 @@ def mark(model: Any, plan: Plan) -> None:
     remembers the plan. Raises DQError when the plan has steps and the model no such timestep argument.
     """
     start(model, plan)
+    peft.adopt(model)
     kind = quantizer_class(model)
     if kind is None:
         notes.write(model, plan=plan)
@@ -61,6 +62,7 @@ def mark(model: Any, plan: Plan) -> None:
 def unmark(model: Any) -> None:
     """Undo `mark` on a model whose layers are full precision again."""
     clock.detach(model)
+    peft.release(model)
     kind = quantizer_class(model)
     if kind is None:
         notes.write(model, plan=None)

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from dq.errors import DQError
-from dq.layers import CONV_KINDS, PACKED, hadamard
+from dq.host import dora
+from dq.layers import CONV_KINDS, PACKED, hadamard, kind_of, naming
 
 PACKED_TYPES = tuple(PACKED.values())
 
@@ -67,10 +68,8 @@ class _FusesIntoBranch(_Adapter):
     plain: dict[str, torch.Tensor]  # its tensors, but the branch, as they were before the first adapter changed them
 
     def resolve_lora_variant(self, *, config, **kwargs):
-        """DQError for DoRA, which normalizes by the full-precision weight that a packed layer no longer has."""
-        if config.use_dora:
-            raise DQError("DoRA adapters need full-precision weights; fuse the adapter first, then quantize")
-        return super().resolve_lora_variant(config=config, **kwargs)
+        variant = super().resolve_lora_variant(config=config, **kwargs)
+        return dora.OnDecoded(variant) if dora.reads_weights(variant) else variant
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Append the adapters to the base layer's low-rank branch. DQError for variants that are not low-rank sums."""
@@ -112,7 +111,7 @@ class _FusesIntoBranch(_Adapter):
 
     def _refuse(self, name: str, base: nn.Module, safe: bool) -> None:
         if name in self.lora_variant:
-            kind = type(self.lora_variant[name]).__name__
+            kind = type(getattr(self.lora_variant[name], "variant", self.lora_variant[name])).__name__
             raise DQError(f"adapter {name!r} is a {kind}, which is not a low-rank sum; use it without fusing")
         if self.lora_bias[name] and base.bias is None:
             raise DQError(f"adapter {name!r} has a bias and the layer it adapts has none; use it without fusing")
@@ -132,6 +131,7 @@ class _ConvAdapter(_FusesIntoBranch):
         placed = {"device": base.weight.device, "dtype": base.compute_dtype}
         stand_in = plain(1, 1, *geometry, bias=base.bias is not None, **placed)
         stand_in.groups, self._kernel_dim = base.groups, len(base.plan.shape)
+        vars(stand_in)[dora.STANDS_FOR] = base  # no child of it
         self._modules["base_layer"] = stand_in
         try:
             super().update_layer(*args, **kwargs)
@@ -166,4 +166,65 @@ def shape_of(module: Any) -> torch.Size | None:
 
 def attached(model: nn.Module) -> str | None:
     """Dotted name of the first adapted layer of a model, None without adapters."""
-    return next((name for name, module in model.named_modules() if hasattr(module, "base_layer")), None)
+    return next(iter(_attached(model)), None)
+
+
+def _attached(model: nn.Module) -> dict[str, Any]:
+    """Every adapter of a model by dotted name."""
+    return {name: module for name, module in model.named_modules() if naming.adapts(module)}
+
+
+def refuse_unfit(what: str, model: nn.Module, calibrated: bool) -> None:
+    """DQError when the adapters on a model could not stay on it, switchable, once its layers are packed.
+
+    what        names the model
+    calibrated  whether data is run through layers while they are fitted
+    """
+    for name, adapter in _attached(model).items():
+        if kind_of(naming.inner(adapter)) is None:
+            continue  # an embedding: it stays as it is
+        fused = list(getattr(adapter, "merged_adapters", ()))
+        if fused:
+            raise DQError(
+                f"{what} has adapters fused into its weights ({fused[0]!r}); before quantizing, call unfuse_lora() to "
+                "keep them switchable, or unload_lora_weights() to keep them in"
+            )
+        if _packed_kind(adapter) is None:
+            kind = type(adapter).__name__
+            raise DQError(f"{what} has a {kind} adapter on layer {name!r}; only LoRA can stay on: merge or unload it")
+        if calibrated and any(map(dora.reads_weights, adapter.lora_variant.values())):
+            raise DQError(
+                f"{what} has a DoRA adapter on layer {name!r}, which reads the layer's weights while they are fitted; "
+                "unload it and load it again after quantizing"
+            )
+
+
+def _packed_kind(adapter: Any) -> type | None:
+    """The class that an adapter gets when its base layer is packed; None for adapters that cannot stay."""
+    from peft.tuners import lora
+
+    plain = {lora.Linear: "linear", **{getattr(lora.layer, f"Conv{n}d"): f"conv{n}d" for n in (1, 2, 3)}}
+    kind = plain.get(type(adapter))
+    return None if kind is None else _adapters()[kind]
+
+
+def adopt(model: nn.Module) -> None:
+    """Let the adapters of layers that were just packed fuse into their branch, or read their decoded weight."""
+    for adapter in _attached(model).values():
+        kind = _packed_kind(adapter) if isinstance(naming.inner(adapter), PACKED_TYPES) else None
+        if kind is not None:
+            adapter.__class__ = kind
+            for name, variant in adapter.lora_variant.items():
+                if dora.reads_weights(variant):
+                    adapter.lora_variant[name] = dora.OnDecoded(variant)
+
+
+def release(model: nn.Module) -> None:
+    """Undo `adopt` for adapters whose layers are full precision again; a fused one is then fused into the weight."""
+    for adapter in _attached(model).values():
+        if isinstance(adapter, _FusesIntoBranch) and not isinstance(naming.inner(adapter), PACKED_TYPES):
+            adapter.__class__ = type(adapter).__bases__[-1]  # peft's own
+            for key in ("fused_from", "plain"):
+                vars(adapter).pop(key, None)
+            for name, variant in adapter.lora_variant.items():
+                adapter.lora_variant[name] = getattr(variant, "variant", variant)

@@ -10,7 +10,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 
 from dq.errors import DQError
-from dq.host import files
+from dq.host import files, peft
 from dq.host.base import QuantizerBase
 from dq.layers import packed_layers
 from dq.model import pack_one, to_dense
@@ -73,6 +73,7 @@ class DQTransformersQuantizer(QuantizerBase, HfQuantizer):
 
     def _dequantize(self, model, dtype=None):
         to_dense(model)
+        peft.release(model)
         return model
 
     def get_state_dict_and_metadata(self, model):

@@ -293,11 +293,145 @@ def test_fused_convolution_adapters_survive_saving(tmp_path):
     assert torch.equal(output(AutoModel.from_pretrained(str(tmp_path))), output(model))
 
 
-def test_adapter_that_needs_full_precision_weights_is_refused():
-    model = quantized()
-    with pytest.raises(DQError, match="DoRA adapters need full-precision weights"):
-        model.add_adapter(LoraConfig(r=4, target_modules=["to_q"], use_dora=True))
-    assert branches.attached(model) is None
+TARGETS = ["to_q", "to_v", "proj_in", "conv1", "ff.net.0.proj"]
+
+
+def attached(dora: bool = False, name: str = "a") -> nn.Module:
+    """A full-precision UNet with a random adapter on linears and convolutions."""
+    model = zoo.build(UNET)
+    torch.manual_seed(1)
+    model.add_adapter(LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False, use_dora=dora), name)
+    return model.eval()
+
+
+def on_and_off(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    on = output(model)
+    model.disable_adapters()
+    off = output(model)
+    model.enable_adapters()
+    return on, off
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4-weight"])
+def test_an_adapter_that_is_attached_while_quantizing_stays_switchable(recipe, tmp_path):
+    model = attached()
+    before = on_and_off(model)
+    report = dq.quantize(model, recipe, progress=False)
+    assert not any("base_layer" in row.name or "lora" in row.name for row in report.layers)
+    after, plain = on_and_off(model), zoo.build(UNET)
+    dq.quantize(plain, recipe, progress=False)
+    usual = distance(output(plain), before[1])  # what the recipe costs this model
+    assert all(distance(new, old) < 1.5 * usual for new, old in zip(after, before, strict=True))
+    assert distance(*before) > 1.5 * usual
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    model.fuse_lora()
+    layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
+    assert layer.get_base_layer().plan.rank == mark.plan_of(model).layers["mid_block.resnets.0.conv1"].rank > 3
+    assert distance(output(model), after[0]) < usual
+    model.unfuse_lora()
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    model.unload_lora()
+    assert torch.equal(output(model), after[1])
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(AutoModel.from_pretrained(str(tmp_path))), after[1])
+
+
+class Denoiser(nn.Module):
+    """Blocks of two linears, small enough to be calibrated in a moment."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        pair = lambda: nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))  # noqa: E731
+        self.proj_in = nn.Linear(64, 64)
+        self.blocks = nn.ModuleList(pair() for _ in range(3))
+
+    def forward(self, x):
+        x = self.proj_in(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize("recipe", ["svdquant-int4", "viditq-w8a8", "qdiffusion-w4a8", "gptq-int4-weight"])
+@torch.no_grad()
+def test_calibration_sees_an_attached_adapter_at_work_and_leaves_it_switchable(recipe):
+    model, plain, x = Denoiser(), Denoiser(), torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(2))
+    config = LoraConfig(r=4, target_modules=r"proj_in|blocks\.\d\.[02]", init_lora_weights=False)
+    peft.inject_adapter_in_model(config, model)
+    on, off = model(x), plain(x)
+    for target in (model, plain):
+        dq.quantize(target, recipe, calibration=lambda given: given(x), progress=False)
+    assert set(mark.plan_of(model).layers) == set(mark.plan_of(plain).layers)
+    drawn = model(x)
+    peft.inject_adapter_in_model(config, plain)  # the same adapter, on a model that was calibrated without it
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if "lora" in name}, strict=False)
+    assert distance(drawn, on) < 1.02 * distance(plain(x), on) < distance(off, on)
+    adapters = [module for module in model.modules() if hasattr(module, "lora_A")]
+    for module in adapters:
+        module.enable_adapters(False)
+    assert distance(model(x), off) < 0.1
+    for module in adapters:
+        module.enable_adapters(True)
+        module.merge()
+    assert distance(model(x), drawn) < 0.02
+    for module in adapters:
+        module.unmerge()
+    assert torch.equal(model(x), drawn)
+
+
+def test_the_same_layers_are_planned_alike_with_and_without_an_adapter():
+    plain, model = zoo.build(UNET), attached()
+    for target in (plain, model):
+        dq.quantize(target, "int8", progress=False)
+    model.unload_lora()
+    assert mark.plan_of(plain).to_dict() == mark.plan_of(model).to_dict()
+    assert plain.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_undoing_the_quantization_leaves_the_adapter_switchable(fused):
+    model = attached()
+    before = on_and_off(model)
+    dq.quantize(model, "int8", progress=False)
+    if fused:
+        model.fuse_lora()
+    dq.dequantize(model)
+    assert distance(output(model), before[0]) < 0.1
+    model.unfuse_lora() if fused else model.fuse_lora()
+    assert distance(output(model), before[0]) < 0.1
+    if not fused:
+        model.unfuse_lora()
+    assert all(distance(new, old) < 0.1 for new, old in zip(on_and_off(model), before, strict=True))
+    assert {type(module).__module__ for module in model.modules() if hasattr(module, "lora_A")} == {
+        "peft.tuners.lora.layer"
+    }
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["adapter first", "quantized first"])
+def test_dora_works_unfused_on_packed_linears_and_convolutions(first):
+    truth, model = attached(dora=True), attached(dora=True)
+    if first:
+        state = {name: value for name, value in model.state_dict().items() if "lora" in name}
+        model = quantized(UNET)
+        model.add_adapter(LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False, use_dora=True), "a")
+        model.load_state_dict(state, strict=False)
+    else:
+        dq.quantize(model, "int8", progress=False)
+    on, off = on_and_off(model)
+    assert distance(on, output(truth)) < 0.1 and distance(on, off) > 0.2
+    with pytest.raises(DQError, match=r"'a' is a Dora\w+Variant, which is not a low-rank sum; use it without fusing"):
+        model.fuse_lora()
+    assert torch.equal(output(model), on)
+
+
+def test_an_adapter_of_another_kind_is_refused_before_quantizing():
+    model = zoo.build(UNET)
+    model.add_adapter(peft.LoHaConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(DQError, match=r"UNet2DConditionModel has a Linear adapter on layer .* only LoRA can stay on"):
+        dq.quantize(model, "int8", progress=False)
+    assert not packed_layers(model)
 
 
 def test_adapter_with_nan_is_refused_by_a_safe_fuse_and_nothing_is_fused():

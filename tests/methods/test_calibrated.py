@@ -517,13 +517,13 @@ def test_a_method_that_fails_leaves_the_pipeline_as_it_was(monkeypatch):
     refused(pipe, "svdquant-int4", "no such luck", calibration=settings())
 
 
-def test_adapters_are_refused_before_anything_runs(monkeypatch):
+def test_adapters_that_read_weights_are_refused_before_anything_runs(monkeypatch):
     peft = pytest.importorskip("peft")
     pipe = pipeline()
     pipe.transformer = zoo.build("UNet2DConditionModel")
-    pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+    pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], use_dora=True))
     monkeypatch.setattr("dq.trace.capture.capture", None)
-    refused(pipe, "svdquant-int4", "transformer has adapters attached; fuse_lora", calibration=settings())
+    refused(pipe, "svdquant-int4", "transformer has a DoRA adapter on layer", calibration=settings())
 
 
 def test_quantized_models_are_refused_before_anything_runs(monkeypatch):
