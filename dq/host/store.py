@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from dq.errors import DQError
-from dq.host import files, peft
+from dq.host import files, peft, ready
 from dq.host.mark import mark, plan_of, quantizer_class
 from dq.layers import packed_layers
 from dq.model import check_fit, swap
@@ -27,9 +27,9 @@ def save(target, folder: str | Path) -> None:
     `dq_plan.json` and `model.safetensors`. Raises DQError for a target that is not quantized or has adapters attached,
     and for a place that cannot be written.
     """
+    target = ready.unwrapped(target)
     if isinstance(target, DiffusionPipeline) or (isinstance(target, nn.Module) and quantizer_class(target)):
-        parts = target.components.values() if isinstance(target, DiffusionPipeline) else [target]
-        quantized = [part for part in parts if isinstance(part, nn.Module) and plan_of(part) is not None]
+        quantized = [part for part in ready.parts_of(target).values() if plan_of(part) is not None]
         _refuse_unready(target, quantized)
         with files.replacing(folder) as made:
             target.save_pretrained(made)
@@ -68,7 +68,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     Raises DQError, with the model unchanged, for a folder or plan that does not fit and for missing, truncated,
     mis-shaped or altered tensors.
     """
-    folder = Path(folder)
+    given, model, folder = model, ready.unwrapped(model), Path(folder)
     if quantizer_class(model) and not (folder / files.PLAN_FILE).exists():
         raise DQError(f"{str(folder)!r} has no {files.PLAN_FILE}; load it with from_pretrained")
     plan = Plan.load(folder / files.PLAN_FILE)
@@ -86,4 +86,4 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         else:
             module._parameters[key] = nn.Parameter(value.to(place), requires_grad=False)
     mark(model, plan)
-    return model
+    return given
