@@ -47,9 +47,7 @@ def test_a_model_that_ran_compiled_is_quantized_calibrated_and_runs(in_place):
     before = output(wrapped)
     dq.quantize(plain, "gptq-int4-weight", calibration=lambda given: [output(given) for _ in range(2)], progress=False)
     dq.quantize(wrapped, "gptq-int4-weight", calibration=lambda _: [output(wrapped) for _ in range(2)], progress=False)
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True)
-    )
+    assert same_state(model, plain)
     after = output(wrapped)
     assert (after - output(plain)).norm() < 1e-5 * before.norm() and not torch.equal(after, before)
     torch._dynamo.reset()
