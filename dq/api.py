@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dq import cookbook, explaining, fusions, kernels, layers, planning
 from dq.errors import DQError, nearest
-from dq.host import mark, peft
+from dq.host import mark, peft, ready
 from dq.layers import PackedStack, naming, packed_layers, parameter_bytes
 from dq.model import check_fit, install, to_dense
 from dq.plan import LayerPlan, Plan, Recipe
@@ -52,7 +52,7 @@ def quantize(
     keep         patterns, matched from the start of layer names, left in full precision
     Raises DQError for wrong use; the target is then as it was.
     """
-    start = time.perf_counter()
+    start, target = time.perf_counter(), ready.unwrapped(target)
     wanted = cookbook.get(recipe)
     budget = _own_budget(wanted) if budget is None else budget
     calibration = _resolve(target, wanted, calibration, budget)
@@ -65,7 +65,8 @@ def quantize(
 
         mine = {part: entry[0] for part, entry in models.items() if entry[1] is wanted}
         work = stages.Stages(target, mine, plans, wanted, calibration, budget, progress)
-        (packed, errors, notes), candidates = work.done(), work.candidates
+        with ready.eager():
+            (packed, errors, notes), candidates = work.done(), work.candidates
         models = {part: entry for part, entry in models.items() if part in plans}
     for part, (model, _) in models.items():
         if part not in packed:
@@ -76,7 +77,8 @@ def quantize(
     _put_all(models, plans, packed)
     after, rows = parameter_bytes(*(model for model, _ in models.values())), explaining.with_kernels(rows, models)
     seconds, notes = time.perf_counter() - start, notes + _step_notes(plans)
-    return Report(rows, before, after, seconds, wanted.name, notes, candidates)
+    empty = any(value.is_meta for model, _ in models.values() for value in model.parameters())
+    return Report(rows, before, after, seconds, wanted.name, notes, candidates, empty)
 
 
 def explore(target, recipe: str | Recipe, calibration=None, *, wish=None, keep=(), progress: bool = True):
@@ -89,13 +91,14 @@ def explore(target, recipe: str | Recipe, calibration=None, *, wish=None, keep=(
     from dq.budget import sensing
     from dq.budget.limits import Budget
 
-    wanted, wish = cookbook.get(recipe), wish or sensing.Wish()
+    wanted, wish, target = cookbook.get(recipe), wish or sensing.Wish(), ready.unwrapped(target)
     calibration = _resolve(target, wanted, calibration, Budget(bits=16, metric=wish.metric))
     if calibration is None:
         raise DQError("a bare model needs data to be measured; pass calibration=a function that runs it")
     models = find_denoisers(target)
     plans = _plan_all({part: (model, wanted) for part, model in models.items()}, tuple(keep), True)
-    found = stages.Stages(target, models, plans, wanted, calibration, None, progress).explored(wish)
+    with ready.eager():
+        found = stages.Stages(target, models, plans, wanted, calibration, None, progress).explored(wish)
     return found, plans
 
 
@@ -161,12 +164,8 @@ def find_denoisers(target) -> dict[str, nn.Module]:
 
     Raises DQError when the target is neither, or a pipeline without one.
     """
-    if isinstance(target, nn.Module):
-        return {"": target}
-    parts = getattr(target, "components", None)
-    if not isinstance(parts, Mapping):
-        raise DQError(f"target is a {type(target).__name__}, expected a DiffusionPipeline or a torch nn.Module")
-    found = {name: part for name, part in parts.items() if isinstance(part, nn.Module) and _is_denoiser(name, part)}
+    parts = ready.parts_of(target)
+    found = parts if "" in parts else {name: part for name, part in parts.items() if _is_denoiser(name, part)}
     found = {name: part for name, part in found.items() if not _is_within_another(name, found)}
     if not found:
         raise DQError(f"{type(target).__name__} has no denoiser among {', '.join(parts)}; pass the model itself")
@@ -219,12 +218,11 @@ def _chosen_parts(target, wanted: Recipe | Plan, components: Mapping) -> dict[st
 def _named_components(target, components: Mapping) -> dict[str, tuple[nn.Module, Recipe | Plan | None]]:
     if components and isinstance(target, nn.Module):
         raise DQError("components is for pipelines; got a bare model: call dq.quantize on each model instead")
-    found = {}
+    found, parts = {}, ready.parts_of(target) if components else {}
     for name, recipe in components.items():
-        part = target.components.get(name)
-        known = [key for key, value in target.components.items() if isinstance(value, nn.Module)]
-        if not isinstance(part, nn.Module):
-            raise DQError(f"component {name!r} is not a model of {type(target).__name__}, {nearest(name, known)}")
+        part = parts.get(name)
+        if part is None:
+            raise DQError(f"component {name!r} is not a model of {type(target).__name__}, {nearest(name, parts)}")
         wanted = None if recipe is None else cookbook.get(recipe)
         if wanted is not None and wanted.needs_calibration:
             raise DQError(f"component {name!r}: {wanted.name!r} needs calibration; components take data-free recipes")
@@ -313,10 +311,12 @@ def _plan_all(models: Mapping[str, tuple[nn.Module, Recipe | Plan]], keep, measu
                 f"{part or type(model).__name__} is already quantized (layer {first!r}); call dq.dequantize first"
             )
         peft.refuse_unfit(part or type(model).__name__, model, measured or wanted.needs_calibration)
+        ready.refuse_hidden_weights(part, model)
         if isinstance(wanted, Plan) and keep:
             raise DQError(f"keep={list(keep)} goes with a recipe, got a plan; take the layers out of the plan instead")
         plan = planning.make_plan(model, wanted, keep) if isinstance(wanted, Recipe) else copy.deepcopy(wanted)
         check_fit(model, plan)
+        ready.refuse_unreadable_weights(part, model, plan)
         plan.compute_dtype = str(_compute_dtype(model)).removeprefix("torch.")
         plans[part] = plan
     return plans
@@ -366,11 +366,7 @@ def _weight_of(model: nn.Module, name: str, plan: LayerPlan) -> tuple[torch.Tens
 
 
 def _quantized_models(target) -> dict[str, nn.Module]:
-    if isinstance(target, nn.Module):
-        parts = {"": target}
-    else:
-        parts = {name: part for name, part in target.components.items() if isinstance(part, nn.Module)}
-    found = {name: part for name, part in parts.items() if packed_layers(part)}
+    found = {name: part for name, part in ready.parts_of(target).items() if packed_layers(part)}
     if not found:
         raise DQError(f"{type(target).__name__} has no quantized layer; call dq.quantize(target, 'int8') first")
     return found

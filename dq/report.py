@@ -41,6 +41,7 @@ class Report:
     """Rows of a quantized model or pipeline, with its parameter bytes before and after and the seconds it took.
 
     candidates   mean number of candidates that a method tried for a layer, None where nothing was fitted
+    empty        the model has shapes only (it is on the meta device): its layers are planned, nothing was rounded
     """
 
     layers: list[Row]
@@ -50,6 +51,7 @@ class Report:
     recipe: str = ""
     notes: list[str] = field(default_factory=list)
     candidates: float | None = None
+    empty: bool = False
 
     def to_json(self) -> str:
         """The whole report as a JSON object; an infinite error_db (an exact weight) becomes null."""
@@ -61,8 +63,9 @@ class Report:
 
     def __str__(self) -> str:
         quantized = [row for row in self.layers if row.weight is not None]
+        done = "planned, without weights" if self.empty else "quantized"
         lines = [
-            f"{self.recipe or 'dq'}: {len(quantized)} layers quantized, {len(self.layers) - len(quantized)} kept, "
+            f"{self.recipe or 'dq'}: {len(quantized)} layers {done}, {len(self.layers) - len(quantized)} kept, "
             f"{_mib(self.bytes_before)} -> {_mib(self.bytes_after)} MiB "
             f"({self.bytes_after / max(self.bytes_before, 1):.2f}x) in {self.seconds:.1f} s"
         ]

@@ -18,9 +18,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dq import kernels
-from dq.fusions import takeover
 from dq.kernels.cpu import attention as cpu
-from dq.layers import notes
+from dq.layers import notes, takeover
 
 REACH = frozenset(("scaled_dot_product_attention", "dispatch_attention_fn", "ALL_ATTENTION_FUNCTIONS"))
 ROLE = "attention"

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dq.fusions import takeover
-from dq.layers import PackedLinear
+from dq.layers import PackedLinear, takeover
 from dq.layers.memory import serving
 
 PROBE_ROWS = 2

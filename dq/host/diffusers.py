@@ -14,6 +14,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from dq.errors import DQError
 from dq.host import files, peft
 from dq.host.base import QuantizerBase, enter, forget
+from dq.layers.memory import page_out
 from dq.model import pack_one, to_dense
 
 
@@ -65,6 +66,7 @@ class DQQuantizer(QuantizerBase, DiffusersQuantizer):
         name = None if self.pre_quantized else self.is_planned(param_name)
         if name is not None:
             pack_one(model, name, self.plan.layers[name], raw, self.compute_dtype)
+            page_out(state_dict[param_name])
             return
         home, _, key = param_name.rpartition(".")
         if home in self.plan.layers and key in ("bias", "proj_down", "proj_up", "start_in", "start_out"):

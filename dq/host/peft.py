@@ -144,11 +144,21 @@ def _adapters() -> dict[str, type]:
     """The adapter class of each kind of packed layer."""
     from peft.tuners import lora
 
-    made = {"linear": type("PackedLinearAdapter", (_FusesIntoBranch, lora.Linear), {})}
+    own = {"__module__": __name__}  # where pickle looks for them: see `__getattr__`
+    made = {"linear": type("PackedLinearAdapter", (_FusesIntoBranch, lora.Linear), dict(own))}
     for space in (1, 2, 3):
         parent = getattr(lora.layer, f"Conv{space}d")
-        made[f"conv{space}d"] = type(f"PackedConv{space}dAdapter", (_ConvAdapter, parent), {})
+        made[f"conv{space}d"] = type(f"PackedConv{space}dAdapter", (_ConvAdapter, parent), dict(own))
     return made
+
+
+def __getattr__(name: str) -> type:
+    """The adapter classes by name, for pickles."""
+    if name.startswith("Packed"):
+        for kind in _adapters().values():
+            if kind.__name__ == name:
+                return kind
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def adapter_of(target: Any) -> type | None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from dq import disk
 from dq.errors import DQError
-from dq.host import files, fresh, peft
+from dq.host import files, fresh, peft, ready
 from dq.host.mark import mark, plan_of, quantizer_class, write_config
 from dq.layers import packed_layers
 from dq.model import check_fit, swap
@@ -31,9 +31,9 @@ def save(target, folder: str | Path) -> None:
     `dq_plan.json` and `model.safetensors`. Raises DQError for a target that is not quantized or has adapters attached,
     and for a place that cannot be written.
     """
+    target = ready.unwrapped(target)
     if isinstance(target, DiffusionPipeline) or (isinstance(target, nn.Module) and quantizer_class(target)):
-        parts = target.components.values() if isinstance(target, DiffusionPipeline) else [target]
-        quantized = [part for part in parts if isinstance(part, nn.Module) and plan_of(part) is not None]
+        quantized = [part for part in ready.parts_of(target).values() if plan_of(part) is not None]
         _refuse_unready(target, quantized)
         target.save_pretrained(folder)
         return
@@ -86,7 +86,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     Raises DQError, with the model unchanged, for a folder or plan that does not fit and for missing, truncated,
     mis-shaped or altered tensors.
     """
-    folder = Path(folder)
+    given, model, folder = model, ready.unwrapped(model), Path(folder)
     disk.sweep(folder)
     if quantizer_class(model) and not (folder / files.PLAN_FILE).exists():
         raise DQError(f"{str(folder)!r} has no {files.PLAN_FILE}; load it with from_pretrained")
@@ -105,4 +105,4 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         else:
             module._parameters[key] = nn.Parameter(value.to(place), requires_grad=False)
     mark(model, plan)
-    return model
+    return given

@@ -13,6 +13,7 @@ from dq.errors import DQError
 from dq.host import files, peft
 from dq.host.base import QuantizerBase
 from dq.layers import packed_layers
+from dq.layers.memory import page_out
 from dq.model import pack_one, to_dense
 
 
@@ -28,6 +29,7 @@ class _PackOnArrival(ConversionOps):
         own = self.hf_quantizer
         name = own.is_planned(full_layer_name)
         packed = pack_one(model, name, own.plan.layers[name], value, own.compute_dtype)
+        page_out(value)
         packed._is_hf_initialized = True
         for parameter in packed.parameters(recurse=False):
             parameter._is_hf_initialized = True

@@ -1,4 +1,4 @@
-"""Which denoising step is running: one pre-forward hook on the denoiser writes one index tensor that layers read.
+"""Which denoising step is running: a role of the denoiser's writes one index tensor that layers read.
 
 The index is a tensor, not a Python number, so that `torch.compile` makes one graph for all steps; it lives in a plain
 shared object, because a buffer shared by modules stops being shared after `.to()`. Every thread has an index of its
@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import inspect
 import threading
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from dq.errors import DQError
+from dq.layers import takeover
 
-HOOK = "dq_clock"
+ROLE = "clock"
 
 
 class Clock:
@@ -66,18 +66,19 @@ class Clock:
         return index if index.device == device else index.to(device)
 
 
-class _ReadTimestep(ModelHook):
+class _ReadTimestep:
+    """The role of a denoiser (see `takeover`): moves the clock, then runs the model."""
+
     def __init__(self, clock: Clock, name: str, position: int):
-        super().__init__()
         self.clock = clock
         self.name = name
         self.position = position
 
-    def pre_forward(self, module: nn.Module, *args, **kwargs):
+    def __call__(self, module: nn.Module, inner: Callable, *args, **kwargs):
         if self.name not in kwargs and len(args) <= self.position:
             raise DQError(f"{type(module).__name__} is quantized with per-step scales: pass {self.name!r}")
         self.clock.set(kwargs[self.name] if self.name in kwargs else args[self.position])
-        return args, kwargs
+        return inner(*args, **kwargs)
 
 
 def argument_position(model: nn.Module, argument: str | None) -> int:
@@ -89,18 +90,16 @@ def argument_position(model: nn.Module, argument: str | None) -> int:
 
 
 def attach(model: nn.Module, clock: Clock, argument: str | None) -> None:
-    """Hook `model` so that `clock` follows the forward argument named `argument`.
+    """Let `model` run so that `clock` follows the forward argument named `argument`.
 
     Raises DQError when the model's forward has no such argument.
     """
     position = argument_position(model, argument)
     assert argument is not None  # else argument_position raised
-    registry = HookRegistry.check_if_exists_or_initialize(model)
-    registry.remove_hook(HOOK, recurse=False)
-    registry.register_hook(_ReadTimestep(clock, argument, position), HOOK)
+    detach(model)
+    takeover.take(model, ROLE, _ReadTimestep(clock, argument, position))
 
 
-def detach(model: Any) -> None:
-    """Remove the clock hook, if there is one."""
-    if hasattr(model, "_diffusers_hook"):
-        model._diffusers_hook.remove_hook(HOOK, recurse=False)
+def detach(model: nn.Module) -> None:
+    """Remove what `attach` did, if anything."""
+    takeover.give_back(model, ROLE)

@@ -54,7 +54,7 @@ def page_out(tensor: torch.Tensor) -> None:
 
     They would stay in the process's memory beside the copy. Nothing is lost: the advice drops clean file pages only.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or tensor.device.type != "cpu":
         return
     first = tensor.data_ptr()
     start, stop = -(-first // PAGESIZE) * PAGESIZE, (first + tensor.nbytes) // PAGESIZE * PAGESIZE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -30,6 +32,25 @@ class Notes:
     roles: dict[str, Callable] = field(default_factory=dict)
     attention: str = ""
     backend: str | None = None
+
+    def __setstate__(self, state: dict) -> None:
+        """Of a module that is read from a pickle: its own forward is pickled by name, so the name must be ours again.
+
+        A module's notes are written, and thus read, before what they say about its forward is done.
+        """
+        vars(self).update(state)
+        owner = getattr(self.forward, "__self__", None)
+        if self.roles and owner is not None:
+            vars(owner)["forward"] = types.MethodType(forward, owner)
+
+
+def forward(self, *args, **kwargs):
+    """The forward of a module with roles. It has this name so that it is pickled as the module's forward."""
+    own = read(self)
+    inner = own.forward
+    for role in own.roles.values():
+        inner = functools.partial(role, self, inner)
+    return inner(*args, **kwargs)
 
 
 NOTHING = Notes()

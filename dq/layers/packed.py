@@ -421,6 +421,7 @@ def fill(name: str, packed: _Frozen, weight: torch.Tensor) -> None:
     plan = packed.plan
     if weight.is_meta:
         return
+    weight = weight.float() if weight.itemsize == 1 else weight  # a file of fp8 values
     try:
         check_finite(weight, f"layer {name!r}: weight")
     except FormatError as error:

@@ -16,9 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import dq
 from dq import fusions, layers
 from dq.errors import DQError
-from dq.fusions import attention, takeover
+from dq.fusions import attention
 from dq.host import mark
 from dq.kernels.cpu import library
+from dq.layers import takeover
 from dq.layers.memory import page_out
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 from tests import zoo

@@ -6,7 +6,6 @@ Parameters, buffers and submodules stay as they are; copies of a module keep its
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable
 
@@ -17,22 +16,13 @@ from dq.layers import notes
 SLOTS = ("_old_forward", "forward")  # accelerate's hooks keep the forward they replaced in the first
 
 
-def forward(self, *args, **kwargs):
-    """The forward of a module with roles. It has this name so that a pickled module finds its class's own again."""
-    own = notes.read(self)
-    inner = own.forward
-    for role in own.roles.values():
-        inner = functools.partial(role, self, inner)
-    return inner(*args, **kwargs)
-
-
 def take(module: nn.Module, name: str, role: Callable) -> None:
     """Give a module a role. `name` is what `give_back` knows it by."""
     found, own = notes.read(module), vars(module)
     if found.forward is None:
         slot = next((slot for slot in SLOTS if slot in own), "forward")
         found = notes.write(module, forward=own.get(slot, module.forward))
-        own[slot] = types.MethodType(forward, module)
+        own[slot] = types.MethodType(notes.forward, module)
     found.roles.pop(name, None)
     found.roles[name] = role
 
@@ -48,7 +38,7 @@ def give_back(module: nn.Module, name: str) -> None:
         return
     own, found = vars(module), notes.read(module)
     del found.roles[name]
-    slot = next((slot for slot in SLOTS if getattr(own.get(slot), "__func__", None) is forward), None)
+    slot = next((slot for slot in SLOTS if getattr(own.get(slot), "__func__", None) is notes.forward), None)
     if found.roles or slot is None:
         return  # without a slot a hook holds our method, which from now on passes through
     before = found.forward
