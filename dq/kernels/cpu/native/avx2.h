@@ -177,7 +177,14 @@ DQ_INLINE Words row_codes(const int8_t* row, long k, long columns, int bits) {
 }
 
 // --- dot products ---------------------------------------------------------------------------------------------------
-// Inline assembly as in avx512.h: GCC spills the sums of six rows around intrinsics.
+// A row's step in assembly, because GCC spills around intrinsics: 12 sums, 2 weights and these 2 are all 16 registers.
+
+#define DQ_STEP(MULTIPLY, ADD)                                             \
+  Words u = broadcast4(act), t;                                            \
+  asm inline(MULTIPLY " %4, %2, %3\n\t" MULTIPLY " %5, %2, %2\n\t" ADD            \
+               " %3, %0, %0\n\t" ADD " %2, %1, %1"                         \
+      : "+x"(sum[0]), "+x"(sum[1]), "+x"(u), "=&x"(t)                      \
+      : "x"(weights[0]), "x"(weights[1]))
 
 // A word holds two codes of 16 bits: products of codes of up to 9 bits and their sums by pairs are far from 2^31.
 struct Halves {
@@ -186,6 +193,7 @@ struct Halves {
   static constexpr int kOffset = 0;  // of an activation
   static constexpr int kOnes = 0x00010001;
   static DQ_METHOD void dot(Words& sum, Words act, Words weight) { sum = add(sum, _mm256_madd_epi16(act, weight)); }
+  static DQ_METHOD void dots(Words* sum, const void* act, const Words* weights) { DQ_STEP("vpmaddwd", "vpaddd"); }
   static DQ_METHOD Words row_words(const int8_t* row, long k, long columns, int) {
     return _mm256_cvtepi8_epi16(read_bytes(row + k, columns - k));
   }
@@ -199,8 +207,8 @@ struct Nibbles {
   static constexpr int kOffset = 128;
   static constexpr int kOnes = 0x01010101;
   static constexpr long kBlock = 8;  // words
-  static DQ_METHOD void short_dot(Words& sum, Words act, Words weight) {
-    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(act, weight));
+  static DQ_METHOD void short_dots(Words* sum, const void* act, const Words* weights) {
+    DQ_STEP("vpmaddubsw", "vpaddw");
   }
   static DQ_METHOD void widen(Words& sum, Words halves) {
     sum = add(sum, _mm256_madd_epi16(halves, _mm256_set1_epi16(1)));

@@ -138,6 +138,10 @@ struct Bytes {
   static constexpr int kOffset = 128;  // of an activation
   static constexpr int kOnes = 0x01010101;
   static DQ_METHOD void dot(Words& sum, Words act, Words weight) { dot4(sum, act, weight); }
+  static DQ_METHOD void dots(Words* sum, const void* act, const Words* weights) {
+    Words u = broadcast4(act);
+    DQ_UNROLL for (int j = 0; j < kRegisters; j++) dot4(sum[j], u, weights[j]);
+  }
   static DQ_METHOD Words row_words(const int8_t* row, long k, long columns, int bits) {
     return row_codes(row, k, columns, bits);
   }

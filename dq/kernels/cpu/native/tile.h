@@ -54,26 +54,21 @@ DQ_INLINE void start(Words acc[MR][kRegisters], const Panel& p, const Quantized&
   }
 }
 
-// Where sums of so many words fit 16 bits, they are widened once a block.
+// `words` of a block, whose sums fit 16 bits and are widened once.
 template <class Dot, int MR>
-DQ_INLINE void multiply_blocks(Words acc[MR][kRegisters], const uint8_t* const* a, const int8_t* codes, long words) {
-  for (long first = 0; first < words; first += Dot::kBlock) {
-    Words sum[MR][kRegisters];
-    DQ_UNROLL for (int i = 0; i < MR; i++) {
-      DQ_UNROLL for (int j = 0; j < kRegisters; j++) sum[i][j] = every(0);
-    }
-    const long last = std::min(first + Dot::kBlock, words);
-    for (long k = first; k < last; k++) {
-      Words b[kRegisters];
-      DQ_UNROLL for (int j = 0; j < kRegisters; j++) b[j] = read(codes + 4 * kTile * k + 4 * kLanes * j);
-      DQ_UNROLL for (int i = 0; i < MR; i++) {
-        Words u = broadcast4(a[i] + 4 * k);
-        DQ_UNROLL for (int j = 0; j < kRegisters; j++) Dot::short_dot(sum[i][j], u, b[j]);
-      }
-    }
-    DQ_UNROLL for (int i = 0; i < MR; i++) {
-      DQ_UNROLL for (int j = 0; j < kRegisters; j++) Dot::widen(acc[i][j], sum[i][j]);
-    }
+DQ_INLINE void multiply_block(Words acc[MR][kRegisters], const uint8_t* const* a, long k, const int8_t* codes,
+                              int words) {
+  Words sum[MR][kRegisters];
+  DQ_UNROLL for (int i = 0; i < MR; i++) {
+    DQ_UNROLL for (int j = 0; j < kRegisters; j++) sum[i][j] = every(0);
+  }
+  DQ_UNROLL for (int w = 0; w < words; w++) {
+    Words b[kRegisters];
+    DQ_UNROLL for (int j = 0; j < kRegisters; j++) b[j] = read(codes + 4 * kTile * (k + w) + 4 * kLanes * j);
+    DQ_UNROLL for (int i = 0; i < MR; i++) Dot::short_dots(sum[i], a[i] + 4 * (k + w), b);
+  }
+  DQ_UNROLL for (int i = 0; i < MR; i++) {
+    DQ_UNROLL for (int j = 0; j < kRegisters; j++) Dot::widen(acc[i][j], sum[i][j]);
   }
 }
 
@@ -83,15 +78,14 @@ DQ_INLINE void multiply(Words acc[MR][kRegisters], const uint8_t* const* row, lo
   const uint8_t* a[MR];
   DQ_UNROLL for (int i = 0; i < MR; i++) a[i] = row[i] + offset;
   if constexpr (requires { Dot::kBlock; }) {
-    multiply_blocks<Dot, MR>(acc, a, codes, words);
-    return;
-  }
-  for (long k = 0; k < words; k++) {
-    Words b[kRegisters];
-    DQ_UNROLL for (int j = 0; j < kRegisters; j++) b[j] = read(codes + 4 * kTile * k + 4 * kLanes * j);
-    DQ_UNROLL for (int i = 0; i < MR; i++) {
-      Words u = broadcast4(a[i] + 4 * k);
-      DQ_UNROLL for (int j = 0; j < kRegisters; j++) Dot::dot(acc[i][j], u, b[j]);
+    long k = 0;
+    for (; k + Dot::kBlock <= words; k += Dot::kBlock) multiply_block<Dot, MR>(acc, a, k, codes, Dot::kBlock);
+    for (; k < words; k++) multiply_block<Dot, MR>(acc, a, k, codes, 1);
+  } else {
+    for (long k = 0; k < words; k++) {
+      Words b[kRegisters];
+      DQ_UNROLL for (int j = 0; j < kRegisters; j++) b[j] = read(codes + 4 * kTile * k + 4 * kLanes * j);
+      DQ_UNROLL for (int i = 0; i < MR; i++) Dot::dots(acc[i], a[i] + 4 * k, b);
     }
   }
 }
