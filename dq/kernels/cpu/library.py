@@ -3,12 +3,15 @@
 The environment variable DQ_CPU_LEVEL hides kernels that the processor could run. It is read when the library is first
 asked for:
 
-    none      none of dq's own CPU kernels; every layer they would run says "hidden by DQ_CPU_LEVEL=none"
-    avx2      those of AVX2: integer linears
-    avx512    those of AVX512 with VNNI and bf16, where the processor has these: all there are, as without the variable
+    none        none of dq's own CPU kernels; every layer they would run says "hidden by DQ_CPU_LEVEL=none"
+    avx2        those of AVX2: integer linears
+    avxvnni     the same with AVX-VNNI
+    avx512vnni  the same with AVX512 and VNNI
+    avx512      all there are: those of AVX512 with VNNI and bf16, convolutions, attention and weight-only linears, too
 
-Below avx512 torch's int8 product is refused, too, as on a processor without VNNI. ATEN_CPU_CAPABILITY=avx2 and
-ONEDNN_MAX_CPU_ISA=AVX2 do the same to PyTorch; with `avx2` beside them any machine behaves as one that has AVX2 only.
+The highest level up to this one that the processor has runs. With `none` and `avx2` torch's int8 product is refused,
+too, as on a processor without VNNI. ATEN_CPU_CAPABILITY=avx2 and ONEDNN_MAX_CPU_ISA=AVX2 do the same to PyTorch; with
+`avx2` beside them any machine behaves as one that has AVX2 only.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ from dq import kernels
 from dq.errors import DQError, nearest
 
 BUILD = "run `python -m dq.kernels.cpu.compile`"
-LEVELS = ("none", "avx2", "avx512")  # by what dq_cpu_level returns
-UNITS = {"avx2": "AVX2", "avx512": "AVX512 with VNNI and bf16"}
+LEVELS = ("none", "avx2", "avxvnni", "avx512vnni", "avx512")  # by the bits of dq_cpu_levels
+UNITS = {"avx2": "AVX2", "avxvnni": "AVX-VNNI", "avx512vnni": "AVX512-VNNI", "avx512": "AVX512 with VNNI and bf16"}
 VARIABLE = "DQ_CPU_LEVEL"
 
 
@@ -55,7 +58,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None, str]:
     found.dq_fingerprint.restype = ctypes.c_char_p
     if source.sources() and found.dq_fingerprint().decode() != source.fingerprint():
         return None, f"dq's native kernels were built from other sources; {BUILD}", "none"
-    level = min(_allowed(), LEVELS[found.dq_cpu_level()], key=LEVELS.index)
+    mask = found.dq_cpu_levels()
+    level = [name for i, name in enumerate(LEVELS[: LEVELS.index(_allowed()) + 1]) if mask >> i & 1][-1]
     if level == "none":
         return None, f"this {platform.machine()} processor lacks AVX2", "none"
     return found, None, level
@@ -79,5 +83,5 @@ def missing(least: str = LEVELS[1]) -> str | None:
     asked = kernels.machine()
     reason = _load()[1] if asked is None else asked.cpu
     if reason is None and LEVELS.index(level()) < LEVELS.index(least):
-        return f"it needs {UNITS[least]}, dq's kernels run on {UNITS[level()]} here"
+        return f"this one of dq's CPU kernels needs {UNITS[least]}"
     return reason

@@ -1,9 +1,15 @@
 // AVX2: 8 lanes. Weights of more than 4 bits take 16-bit codes, two products a lane and instruction (vpmaddwd); narrower
-// ones take bytes, four products (vpmaddubsw). Every sum is exact.
+// ones take bytes, four products (vpmaddubsw). With AVX-VNNI bytes serve all, four products and their sum (vpdpbusd).
+// Every sum is exact.
 #pragma once
 #include "common.h"
+#ifdef DQ_AVXVNNI
+#pragma GCC target("avx2,fma,f16c,avxvnni")
+#define DQ_LEVEL avxvnni
+#else
 #pragma GCC target("avx2,fma,f16c")
 #define DQ_LEVEL avx2
+#endif
 
 namespace dq::inline DQ_LEVEL {
 
@@ -134,10 +140,10 @@ DQ_INLINE Words broadcast4(const void* four) {
   return every(word);
 }
 // acc += sum of two neighbouring products, bf16 x bf16
+DQ_INLINE Floats lower(Words pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+DQ_INLINE Floats upper(Words pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, every(int(0xffff0000)))); }
 DQ_INLINE void dot2(Floats& acc, Words a, Words b) {
-  auto low = [](Words pair) { return _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)); };
-  auto high = [](Words pair) { return _mm256_castsi256_ps(_mm256_and_si256(pair, every(int(0xffff0000)))); };
-  acc = multiply_add(high(a), high(b), multiply_add(low(a), low(b), acc));
+  acc = multiply_add(upper(a), upper(b), multiply_add(lower(a), lower(b), acc));
 }
 
 // 8 x 8 words in place: lane c of vector r becomes lane r of vector c.
@@ -219,7 +225,29 @@ struct Nibbles {
   }
 };
 
+#ifdef DQ_AVXVNNI
+// A word holds four codes: activations u8, code + 128, times weights s8.
+struct Bytes {
+  using Code = uint8_t;
+  static constexpr long kCodes = 4;
+  static constexpr int kOffset = 128;
+  static constexpr int kOnes = 0x01010101;
+  static DQ_METHOD void dot(Words& sum, Words act, Words weight) {
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(act), "x"(weight));
+  }
+  static DQ_METHOD void dots(Words* sum, const void* act, const Words* weights) {
+    Words u = broadcast4(act);
+    DQ_UNROLL for (int j = 0; j < kRegisters; j++) dot(sum[j], u, weights[j]);
+  }
+  static DQ_METHOD Words row_words(const int8_t* row, long k, long columns, int bits) {
+    return row_codes(row, k, columns, bits);
+  }
+};
+using Wide = Bytes;
+using Narrow = Bytes;
+#else
 using Wide = Halves;
 using Narrow = Nibbles;
+#endif
 
 }  // namespace dq::inline DQ_LEVEL

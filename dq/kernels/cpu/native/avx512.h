@@ -1,8 +1,13 @@
-// AVX512 with VNNI and bf16: 16 lanes, four products of bytes or two of bf16 a lane and instruction.
+// AVX512 with VNNI: 16 lanes, four products of bytes a lane and instruction, or two of bf16 where there are units.
 #pragma once
 #include "common.h"
+#ifdef DQ_WITHOUT_BF16
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#define DQ_LEVEL avx512vnni
+#else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")
 #define DQ_LEVEL avx512
+#endif
 
 namespace dq::inline DQ_LEVEL {
 
@@ -26,10 +31,22 @@ DQ_INLINE __m512 load(const void* base, long index, Dtype dtype, __mmask16 lanes
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+DQ_INLINE __m256i to_bf16(Floats value) {
+#ifdef DQ_WITHOUT_BF16
+  Words bits = _mm512_castps_si512(value), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  Words rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  Flags strange = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(
+      _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), strange, _mm512_set1_epi32(0x7fc0)));
+#else
+  return (__m256i)_mm512_cvtneps_pbh(value);
+#endif
+}
+
 DQ_INLINE void store(void* base, long index, Dtype dtype, __mmask16 lanes, __m512 value) {
   if (dtype == FP32) return _mm512_mask_storeu_ps((float*)base + index, lanes, value);
   __m256i half = dtype == FP16 ? _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-                               : (__m256i)_mm512_cvtneps_pbh(value);
+                               : to_bf16(value);
   _mm256_mask_storeu_epi16((uint16_t*)base + index, lanes, half);
 }
 
@@ -38,7 +55,18 @@ DQ_INLINE void dot4(__m512i& acc, __m512i u8, __m512i s8) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8));
 }
 // acc += sum of two neighbouring products, bf16 x bf16
+#ifdef DQ_WITHOUT_BF16
+DQ_INLINE Floats lower(Words pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+DQ_INLINE Floats upper(Words pairs) {
+  return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
+}
+DQ_INLINE void dot2(Floats& acc, Words a, Words b) {
+  acc = _mm512_fmadd_ps(upper(a), upper(b), _mm512_fmadd_ps(lower(a), lower(b), acc));
+}
+#else
 DQ_INLINE void dot2(__m512& acc, __m512i a, __m512i b) { asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
+#endif
+
 // --- lanes, as every level names them -------------------------------------------------------------------------------
 
 DQ_INLINE Floats every(float value) { return _mm512_set1_ps(value); }

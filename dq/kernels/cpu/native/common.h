@@ -1,7 +1,7 @@
 // Shared by every level: element types, sizes, memory that stays with its thread. No PyTorch headers in this folder.
 //
-// One source serves several instruction sets. avx512.h, avx2.h and avxvnni.h each define a level: the lanes of a vector,
-// the arithmetic on them and the dot products; rows.h, panel.h, tile.h and linear.h are written in these terms and
+// One source serves several instruction sets. avx512.h and avx2.h define two levels each: the lanes of a vector, the
+// arithmetic on them and the dot products; rows.h, panel.h, tile.h and linear.h are written in these terms and
 // compiled once a level, in the namespace dq::DQ_LEVEL. Standard headers come first, outside of the level's target:
 // what they define may be shared between object files, and must run on every processor.
 #pragma once
@@ -15,6 +15,11 @@
 #include <cstdlib>
 #include <limits>
 #include <new>
+
+// compilers that know the instruction; older ones build the other levels
+#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
+#define DQ_HAS_AVXVNNI
+#endif
 
 #define DQ_UNROLL _Pragma("GCC unroll 16")
 #define DQ_INLINE static inline __attribute__((always_inline))

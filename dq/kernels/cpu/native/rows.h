@@ -7,7 +7,7 @@
 #include "common.h"
 
 #ifndef DQ_LEVEL
-#error "include a level first: avx512.h, avx2.h or avxvnni.h"
+#error "include a level first: avx512.h or avx2.h"
 #endif
 
 namespace dq::inline DQ_LEVEL {
