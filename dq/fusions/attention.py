@@ -104,7 +104,7 @@ def why_not(*modules: nn.Module) -> str | None:
     modules  a module, then what it is part of: the first with parameters says where they run; without any, here
     """
     places = next(filter(None, map(_places, modules)), {"cpu"})
-    return cpu.missing() if "cpu" in places else f"its weights are on {', '.join(sorted(places))}"
+    return cpu.missing("avx512") if "cpu" in places else f"its weights are on {', '.join(sorted(places))}"
 
 
 def lines(model: nn.Module) -> list[str]:

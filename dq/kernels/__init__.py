@@ -87,14 +87,16 @@ class Choice:
 class Machine:
     """What backends ask of a machine before they accept a layer; everything that dq can use is installed on it.
 
-    gpu   architecture of its GPU as `architecture` names it, "" without one
-    cpu   why dq's CPU kernels do not run there, None where they do
-    vnni  whether its processor has the instructions behind torch's int8 product
+    gpu    architecture of its GPU as `architecture` names it, "" without one
+    cpu    why dq's CPU kernels do not run there, None where they do
+    vnni   whether its processor has the instructions behind torch's int8 product
+    level  of dq's CPU kernels, where they run: LEVELS of dq/kernels/cpu/library.py
     """
 
     gpu: str = ""
     cpu: str | None = None
     vnni: bool = True
+    level: str = "avx512"
 
 
 _imagined: ContextVar[Machine | None] = ContextVar("machine", default=None)
@@ -128,11 +130,11 @@ def architecture() -> str:
 
 
 def vnni() -> bool:
-    """Whether the processor has the instructions behind torch's int8 product; hidden by DQ_CPU_LEVEL=none as well."""
+    """Whether the processor has the instructions behind torch's int8 product; hidden by DQ_CPU_LEVEL=none and avx2."""
     asked = machine()
     if asked is not None:
         return asked.vnni
-    return torch.cpu._is_vnni_supported() and os.environ.get("DQ_CPU_LEVEL") != "none"
+    return torch.cpu._is_vnni_supported() and os.environ.get("DQ_CPU_LEVEL") not in ("none", "avx2")
 
 
 @cache

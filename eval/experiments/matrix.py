@@ -50,7 +50,7 @@ class Processor:
 
 PROCESSORS = (
     Processor("CPU, AVX512-VNNI and bf16", Machine()),
-    Processor("x86 without VNNI", Machine(cpu="this processor lacks AVX512 with VNNI and bf16", vnni=False)),
+    Processor("x86 with AVX2", Machine(vnni=False, level="avx2")),
     *(Processor(gpu, Machine(gpu)) for gpu in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")),
 )
 GPUS = {"sm_80": "A100", "sm_86": "RTX 30", "sm_89": "RTX 40, L4", "sm_90": "H100", "sm_100": "B200"}
@@ -75,10 +75,10 @@ def word(kind: str, pair: Pair, processor: Processor) -> str:
     given = plan(kind, pair)
     with kernels.imagined(processor.machine):
         name, _ = kernels.chosen(kind, given, processor.device, CONV if kind == "conv" else None, "auto")
+        label = kernels.backends()[name].label(kind, given)
     if kernels.emulates(name, kind, given):
         return "emulated"
     how = "decoded" if given.act is None else "native"
-    label = kernels.backends()[name].label(kind, given)
     return how if timed(label, processor) else how + UNTIMED
 
 

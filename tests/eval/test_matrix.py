@@ -21,7 +21,7 @@ def _dynamic(act):
     return act is None or TensorPlan.parse(act).scale == "dynamic"
 
 
-HERE = Processor("this one", Machine(cpu=library.missing(), vnni=kernels.vnni()))
+HERE = Processor("this one", Machine(cpu=library.missing(), vnni=kernels.vnni(), level=library.level()))
 DYNAMIC = [(kind, pair) for kind in matrix.SHAPES for pair in matrix.pairs(kind) if _dynamic(pair[1])]
 
 

@@ -18,7 +18,7 @@ from dq.kernels.cpu import library
 from tests import models, zoo
 from tests.models import FLUX, PIXART, UNET
 
-pytestmark = pytest.mark.skipif(library.library() is None, reason=str(library.missing()))
+pytestmark = pytest.mark.skipif(library.missing("avx512") is not None, reason=str(library.missing("avx512")))
 few = settings(max_examples=60, deadline=None, derandomize=True)
 WIDTHS = (1, 5, 8, 33, 40, 64, 72, 80, 96, 112, 128, 160, 256)
 LAYOUTS = ("heads", "tokens", "sliced", "strided")

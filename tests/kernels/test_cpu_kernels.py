@@ -20,8 +20,27 @@ from dq.kernels.cpu import library, ops
 from dq.plan import LayerPlan, TensorPlan
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=str(library.missing()))
+wide = pytest.mark.skipif(library.missing("avx512") is not None, reason=str(library.missing("avx512")))
 few = settings(max_examples=40, deadline=None, derandomize=True)
 sizes = st.integers(1, 200)
+
+
+def levels():
+    """Those that run here, up to the one that serves."""
+    mask, top = library.library().dq_cpu_levels() if library.library() else 0, library.LEVELS.index(library.level())
+    return [name for i, name in enumerate(library.LEVELS[: top + 1]) if i and mask >> i & 1]
+
+
+@pytest.fixture(scope="module", params=levels())
+def level(request):
+    """Every linear of a test runs on each level that the processor has."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ops, "level", lambda: request.param)
+    yield request.param
+    patch.undo()
+
+
+each_level = pytest.mark.usefixtures("level")
 
 
 def generator(seed):
@@ -54,6 +73,7 @@ def ulps(ours, truth):
 # --- integers --------------------------------------------------------------------------------------------------------
 
 
+@each_level
 @few
 @given(rows=sizes, columns=st.integers(1, 300), outputs=sizes, bits=st.sampled_from((8, 4)), seed=st.integers(0, 99))
 def test_sums_are_exact(rows, columns, outputs, bits, seed):
@@ -67,6 +87,7 @@ def test_sums_are_exact(rows, columns, outputs, bits, seed):
     assert torch.equal(y.double(), x.double() @ codes.double().t())
 
 
+@each_level
 def test_sums_do_not_saturate():
     p = plan((70, 15360))
     for sign in (1.0, -1.0):
@@ -75,6 +96,7 @@ def test_sums_do_not_saturate():
         assert torch.equal(y, torch.full((7, 70), sign * 127.0 * 127 * 15360))
 
 
+@each_level
 @few
 @given(
     rows=sizes,
@@ -100,6 +122,7 @@ WEIGHTS = ("int8/channel", "int4/channel", "int4/group:64", "int8/tensor", "int5
 ACTS = ("int8/token", "int8a/token", "int4/group:64", "int4a/group:64", "int4/group:64/dynamic/0.17", "int4/group:32")
 
 
+@each_level
 @few
 @given(
     weight=st.sampled_from(WEIGHTS),
@@ -125,6 +148,7 @@ def test_layers_follow_the_reference(weight, act, rows, columns, outputs, rank, 
     assert (ours.float() - truth).abs().max() <= room * truth.abs().max() + 1e-6
 
 
+@wide
 @few
 @given(rows=st.integers(1, 16), columns=st.integers(1, 400), outputs=sizes, weight=st.sampled_from(WEIGHTS[:4]))
 def test_thin_linears_follow_the_reference(rows, columns, outputs, weight):
@@ -135,6 +159,7 @@ def test_thin_linears_follow_the_reference(rows, columns, outputs, weight):
     assert (ours - truth).abs().max() <= 2e-6 * columns**0.5 * truth.abs().max() + 1e-6
 
 
+@each_level
 @pytest.mark.parametrize("act", ["int8/token", "int4a/group:16"])
 def test_a_call_does_not_depend_on_the_calls_before(act):
     p, other = plan((40, 64), act=act), plan((24, 64), "int4/channel", act)
@@ -154,6 +179,7 @@ def test_what_follows_the_scale_is_passed_by_name():
         torch.ops.dq.cpu_linear(x, t.weight, t.scale, weight_bits=8)
 
 
+@each_level
 def test_gelu_is_within_two_units_of_bf16():
     p = plan((512, 64))
     t, x = tensors(p), torch.randn(256, 64, generator=generator(3)) * 3
@@ -173,6 +199,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@each_level
 @pytest.mark.parametrize("act", ["int8/token", "int4a/group:64"])
 def test_threads_do_not_change_a_bit(threads, act):
     p = plan((320, 320), "int4/group:64", act)
@@ -186,6 +213,7 @@ def test_threads_do_not_change_a_bit(threads, act):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+@each_level
 def test_unaligned_and_strided_inputs():
     p = plan((33, 61))
     t, wide = tensors(p), torch.randn(40, 200, generator=generator(1))
@@ -193,6 +221,7 @@ def test_unaligned_and_strided_inputs():
         assert torch.equal(linear(x, t, p), linear(x.clone(), t, p))
 
 
+@each_level
 def test_nan_and_infinity_stay_in_their_row():
     p = plan((40, 64))
     t, x = tensors(p), torch.randn(9, 64, generator=generator(1))
@@ -203,6 +232,7 @@ def test_nan_and_infinity_stay_in_their_row():
     assert torch.equal(y[[0, 1, 3, 5, 7, 8]], clean[[0, 1, 3, 5, 7, 8]])
 
 
+@wide
 def test_nan_of_one_sample_stays_there():
     p = plan((8, 4, 3, 3), "int8/channel", "int8a/tensor", "conv2d")
     run = kernels.cpu.build("conv", p, kernels.Conv((1, 1), (1, 1), (1, 1), 1))
@@ -213,6 +243,7 @@ def test_nan_of_one_sample_stays_there():
     assert y[1].isnan().all() and torch.equal(y[0], clean[0]) and torch.equal(y[2], clean[2])
 
 
+@each_level
 def test_no_rows_give_no_rows():
     p = plan((40, 64))
     assert linear(torch.empty(0, 64), tensors(p), p).shape == (0, 40)
@@ -221,6 +252,7 @@ def test_no_rows_give_no_rows():
 # --- convolutions ----------------------------------------------------------------------------------------------------
 
 
+@wide
 @few
 @given(
     channels=st.integers(1, 150),
@@ -251,6 +283,7 @@ def test_convolutions_follow_the_reference(
 # --- the ops --------------------------------------------------------------------------------------------------------
 
 
+@wide
 def test_ops_are_proper_torch_ops():
     p, conv = (
         plan((48, 64), "int4/group:64", "int8a/token"),
@@ -269,6 +302,7 @@ def test_ops_are_proper_torch_ops():
         check(torch.ops.dq.cpu_conv, given, ones | {"weight_bits": 8, "act_bits": 8, "act_affine": True})
 
 
+@wide
 def test_ops_compile_to_one_graph():
     p = plan((48, 64), "int4/group:64", "int8/token", rank=4)
     bias, down, up = (torch.randn(*size).bfloat16() for size in ((48,), (4, 64), (48, 4)))
@@ -288,7 +322,6 @@ def test_ops_compile_to_one_graph():
         assert torch.allclose(eager.float(), compiled.float(), rtol=2e-2, atol=2e-2) and eager.dtype == compiled.dtype
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_address_sanitizer_finds_nothing(tmp_path):
     """Every kernel over ragged shapes in a process whose every read and write is checked."""

@@ -41,6 +41,17 @@ def test_none_hides_every_kernel_and_says_so(reload, monkeypatch):
     assert choice.backend != "cpu" and "hidden by DQ_CPU_LEVEL=none" in dict(choice.refusals)["cpu"]
 
 
+@built
+@pytest.mark.parametrize("name", library.LEVELS[1:])
+def test_the_highest_level_up_to_the_one_asked_for_runs(reload, monkeypatch, name):
+    monkeypatch.setenv("DQ_CPU_LEVEL", name)
+    mask = library.library().dq_cpu_levels()
+    allowed = library.LEVELS[: library.LEVELS.index(name) + 1]
+    assert library.level() == [each for i, each in enumerate(allowed) if mask >> i & 1][-1] != "none"
+    choice = kernels.choose("linear", int8(), "cpu")
+    assert choice.backend == "cpu" and (library.level() == "avx512" or library.UNITS[library.level()] in choice.label)
+
+
 @pytest.mark.parametrize("value", [None, "", "avx512"])
 def test_the_highest_level_is_the_default(reload, monkeypatch, value):
     monkeypatch.delenv("DQ_CPU_LEVEL", raising=False) if value is None else monkeypatch.setenv("DQ_CPU_LEVEL", value)
@@ -50,7 +61,7 @@ def test_the_highest_level_is_the_default(reload, monkeypatch, value):
 def test_a_level_that_is_none_is_refused_with_the_known_ones(reload, monkeypatch):
     monkeypatch.setenv("DQ_CPU_LEVEL", "avx51")
     with pytest.raises(
-        DQError, match=r"DQ_CPU_LEVEL is 'avx51', expected one of avx512, none\. Did you mean 'avx512'"
+        DQError, match=r"DQ_CPU_LEVEL is 'avx51', expected one of avx2, avx512, .*none\. Did you mean 'avx512'"
     ):
         library.missing()
 
@@ -64,9 +75,9 @@ def test_the_variable_is_read_by_a_process_that_starts():
 
 @built
 def test_a_processor_below_every_level_is_refused(reload, monkeypatch):
-    old = types.SimpleNamespace(dq_fingerprint=lambda: source.fingerprint().encode(), dq_cpu_level=lambda: 0)
+    old = types.SimpleNamespace(dq_fingerprint=lambda: source.fingerprint().encode(), dq_cpu_levels=lambda: 1)
     monkeypatch.setattr(ctypes, "CDLL", lambda path: old)
-    assert library.library() is None and "processor lacks AVX512" in library.missing()
+    assert library.library() is None and "processor lacks AVX2" in library.missing()
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

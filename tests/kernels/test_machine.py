@@ -7,11 +7,12 @@ import torch
 
 from dq import kernels
 from dq.kernels import Machine
-from dq.kernels.cpu import library
+from dq.kernels.cpu import attention, library
 from dq.kernels.triton import configs
 from tests.kernels.test_kernels import plan
 
 INT8 = plan("linear", (64, 64))
+WEIGHT_ONLY = plan("linear", (64, 64), "int4/group:32", None)
 FP8 = plan("linear", (64, 64), "fp8/channel", "fp8/token")
 
 
@@ -29,6 +30,9 @@ def test_a_described_machine_decides_who_runs_a_layer():
     assert backend(INT8, "cpu", Machine()) == "cpu"
     assert backend(INT8, "cpu", Machine(cpu="an old processor")) == "torchops"
     assert backend(INT8, "cpu", Machine(cpu="an old processor", vnni=False)) == "dense"
+    assert backend(INT8, "cpu", Machine(vnni=False, level="avx2")) == "cpu"
+    assert backend(WEIGHT_ONLY, "cpu", Machine()) == "cpu"
+    assert backend(WEIGHT_ONLY, "cpu", Machine(vnni=False, level="avx2")) == "dense"
     assert backend(INT8, "cuda", Machine(gpu="sm_75")) == "torchops"
     assert backend(INT8, "cuda", Machine(gpu="sm_90")) == "triton"
     assert backend(FP8, "cuda", Machine(gpu="sm_75")) == "dense"
@@ -45,6 +49,20 @@ def test_the_reason_is_the_machines_own():
         assert dict(kernels.chosen("linear", FP8, "cuda")[1])["triton"] == "sm_86 has no fp8 matrix unit"
 
 
+def test_a_level_says_which_kernels_it_lacks_and_labels_say_which_ran():
+    conv, pointwise = plan("conv2d", (64, 64, 3, 3), act="int8/tensor"), plan("conv2d", (64, 64, 1, 1))
+    cpu = kernels.backends()["cpu"]
+    for level, name in (("avx2", "AVX2"), ("avxvnni", "AVX-VNNI"), ("avx512vnni", "AVX512-VNNI")):
+        with kernels.imagined(Machine(level=level)):
+            assert cpu.why_not("linear", INT8, "cpu") is cpu.why_not("conv", pointwise, "cpu") is None
+            for op, given in (("linear", WEIGHT_ONLY), ("conv", conv)):
+                assert "needs AVX512 with VNNI and bf16" in cpu.why_not(op, given, "cpu")
+            assert attention._missing() == library.missing("avx512") is not None
+            assert cpu.label("linear", INT8) == f"dq cpu int8 x int8 on {name}"
+    with kernels.imagined(Machine()):
+        assert cpu.label("linear", INT8) == "dq cpu int8 x int8" and library.missing("avx512") is None
+
+
 def test_the_machine_at_hand_is_asked_again_afterwards():
     before = kernels.choose("linear", INT8, "cpu")
     with pytest.raises(RuntimeError), kernels.imagined(Machine(cpu="an old processor")):
@@ -56,11 +74,11 @@ def test_the_machine_at_hand_is_asked_again_afterwards():
 
 def test_a_described_machine_equals_the_one_it_describes():
     """This machine, described, answers as this machine."""
-    here = Machine(kernels.architecture(), library.missing(), kernels.vnni())
+    here = Machine(kernels.architecture(), library.missing(), kernels.vnni(), library.level())
     for given in (
         INT8,
         FP8,
-        plan("linear", (64, 64), "int4/group:32", None),
+        WEIGHT_ONLY,
         plan("linear", (64, 64), "nvfp4", "nvfp4"),
     ):
         choice = kernels.choose("linear", given, "cpu")

@@ -4,7 +4,7 @@
 
 Rounding of the activations, product, scales, branch and bias are one call. Weights are read from their stored rows and
 laid out in cache while they are used (native/panel.h). Under autograd, and for dtypes other than fp32, bf16 and fp16,
-a layer runs on `dense`.
+a layer runs on `dense`. Linears run from AVX2 on, the rest from AVX512 with VNNI and bf16 on (library.py: levels).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from dq.formats.integer import Integer
 from dq.kernels import Conv, Tensors, dense
-from dq.kernels.cpu.library import missing
+from dq.kernels.cpu.library import UNITS, level, missing
 from dq.plan import LayerPlan
 
 RANK = 20
@@ -39,7 +39,14 @@ def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> 
         return f"sums over {plan.columns} columns may overflow 32 bits"
     if weight.grain.kind == "group" and weight.grain.size % 4:
         return f"groups of {weight.grain.size} columns are no multiple of 4"
-    return (_why_not_weight_only if plan.act is None else _why_not_integer)(op, plan, conv) or missing()
+    reason = (_why_not_weight_only if plan.act is None else _why_not_integer)(op, plan, conv)
+    return reason or missing(_least(op, plan))
+
+
+def _least(op: str, plan: LayerPlan) -> str:
+    """The lowest level that has the layer's kernel."""
+    product = plan.act is not None and (op == "linear" or plan.act.granularity == "token")
+    return "avx2" if product else "avx512"
 
 
 def _integer(spec) -> bool:
@@ -76,7 +83,8 @@ def _why_not_integer(op: str, plan: LayerPlan, conv: Conv | None) -> str | None:
 def label(op: str, plan: LayerPlan) -> str:
     if plan.act is None:
         return f"dq cpu {plan.weight.format} weight-only up to {THIN} rows, else {dense.label(op, plan)}"
-    return f"dq cpu {plan.weight.format} x {plan.act.format}" + (" conv" if op == "conv" else "")
+    lower = "" if level() in ("avx512", "none") else f" on {UNITS[level()]}"
+    return f"dq cpu {plan.weight.format} x {plan.act.format}{' conv' if op == 'conv' else ''}{lower}"
 
 
 def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:

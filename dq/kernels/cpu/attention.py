@@ -24,7 +24,7 @@ PROBLEMS = {1: "the dtype", 2: "the shape", 3: "the mask's strides", 4: "the siz
 
 @torch.compiler.assume_constant_result
 def _missing() -> str | None:
-    return missing()
+    return missing("avx512")
 
 
 def why_not(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, enable_gqa=False, int8=False):

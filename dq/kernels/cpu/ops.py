@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dq.kernels.cpu.library import library
+from dq.kernels.cpu.library import level, library
 from dq.kernels.reference import out_sizes
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -102,7 +102,7 @@ def _linear(
         act_affine=act_affine, gelu=gelu, shift=shift,
     )  # fmt: skip
     tensors = {"x": x, "act_scale": act_scale, "weight": weight, "weight_scale": scale, "bias": bias, "y": y}
-    _run("dq_linear", arguments, tensors | {"low": low, "up": up})
+    _run(f"dq_linear_{level()}", arguments, tensors | {"low": low, "up": up})
     return y
 
 

@@ -1,8 +1,6 @@
 // Vector pieces of the attention kernels: 2^t, magnitudes and their scales, 32-bit transposes.
 #pragma once
-#include <limits>
-
-#include "common.h"
+#include "avx512.h"
 
 namespace dq {
 namespace {
@@ -14,7 +12,7 @@ constexpr float kLog2e = 1.44269504088896341f;
 DQ_INLINE __mmask32 first_halves(long count) { return count >= 32 ? ~0u : (1u << std::max(count, 0l)) - 1; }
 
 // --- 2^t ------------------------------------------------------------------------------------------------------------
-// t = floor(t) + f; a polynomial in f, then the exponent. Unlike exp2 of common.h: NaN stays NaN, -inf is exactly 0,
+// t = floor(t) + f; a polynomial in f, then the exponent. Unlike exp2 of tile.h: NaN stays NaN, -inf is exactly 0,
 // and no clamping, because vreduceps and vscalefps define both ends. The fits have the smallest relative error on
 // [0, 1].
 

@@ -4,6 +4,7 @@
 //
 // The input is rounded once into a channels-last image of bytes, padded with the code of zero; the row of a pixel and
 // tap is then an address, and the product of linears serves. One activation scale and zero point a sample.
+#include "avx512.h"
 #include "fields.h"
 #include "tile.h"
 
@@ -125,7 +126,7 @@ void lay_line(const DqConv& c, const Geometry& g, const Shared& s, const Quantiz
         for (long k = 0; k < count; k += 16) {
           _mm512_storeu_ps(values + k, load(c.x, start + w * c.channels + first + k, c.dtype, first_lanes(count - k)));
         }
-        encode(values, count, scale, zero, q, line + w * g.channels + first);
+        encode<Bytes>(values, count, scale, zero, q, line + w * g.channels + first);
       }
     }
     return;
@@ -138,7 +139,7 @@ void lay_line(const DqConv& c, const Geometry& g, const Shared& s, const Quantiz
       for (long k = 0; k < count; k++) {
         long at = b * g.inside + (channel + k) * plane + row * width + first;
         _mm512_storeu_ps(values, load(c.x, at, c.dtype, first_lanes(pixels)));
-        encode(values, pixels, scale, zero, q, codes + 16 * k);
+        encode<Bytes>(values, pixels, scale, zero, q, codes + 16 * k);
       }
       for (long w = 0; w < pixels; w++) {
         uint8_t* to = line + (first + w) * g.channels + channel;
@@ -217,9 +218,9 @@ void lay_panel(const DqConv& c, const Geometry& g, const Weight& w, long first, 
         deinterleave(row, c.channels, g.taps, g.channels, rows + i * spread);
       }
     }
-    lay_block(rows, spread, there, spread, 8, p.codes + (n - first) * 4);
+    lay_block<Bytes>(rows, spread, there, spread, 8, p.codes + (n - first) * 4);
   }
-  lay_sums(p, spread, spread, 1);
+  lay_sums<Bytes>(p, spread, spread, 1);
   lay_vectors(p, w, first);
 }
 
@@ -229,7 +230,7 @@ void pixels_of(const DqConv& c, const Geometry& g, const Shared& s, const Panel&
   const uint8_t* row[MR];
   for (int i = 0; i < MR; i++) row[i] = s.images + b * g.image + s.offset[pixel + i];
   Taps taps{.offset = s.offset + g.pixels, .count = g.taps, .width = g.channels};
-  (q.affine ? tile<MR, true> : tile<MR, false>)(p, q, taps, o, row, b * g.pixels + pixel, n, c.outputs, at);
+  (q.affine ? tile<Bytes, MR, true> : tile<Bytes, MR, false>)(p, q, taps, o, row, b * g.pixels + pixel, n, c.outputs, at);
 }
 
 constexpr long kPixels = 96;  // output pixels of a task
@@ -278,10 +279,10 @@ Weight weight_of(const DqConv& c, long spread) {
 void product(const DqConv& c, const Geometry& g, const Shared& s, const Quantized& q, bool& failed) {
   long spread = g.taps * g.channels, panels = (c.outputs + kWide - 1) / kWide;
   const Weight w = weight_of(c, spread);
-  size_t panel = round_up(panel_bytes(round_up(spread, 64), 1, 0), 64), rows = round_up(17 * spread + 128, 64);
+  size_t panel = round_up(panel_bytes<Bytes>(round_up(spread, 64), 1, 0), 64), rows = round_up(17 * spread + 128, 64);
   size_t turned = kPixels * kWide * 4, table = g.taps <= kMostTaps ? g.taps * g.taps * sizeof(Pick) : 0;
   char* place = (char*)own.get(panel + rows + turned + table);
-  Panel p = panel_in(place, round_up(spread, 64), 1);
+  Panel p = panel_in<Bytes>(place, round_up(spread, 64), 1);
   Pick* picks = (Pick*)(place + panel + rows + turned);
   if (place && table) lay_picks(g.taps, picks);
   long blocks = (g.pixels + kPixels - 1) / kPixels, held = -1;

@@ -1,15 +1,16 @@
 // Weights: 64 output channels at a time, from their canonical rows to the order the dot product wants, in cache.
 //
-//   rows (64, columns) int8 or int4  ->  codes [columns / 4][64][4]
+//   rows (64, columns) int8 or int4  ->  words [64 / kTile][columns / codes of a word][kTile]
 //
-// A panel is laid out when it is needed and thrown away: at 64 bytes of weight per few cycles this costs a percent or
-// two of the product it serves, and the stored weight stays one copy in one documented order.
+// A word is 32 bits: the codes of neighbouring columns that one lane of the dot product takes. A panel is laid out when
+// it is needed and thrown away: at 64 bytes of weight per few cycles this costs a percent or two of the product it
+// serves, and the stored weight stays one copy in one documented order.
 #pragma once
-#include "common.h"
+#include "rows.h"
 
-namespace dq {
+namespace dq::inline DQ_LEVEL {
 
-constexpr long kWide = 64;  // output channels of a panel
+constexpr long kTile = kRegisters * kLanes;  // output channels of a tile
 
 struct Weight {
   const int8_t* codes;  // (outputs, row_bytes)
@@ -23,64 +24,79 @@ struct Weight {
 };
 
 struct Panel {
-  int8_t* codes;  // [padded / 4][64][4]
+  int8_t* codes;  // words [64 / kTile][padded columns / codes of a word][kTile]
   int* sums;      // [groups][64] sum of codes
   float* scale;   // [groups][64]
   float* bias;    // [64]
   uint16_t* up;   // [rank / 2][64][2]
+  long bytes;     // of the codes of a tile
 };
 
+template <class Dot>
+DQ_INLINE long tile_bytes(long padded) {
+  return padded / Dot::kCodes * 4 * kTile;
+}
+
+template <class Dot>
 DQ_INLINE size_t panel_bytes(long padded, long groups, long rank) {
-  return kWide * (padded + groups * 8 + 4 + 2 * round_up(rank, 2)) + 64;
+  return kWide / kTile * tile_bytes<Dot>(padded) + kWide * (groups * 8 + 4 + 2 * round_up(rank, 2)) + 64;
 }
 
+template <class Dot>
 DQ_INLINE Panel panel_in(void* place, long padded, long groups) {
+  long bytes = tile_bytes<Dot>(padded);
   int8_t* codes = (int8_t*)place;
-  int* sums = (int*)(codes + kWide * padded);
+  int* sums = (int*)(codes + kWide / kTile * bytes);
   float *scale = (float*)(sums + kWide * groups), *bias = scale + kWide * groups;
-  return {.codes = codes, .sums = sums, .scale = scale, .bias = bias, .up = (uint16_t*)(bias + kWide)};
+  return {.codes = codes, .sums = sums, .scale = scale, .bias = bias, .up = (uint16_t*)(bias + kWide), .bytes = bytes};
 }
 
-// 64 codes of one row from column k on, as signed bytes; 0 beyond the end.
-DQ_INLINE __m512i row_codes(const int8_t* row, long k, long columns, int bits) {
-  if (bits == 8) return _mm512_maskz_loadu_epi8(first_bytes(columns - k), row + k);
-  long left = (columns - k + 1) / 2;
-  __m256i packed = _mm256_maskz_loadu_epi8((__mmask32)first_bytes(std::min(left, 32l)), row + k / 2);
-  __m512i wide = _mm512_cvtepu8_epi16(packed);  // low nibble first
-  __m512i both = _mm512_or_si512(_mm512_and_si512(wide, _mm512_set1_epi16(0x0f)),
-                                 _mm512_slli_epi16(_mm512_and_si512(wide, _mm512_set1_epi16(0xf0)), 4));
-  const __m512i eight = _mm512_set1_epi8(8);
-  return _mm512_maskz_sub_epi8(first_bytes(columns - k), _mm512_xor_si512(both, eight), eight);
+// What a tile from output channel n of the panel on sees: the same arrays, from there.
+DQ_INLINE Panel from(const Panel& p, long n) {
+  return {.codes = p.codes + n / kTile * p.bytes + n % kTile * 4,
+          .sums = p.sums + n,
+          .scale = p.scale + n,
+          .bias = p.bias + n,
+          .up = p.up + 2 * n,
+          .bytes = p.bytes};
 }
 
-// 16 rows (those beyond `there` are 0) into every fourth word of 64 bytes of `out`.
+// kLanes rows (those beyond `there` are 0) into kLanes of every kTile words of `out`, the last four columns filled up.
+template <class Dot>
 static inline void lay_block(const int8_t* codes, long row_bytes, long there, long columns, int bits, int8_t* out) {
-  for (long k = 0; k < columns; k += 64) {
-    long words = std::min(16l, (columns - k + 3) / 4);
-    __m512i r[16];
-    DQ_UNROLL for (int i = 0; i < 16; i++) {
-      r[i] = i < there ? row_codes(codes + i * row_bytes, k, columns, bits) : _mm512_setzero_si512();
+  constexpr long step = kLanes * Dot::kCodes;
+  for (long k = 0; k < columns; k += step) {
+    long words = std::min(kLanes, (round_up(columns, 4) - k) / Dot::kCodes);
+    Words r[kLanes];
+    DQ_UNROLL for (int i = 0; i < kLanes; i++) {
+      r[i] = i < there ? Dot::row_words(codes + i * row_bytes, k, columns, bits) : every(0);
     }
-    transpose16(r);
-    if (words == 16) {
-      DQ_UNROLL for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + k * kWide + i * 256, r[i]);
+    transpose(r);
+    int8_t* to = out + k / Dot::kCodes * 4 * kTile;
+    if (words == kLanes) {
+      DQ_UNROLL for (int i = 0; i < kLanes; i++) write(to + i * 4 * kTile, r[i]);
     } else {
-      for (long i = 0; i < words; i++) _mm512_storeu_si512(out + k * kWide + i * 256, r[i]);
+      for (long i = 0; i < words; i++) write(to + i * 4 * kTile, r[i]);
     }
   }
 }
 
 // Sums of codes over each group of columns; `group` is a multiple of 4 or covers all columns.
+template <class Dot>
 static inline void lay_sums(const Panel& p, long columns, long group, long groups) {
-  const __m512i ones = _mm512_set1_epi8(1);
-  for (long g = 0; g < groups; g++) {
-    __m512i sum[4];
-    DQ_UNROLL for (int j = 0; j < 4; j++) sum[j] = _mm512_setzero_si512();
-    long last = std::min((g + 1) * group, columns);
-    for (long k = g * group; k < last; k += 4) {
-      DQ_UNROLL for (int j = 0; j < 4; j++) dot4(sum[j], ones, _mm512_loadu_si512(p.codes + k * kWide + 64 * j));
+  const Words ones = every(Dot::kOnes);
+  for (long t = 0; t < kWide; t += kTile) {
+    Panel part = from(p, t);
+    for (long g = 0; g < groups; g++) {
+      Words sum[kRegisters];
+      DQ_UNROLL for (int j = 0; j < kRegisters; j++) sum[j] = every(0);
+      long last = std::min((g + 1) * group, columns);
+      for (long k = g * group; k < last; k += Dot::kCodes) {
+        const int8_t* at = part.codes + k / Dot::kCodes * 4 * kTile;
+        DQ_UNROLL for (int j = 0; j < kRegisters; j++) Dot::dot(sum[j], ones, read(at + 4 * kLanes * j));
+      }
+      DQ_UNROLL for (int j = 0; j < kRegisters; j++) write(part.sums + g * kWide + kLanes * j, sum[j]);
     }
-    DQ_UNROLL for (int j = 0; j < 4; j++) _mm512_storeu_si512(p.sums + g * kWide + 16 * j, sum[j]);
   }
 }
 
@@ -95,9 +111,9 @@ static inline void lay_vectors(const Panel& p, const Weight& w, long first) {
     }
     p.bias[n] = -w.shift * folded;
   }
-  for (long n = 0; w.bias && n < kWide; n += 16) {
-    __m512 bias = load(w.bias, first + n, w.dtype, first_lanes(w.outputs - first - n));
-    _mm512_storeu_ps(p.bias + n, _mm512_add_ps(_mm512_loadu_ps(p.bias + n), bias));
+  for (long n = 0; w.bias && n < kWide; n += kLanes) {
+    Floats bias = load(w.bias, first + n, w.dtype, first_lanes(w.outputs - first - n));
+    write(p.bias + n, add(read(p.bias + n), bias));
   }
   for (long r = 0; w.up && r < w.rank; r += 2) {
     for (long n = 0; n < kWide; n++) {
@@ -109,12 +125,14 @@ static inline void lay_vectors(const Panel& p, const Weight& w, long first) {
   }
 }
 
+template <class Dot>
 static inline void lay_out(const Weight& w, long first, const Panel& p) {
-  for (long n = first; n < first + kWide; n += 16) {
-    lay_block(w.codes + n * w.row_bytes, w.row_bytes, w.outputs - n, w.columns, w.bits, p.codes + (n - first) * 4);
+  for (long n = 0; n < kWide; n += kLanes) {
+    const int8_t* rows = w.codes + (first + n) * w.row_bytes;
+    lay_block<Dot>(rows, w.row_bytes, w.outputs - first - n, w.columns, w.bits, from(p, n).codes);
   }
-  lay_sums(p, w.columns, w.group, w.groups);
+  lay_sums<Dot>(p, w.columns, w.group, w.groups);
   lay_vectors(p, w, first);
 }
 
-}  // namespace dq
+}  // namespace dq::inline DQ_LEVEL

@@ -1,8 +1,8 @@
 // Weight-only linears on a few rows (modulation, time and text projections): bound by reading the weight once.
 //
 //   y[m, n] = sum_g sw[n, g] sum_{k in g} x[m, k] w[n, k] + bias[n]          x stays floating point
+#include "avx512.h"
 #include "fields.h"
-#include "panel.h"
 
 using namespace dq;
 

@@ -1,32 +1,15 @@
 // Quantized linears: y = epilogue(Q(x + shift) W^T + low up^T + bias), integer dot products throughout.
-#include "fields.h"
+// The whole of it for one level: linear_avx512.cpp and its like include a level, this, and export dq_linear_<level>.
+#pragma once
+#include "arguments.h"
 #include "tile.h"
 
-using namespace dq;
-
-extern "C" {
-
-struct DqLinear {
-  const void* x;
-  const float* act_scale;  // one stored scale of the activations, or null: measured
-  const int8_t* weight;
-  const float* weight_scale;
-  const void* bias;
-  const void* low;  // the low-rank branch: (rows, rank) bf16, or null
-  const void* up;   // (outputs, rank) bf16
-  void* y;
-  int64_t rows, columns, outputs, row_bytes, rank;
-  int64_t weight_group, act_group;  // 0: the whole row
-  int64_t weight_scale_stride;
-  Dtype dtype;
-  int32_t weight_bits, act_bits, act_affine, gelu;
-  float shift;
-};
-}
-
+namespace dq::inline DQ_LEVEL {
 namespace {
 
 thread_local Scratch activations, panels;
+
+constexpr long kBlockBytes = 96 << 10;  // of activation codes that stay in L2 beside a tile
 
 struct Shape {
   long padded, group, groups, panels, splits;
@@ -45,15 +28,17 @@ Shape shape_of(const DqLinear& l, int threads) {
   return s;
 }
 
+template <class Dot>
 Quantized quantized_in(const DqLinear& l, const Shape& s) {
   const long group = l.act_group ? l.act_group : l.columns, groups = (l.columns + group - 1) / group;
-  size_t codes = l.rows * s.padded, scales = l.rows * groups * 4;
+  const long stride = s.padded * sizeof(typename Dot::Code);
+  size_t codes = l.rows * stride, scales = l.rows * groups * 4;
   uint8_t* place = (uint8_t*)activations.get(codes + 2 * scales + 64);
   return {
       .codes = place,
       .scale = (float*)(place + codes),
       .zero = (int*)(place + codes + scales),
-      .stride = s.padded,
+      .stride = stride,
       .group = group,
       .groups = groups,
       .low = lowest_code(l.act_bits, l.act_affine),
@@ -63,6 +48,7 @@ Quantized quantized_in(const DqLinear& l, const Shape& s) {
   };
 }
 
+template <class Dot>
 void quantize(const DqLinear& l, const Quantized& q, bool& failed) {
   float* row = (float*)panels.get(round_up(l.columns, 64) * 4);
 #pragma omp for schedule(static)
@@ -72,28 +58,37 @@ void quantize(const DqLinear& l, const Quantized& q, bool& failed) {
       continue;
     }
     fetch(l.x, m * l.columns, l.columns, l.dtype, l.shift, row);
-    quantize_row(row, l.columns, m, q);
+    quantize_row<Dot>(row, l.columns, m, q);
   }
 }
 
-template <int MR>
+template <class Dot, int MR>
 void rows_of(const DqLinear& l, const Shape& s, const Panel& p, const Quantized& q, const Output& o, long m, long n) {
   const uint8_t* row[MR];
   for (int i = 0; i < MR; i++) row[i] = q.codes + (m + i) * q.stride;
   const long zero = 0;
   Taps taps{.offset = &zero, .count = 1, .width = round_up(l.columns, 4)};
-  if (s.groups == 1) return (q.affine ? tile<MR, true> : tile<MR, false>)(p, q, taps, o, row, m, n, l.outputs, m);
-  auto grouped = q.groups == 1 ? (q.affine ? tile_grouped<MR, true, false> : tile_grouped<MR, false, false>)
-                               : (q.affine ? tile_grouped<MR, true, true> : tile_grouped<MR, false, true>);
+  if (s.groups == 1) return (q.affine ? tile<Dot, MR, true> : tile<Dot, MR, false>)(p, q, taps, o, row, m, n, l.outputs, m);
+  auto grouped = q.groups == 1 ? (q.affine ? tile_grouped<Dot, MR, true, false> : tile_grouped<Dot, MR, false, false>)
+                               : (q.affine ? tile_grouped<Dot, MR, true, true> : tile_grouped<Dot, MR, false, true>);
   grouped(p, q, taps, o, s.group, s.groups, row, m, n, l.outputs, m);
 }
 
+// Rows first to last times a panel. Each tile meets a block of rows that stays in L2, so that both are read from cache.
+template <class Dot>
 void panel_rows(const DqLinear& l, const Shape& s, const Panel& p, const Quantized& q, const Output& o, long first,
                 long last, long n) {
-  long m = first;
-  for (; m + 6 <= last; m += 6) rows_of<6>(l, s, p, q, o, m, n);
-  for (; m + 3 <= last; m += 3) rows_of<3>(l, s, p, q, o, m, n);
-  for (; m < last; m++) rows_of<1>(l, s, p, q, o, m, n);
+  const long block = kWide == kTile ? last - first : std::max(12l, kBlockBytes / q.stride / 6 * 6);
+  for (; first < last; first += block) {
+    const long end = std::min(first + block, last);
+    for (long t = 0; t < kWide && n + t < l.outputs; t += kTile) {
+      const Panel part = from(p, t);
+      long m = first;
+      for (; m + 6 <= end; m += 6) rows_of<Dot, 6>(l, s, part, q, o, m, n + t);
+      for (; m + 3 <= end; m += 3) rows_of<Dot, 3>(l, s, part, q, o, m, n + t);
+      for (; m < end; m++) rows_of<Dot, 1>(l, s, part, q, o, m, n + t);
+    }
+  }
 }
 
 Weight weight_of(const DqLinear& l, const Shape& s) {
@@ -116,11 +111,12 @@ Weight weight_of(const DqLinear& l, const Shape& s) {
   };
 }
 
+template <class Dot>
 void product(const DqLinear& l, const Shape& s, const Quantized& q, bool& failed) {
   const Weight w = weight_of(l, s);
   const Output o{.y = l.y, .low = l.low, .stride = l.outputs, .rank = l.rank, .dtype = l.dtype, .gelu = bool(l.gelu)};
-  void* place = panels.get(panel_bytes(s.padded, s.groups, w.rank));
-  Panel p = panel_in(place, s.padded, s.groups);
+  void* place = panels.get(panel_bytes<Dot>(s.padded, s.groups, w.rank));
+  Panel p = panel_in<Dot>(place, s.padded, s.groups);
   long held = -1, each = round_up((l.rows + s.splits - 1) / s.splits, 6);
 #pragma omp for schedule(dynamic, 1)
   for (long task = 0; task < s.panels * s.splits; task++) {
@@ -131,32 +127,30 @@ void product(const DqLinear& l, const Shape& s, const Quantized& q, bool& failed
     long panel = task / s.splits, part = task % s.splits;
     long first = part * each, last = std::min(l.rows, first + each);
     if (first >= last) continue;
-    if (panel != held) lay_out(w, panel * kWide, p);
+    if (panel != held) lay_out<Dot>(w, panel * kWide, p);
     held = panel;
-    panel_rows(l, s, p, q, o, first, last, panel * kWide);
+    panel_rows<Dot>(l, s, p, q, o, first, last, panel * kWide);
   }
 }
 
-}  // namespace
-
-extern "C" int dq_linear(const DqLinear* args) {
-  const DqLinear& l = *args;
+template <class Dot>
+int run_linear(const DqLinear& l) {
   if (l.rows == 0 || l.outputs == 0) return 0;
   double work = double(l.rows) * l.outputs * l.columns;
   int threads = work < 1e6 ? 1 : omp_get_max_threads();
   Shape s = shape_of(l, threads);
-  Quantized q = quantized_in(l, s);
+  Quantized q = quantized_in<Dot>(l, s);
   if (!q.codes) return 1;
   bool failed = false;  // set by any thread that got no memory, only ever to true
 #pragma omp parallel num_threads(threads)
   {
-    quantize(l, q, failed);
-    product(l, s, q, failed);
+    quantize<Dot>(l, q, failed);
+    product<Dot>(l, s, q, failed);
   }
   return failed;
 }
 
-DQ_FIELDS(DqLinear, dq_linear_fields, FIELD(x), FIELD(act_scale), FIELD(weight), FIELD(weight_scale), FIELD(bias),
-          FIELD(low), FIELD(up), FIELD(y), FIELD(rows), FIELD(columns), FIELD(outputs), FIELD(row_bytes), FIELD(rank),
-          FIELD(weight_group), FIELD(act_group), FIELD(weight_scale_stride), FIELD(dtype), FIELD(weight_bits),
-          FIELD(act_bits), FIELD(act_affine), FIELD(gelu), FIELD(shift))
+int run_linear(const DqLinear& l) { return l.weight_bits == 4 ? run_linear<Narrow>(l) : run_linear<Wide>(l); }
+
+}  // namespace
+}  // namespace dq::inline DQ_LEVEL

@@ -1,0 +1,23 @@
+// Arguments of a quantized linear, the same for every level; mirrored field by field in ops.py.
+#pragma once
+#include "common.h"
+
+extern "C" {
+
+struct DqLinear {
+  const void* x;
+  const float* act_scale;  // one stored scale of the activations, or null: measured
+  const int8_t* weight;
+  const float* weight_scale;
+  const void* bias;
+  const void* low;  // the low-rank branch: (rows, rank) bf16, or null
+  const void* up;   // (outputs, rank) bf16
+  void* y;
+  int64_t rows, columns, outputs, row_bytes, rank;
+  int64_t weight_group, act_group;  // 0: the whole row
+  int64_t weight_scale_stride;
+  dq::Dtype dtype;
+  int32_t weight_bits, act_bits, act_affine, gelu;
+  float shift;
+};
+}

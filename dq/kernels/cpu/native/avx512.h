@@ -1,0 +1,180 @@
+// AVX512 with VNNI: 16 lanes, four products of bytes a lane and instruction, or two of bf16 where there are units.
+#pragma once
+#include "common.h"
+#ifdef DQ_WITHOUT_BF16
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#define DQ_LEVEL avx512vnni
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")
+#define DQ_LEVEL avx512
+#endif
+
+namespace dq::inline DQ_LEVEL {
+
+constexpr long kLanes = 16;
+constexpr int kRegisters = 4;  // vectors of outputs in a tile; with six rows, 24 of 32 registers hold sums
+using Floats = __m512;
+using Words = __m512i;  // 32-bit integers, or as many bits of smaller ones
+using Mask = __mmask16;   // the first so many lanes
+using Flags = __mmask16;  // any lanes
+
+DQ_INLINE __mmask16 first_lanes(long count) {
+  return count >= 16 ? 0xffff : __mmask16((1u << std::max(count, 0l)) - 1);
+}
+DQ_INLINE __mmask64 first_bytes(long count) { return count >= 64 ? ~0ull : (1ull << std::max(count, 0l)) - 1; }
+
+// 16 elements at `index` as floats; lanes outside of `lanes` are 0 and not read.
+DQ_INLINE __m512 load(const void* base, long index, Dtype dtype, __mmask16 lanes) {
+  if (dtype == FP32) return _mm512_maskz_loadu_ps(lanes, (const float*)base + index);
+  __m256i half = _mm256_maskz_loadu_epi16(lanes, (const uint16_t*)base + index);
+  if (dtype == FP16) return _mm512_cvtph_ps(half);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+DQ_INLINE __m256i to_bf16(Floats value) {
+#ifdef DQ_WITHOUT_BF16
+  Words bits = _mm512_castps_si512(value), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  Words rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  Flags strange = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(
+      _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), strange, _mm512_set1_epi32(0x7fc0)));
+#else
+  return (__m256i)_mm512_cvtneps_pbh(value);
+#endif
+}
+
+DQ_INLINE void store(void* base, long index, Dtype dtype, __mmask16 lanes, __m512 value) {
+  if (dtype == FP32) return _mm512_mask_storeu_ps((float*)base + index, lanes, value);
+  __m256i half = dtype == FP16 ? _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+                               : to_bf16(value);
+  _mm256_mask_storeu_epi16((uint16_t*)base + index, lanes, half);
+}
+
+// acc += sum of four neighbouring products, u8 x s8. GCC 12 spills accumulators around the intrinsic: hence assembly.
+DQ_INLINE void dot4(__m512i& acc, __m512i u8, __m512i s8) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8));
+}
+// acc += sum of two neighbouring products, bf16 x bf16
+#ifdef DQ_WITHOUT_BF16
+DQ_INLINE Floats lower(Words pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+DQ_INLINE Floats upper(Words pairs) {
+  return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
+}
+DQ_INLINE void dot2(Floats& acc, Words a, Words b) {
+  acc = _mm512_fmadd_ps(upper(a), upper(b), _mm512_fmadd_ps(lower(a), lower(b), acc));
+}
+#else
+DQ_INLINE void dot2(__m512& acc, __m512i a, __m512i b) { asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
+#endif
+
+// --- lanes, as every level names them -------------------------------------------------------------------------------
+
+DQ_INLINE Floats every(float value) { return _mm512_set1_ps(value); }
+DQ_INLINE Words every(int value) { return _mm512_set1_epi32(value); }
+DQ_INLINE Floats read(const float* from) { return _mm512_loadu_ps(from); }
+DQ_INLINE Floats read(const float* from, Mask lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
+DQ_INLINE Words read(const void* from) { return _mm512_loadu_si512(from); }
+DQ_INLINE void write(float* to, Floats value) { _mm512_storeu_ps(to, value); }
+DQ_INLINE void write(void* to, Words value) { _mm512_storeu_si512(to, value); }
+DQ_INLINE void write_codes(uint8_t* to, Mask lanes, Words value) {
+  _mm_mask_storeu_epi8(to, lanes, _mm512_cvtepi32_epi8(value));
+}
+
+DQ_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+DQ_INLINE Floats add(Floats a, Floats b, Mask lanes) { return _mm512_maskz_add_ps(lanes, a, b); }
+DQ_INLINE Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+DQ_INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+DQ_INLINE Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+DQ_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+DQ_INLINE Floats multiply_sub_from(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
+DQ_INLINE Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }  // b where one is NaN
+DQ_INLINE Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+DQ_INLINE Floats min(Floats a, Floats b, Mask lanes) { return _mm512_mask_min_ps(a, lanes, a, b); }  // else a
+DQ_INLINE Floats max(Floats a, Floats b, Mask lanes) { return _mm512_mask_max_ps(a, lanes, a, b); }
+DQ_INLINE float smallest(Floats a) { return _mm512_reduce_min_ps(a); }
+DQ_INLINE float largest(Floats a) { return _mm512_reduce_max_ps(a); }
+DQ_INLINE Flags nan_lanes(Floats a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+DQ_INLINE Flags either(Flags a, Flags b) { return a | b; }
+DQ_INLINE bool any(Flags a) { return a; }
+DQ_INLINE Floats to_nearest(Floats a) {
+  return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+DQ_INLINE Floats times_power(Floats a, Floats whole) { return _mm512_scalef_ps(a, whole); }  // a 2^whole
+
+DQ_INLINE Words add(Words a, Words b) { return _mm512_add_epi32(a, b); }
+DQ_INLINE Words sub(Words a, Words b) { return _mm512_sub_epi32(a, b); }
+DQ_INLINE Words mul(Words a, Words b) { return _mm512_mullo_epi32(a, b); }
+DQ_INLINE Words min(Words a, Words b) { return _mm512_min_epi32(a, b); }
+DQ_INLINE Words max(Words a, Words b) { return _mm512_max_epi32(a, b); }
+DQ_INLINE Words times_128(Words a) { return _mm512_slli_epi32(a, 7); }
+DQ_INLINE Words round(Floats a) { return _mm512_cvtps_epi32(a); }
+DQ_INLINE Floats to_floats(Words a) { return _mm512_cvtepi32_ps(a); }
+DQ_INLINE __m512i broadcast4(const void* four) {
+  int word;
+  memcpy(&word, four, 4);
+  return _mm512_set1_epi32(word);
+}
+
+// 16 x 16 words in place: lane c of vector r becomes lane r of vector c.
+DQ_INLINE void transpose16(__m512i r[16]) {
+  __m512i t[16];
+  DQ_UNROLL for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  DQ_UNROLL for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  // quarter b of r[4 g + c] now holds column 4 b + c of rows 4 g to 4 g + 3
+  DQ_UNROLL for (int c = 0; c < 4; c++) {
+    t[c] = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88);           // quarters 0 and 2 of groups 0 and 1
+    t[4 + c] = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);       // quarters 1 and 3
+    t[8 + c] = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);  // the same of groups 2 and 3
+    t[12 + c] = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+  }
+  DQ_UNROLL for (int c = 0; c < 4; c++) {
+    r[c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0x88);
+    r[4 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0x88);
+    r[8 + c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0xdd);
+    r[12 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0xdd);
+  }
+}
+
+DQ_INLINE void transpose(Words r[kLanes]) { transpose16(r); }
+
+// 64 codes of one row from column k on, as signed bytes; 0 beyond the end.
+DQ_INLINE __m512i row_codes(const int8_t* row, long k, long columns, int bits) {
+  if (bits == 8) return _mm512_maskz_loadu_epi8(first_bytes(columns - k), row + k);
+  long left = (columns - k + 1) / 2;
+  __m256i packed = _mm256_maskz_loadu_epi8((__mmask32)first_bytes(std::min(left, 32l)), row + k / 2);
+  __m512i wide = _mm512_cvtepu8_epi16(packed);  // low nibble first
+  __m512i both = _mm512_or_si512(_mm512_and_si512(wide, _mm512_set1_epi16(0x0f)),
+                                 _mm512_slli_epi16(_mm512_and_si512(wide, _mm512_set1_epi16(0xf0)), 4));
+  const __m512i eight = _mm512_set1_epi8(8);
+  return _mm512_maskz_sub_epi8(first_bytes(columns - k), _mm512_xor_si512(both, eight), eight);
+}
+
+// --- the dot product ------------------------------------------------------------------------------------------------
+
+// A word holds four codes: activations u8, code + 128, times weights s8.
+struct Bytes {
+  using Code = uint8_t;
+  static constexpr long kCodes = 4;    // codes of a word
+  static constexpr int kOffset = 128;  // of an activation
+  static constexpr int kOnes = 0x01010101;
+  static DQ_METHOD void dot(Words& sum, Words act, Words weight) { dot4(sum, act, weight); }
+  static DQ_METHOD void dots(Words* sum, const void* act, const Words* weights) {
+    Words u = broadcast4(act);
+    DQ_UNROLL for (int j = 0; j < kRegisters; j++) dot4(sum[j], u, weights[j]);
+  }
+  static DQ_METHOD Words row_words(const int8_t* row, long k, long columns, int bits) {
+    return row_codes(row, k, columns, bits);
+  }
+};
+using Wide = Bytes;    // weights of up to 8 bits
+using Narrow = Bytes;  // weights of up to 4 bits
+
+}  // namespace dq::inline DQ_LEVEL
