@@ -77,8 +77,7 @@ def quantize(
         mark.mark(model, plans[part])
     after, rows = parameter_bytes(*(model for model, _ in models.values())), explaining.with_kernels(rows, models)
     seconds, notes = time.perf_counter() - start, notes + _step_notes(plans)
-    empty = any(value.is_meta for model, _ in models.values() for value in model.parameters())
-    return Report(rows, before, after, seconds, wanted.name, notes, candidates, empty)
+    return Report(rows, before, after, seconds, wanted.name, notes, candidates, ready.is_empty(models))
 
 
 def explore(target, recipe: str | Recipe, calibration=None, *, wish=None, keep=(), progress: bool = True):
@@ -167,7 +166,7 @@ def find_denoisers(target) -> dict[str, nn.Module]:
     parts = ready.parts_of(target)
     found = parts if "" in parts else {name: part for name, part in parts.items() if _is_denoiser(name, part)}
     if not found:
-        raise DQError(f"{type(target).__name__} has no denoiser among {', '.join(parts)}; pass the model itself")
+        raise DQError(f"{type(target).__name__} has no denoiser among {', '.join(target.components)}; pass the model itself")
     return found
 
 
