@@ -166,7 +166,8 @@ def find_denoisers(target) -> dict[str, nn.Module]:
     parts = ready.parts_of(target)
     found = parts if "" in parts else {name: part for name, part in parts.items() if _is_denoiser(name, part)}
     if not found:
-        raise DQError(f"{type(target).__name__} has no denoiser among {', '.join(target.components)}; pass the model itself")
+        names = ", ".join(target.components)
+        raise DQError(f"{type(target).__name__} has no denoiser among {names}; pass the model itself")
     return found
 
 
