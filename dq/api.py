@@ -77,8 +77,7 @@ def quantize(
     _put_all(models, plans, packed)
     after, rows = parameter_bytes(*(model for model, _ in models.values())), explaining.with_kernels(rows, models)
     seconds, notes = time.perf_counter() - start, notes + _step_notes(plans)
-    empty = any(value.is_meta for model, _ in models.values() for value in model.parameters())
-    return Report(rows, before, after, seconds, wanted.name, notes, candidates, empty)
+    return Report(rows, before, after, seconds, wanted.name, notes, candidates, ready.is_empty(models))
 
 
 def explore(target, recipe: str | Recipe, calibration=None, *, wish=None, keep=(), progress: bool = True):
@@ -168,7 +167,8 @@ def find_denoisers(target) -> dict[str, nn.Module]:
     found = parts if "" in parts else {name: part for name, part in parts.items() if _is_denoiser(name, part)}
     found = {name: part for name, part in found.items() if not _is_within_another(name, found)}
     if not found:
-        raise DQError(f"{type(target).__name__} has no denoiser among {', '.join(parts)}; pass the model itself")
+        names = ", ".join(target.components)
+        raise DQError(f"{type(target).__name__} has no denoiser among {names}; pass the model itself")
     return found
 
 

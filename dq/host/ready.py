@@ -87,6 +87,11 @@ def refuse_unreadable_weights(part: str, model: nn.Module, plan: Plan) -> None:
             )
 
 
+def is_empty(models: Mapping[str, tuple[nn.Module, object]]) -> bool:
+    """Whether any of the models to be quantized is on the meta device: it is planned, nothing is rounded."""
+    return any(value.is_meta for model, _ in models.values() for value in model.parameters())
+
+
 def _weight(model: nn.Module, name: str) -> torch.Tensor:
     home, _, key = name.rpartition(".")
     owner = model.get_submodule(home)
