@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 import dq
-from dq import kernels
 from dq.kernels import reference
 from dq.kernels.cpu import library
 from dq.layers import packed_layers
