@@ -25,7 +25,8 @@ from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 from tests import zoo
 
 PIXART, FLUX = "PixArtTransformer2DModel", "FluxTransformer2DModel"
-native = pytest.mark.skipif(library.missing("avx512") is not None, reason=str(library.missing("avx512")))
+native = pytest.mark.skipif(library.library() is None, reason=str(library.missing()))
+attentive = pytest.mark.skipif(library.missing("avx512") is not None, reason=str(library.missing("avx512")))
 
 
 class Activated(nn.Module):
@@ -162,7 +163,7 @@ def test_models_draw_the_same_fused_or_not(name):
     assert (fused - plain).norm() / plain.norm() < 2e-3  # a code of the next layer may fall the other way
 
 
-@native
+@attentive
 @torch.no_grad()
 def test_the_reference_backend_runs_torchs_attention(monkeypatch):
     model = zoo.build(PIXART, dtype=torch.bfloat16)
@@ -179,7 +180,7 @@ def test_the_reference_backend_runs_torchs_attention(monkeypatch):
     assert calls
 
 
-@native
+@attentive
 def test_a_plan_may_ask_for_attention_in_bytes():
     model = zoo.build(PIXART, dtype=torch.float32)
     dq.quantize(model, "sageattention-int8", progress=False)
@@ -191,7 +192,7 @@ def test_a_plan_may_ask_for_attention_in_bytes():
 
 
 def test_without_kernels_the_note_says_why_attention_is_torchs(monkeypatch):
-    monkeypatch.setattr(fusions.attention.cpu, "missing", lambda: "hidden")
+    monkeypatch.setattr(fusions.attention.cpu, "missing", lambda least: "hidden")
     model = zoo.build(PIXART, dtype=torch.bfloat16)
     dq.quantize(model, "sageattention-int8", progress=False)
     assert "attention is torch's in 4 modules: hidden" in fusions.notes(model)
@@ -220,13 +221,13 @@ def test_a_model_elsewhere_is_not_attached_and_the_note_says_where_it_is(device)
     assert attention.lines(model) == [f"attention is torch's in 4 modules: its weights are on {device}"]
 
 
-@native
+@attentive
 def test_a_model_brought_to_the_cpu_for_each_call_is_attached():
     model = elsewhere(PIXART, "hooked")
     assert len(attention.attach(model)) == 4 and "4 modules in bf16" in attention.lines(model)[0]
 
 
-@native
+@attentive
 def test_a_model_that_moves_away_is_not_said_to_run_on_the_cpus_kernels():
     model = zoo.build(PIXART, dtype=torch.bfloat16)
     names = attention.attach(model)

@@ -97,6 +97,17 @@ def test_sums_do_not_saturate():
 
 
 @each_level
+@pytest.mark.parametrize(("byte", "code"), [(0x77, 7), (0x88 - 256, -8)])
+def test_sums_of_the_largest_int4_codes_do_not_saturate(byte, code):
+    """All columns at the end of both ranges: sums in 16 bits hold sixteen of these products, and not one more."""
+    p = plan((70, 15360), "int4/channel")
+    weight = torch.full((70, 7680), byte, dtype=torch.int8)
+    for sign in (1.0, -1.0):
+        y = linear(torch.full((7, 15360), 127.0 * sign), Tensors(weight, torch.ones(70, 1)), p)
+        assert torch.equal(y, torch.full((7, 70), sign * 127.0 * code * 15360))
+
+
+@each_level
 @few
 @given(
     rows=sizes,

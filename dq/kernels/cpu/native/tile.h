@@ -144,7 +144,7 @@ static __attribute__((noinline)) void add_group(const Panel& p, const Quantized&
                                                 long g, long first, long words, Floats (*f)[kRegisters]) {
   Words acc[MR][kRegisters];
   start<Dot, MR, AFFINE>(acc, p, q, m, g);
-  multiply<Dot, MR>(acc, row, first * sizeof(typename Dot::Code), p.codes + first / Dot::kCodes * 4 * kTile, words);
+  multiply<Dot, MR>(acc, row, first * sizeof(typename Dot::Code), p.codes + first * (4 / Dot::kCodes) * kTile, words);
   DQ_UNROLL for (int i = 0; i < MR; i++) {
     DQ_UNROLL for (int j = 0; j < kRegisters; j++) {
       Floats scale = read(p.scale + g * kWide + kLanes * j);
