@@ -190,6 +190,29 @@ def test_what_follows_the_scale_is_passed_by_name():
         torch.ops.dq.cpu_linear(x, t.weight, t.scale, weight_bits=8)
 
 
+@pytest.mark.skipif(len(levels()) < 2, reason="one level runs here")
+@few
+@given(
+    weight=st.sampled_from(WEIGHTS[:4]),
+    act=st.sampled_from(ACTS[:4]),
+    rows=sizes,
+    columns=st.integers(4, 300),
+    outputs=sizes,
+    dtype=st.sampled_from(list(ops.DTYPES)),
+    gelu=st.booleans(),
+)
+def test_every_level_gives_the_same_bits(weight, act, rows, columns, outputs, dtype, gelu):
+    p = plan((outputs, columns), weight, act)
+    assume(kernels.cpu.why_not("linear", p, "cpu") is None)
+    t, x = tensors(p, torch.randn(outputs).to(dtype)), torch.randn(rows, columns, generator=generator(rows)).to(dtype)
+    results = []
+    for name in levels():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ops, "level", lambda name=name: name)
+            results.append(linear(x, t, p, gelu=gelu))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 @each_level
 def test_gelu_is_within_two_units_of_bf16():
     p = plan((512, 64))
