@@ -104,8 +104,12 @@ def per_channel(vector: torch.Tensor, x: torch.Tensor, conv: bool) -> torch.Tens
 
 
 class _Frozen(nn.Module):
-    """Frozen Parameters whose dtypes belong to the format."""
+    """Frozen Parameters whose dtypes belong to the format.
 
+    wide  of an fp16 model: the host keeps this layer in fp32, which is what it gives then
+    """
+
+    wide = False
     plan: LayerPlan
     compute_dtype: torch.dtype
     scale: torch.Tensor
@@ -120,7 +124,7 @@ class _Frozen(nn.Module):
             raise AttributeError(f"{type(self).__name__} has no weight yet")
         if found.is_meta or torch.compiler.is_compiling():
             return found  # accelerate casts what it brings back to the dtype it finds on meta
-        return codes.of(found, self.compute_dtype)
+        return codes.of(found, torch.float32 if self.wide else self.compute_dtype)
 
     @property
     def stored(self) -> nn.Parameter:
@@ -142,13 +146,9 @@ class _Frozen(nn.Module):
 
 
 class _Packed(_Frozen):
-    """What packed linears and convolutions share. `plan`, `compute_dtype` and `clock` are set by `_allocate`.
-
-    wide  of an fp16 model: the host keeps this layer in fp32, which is what it gives then
-    """
+    """What packed linears and convolutions share. `plan`, `compute_dtype` and `clock` are set by `_allocate`."""
 
     op = "linear"
-    wide = False
     clock: Any  # a Clock, None without steps
     backend: str | None
     bias: torch.Tensor | None

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from accelerate import cpu_offload
+from diffusers import AnyFlowFARTransformer3DModel
 from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import nn
 
@@ -90,3 +91,18 @@ def test_encoders_of_pictures_stay_close_to_full_precision(name, offloaded):
     if offloaded:
         cpu_offload(model, execution_device=torch.device("cpu"))
     assert (_seen(name, model) - before).norm() < 0.03 * before.norm()
+
+
+def test_a_gate_is_not_cast_to_bytes():
+    """AnyFlow's causal model casts its gate of 0.25 to the dtype of a layer's weight: 21 dB where that was int8."""
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16}
+    sizes |= {"ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 32, "full_chunk_limit": 3, "gate_value": 0.25}
+    torch.manual_seed(0)
+    model = AnyFlowFARTransformer3DModel(**sizes, compressed_patch_size=(1, 4, 4), deltatime_type="r").eval()
+    given = {"hidden_states": torch.randn(1, 4, 4, 16, 16), "encoder_hidden_states": torch.randn(1, 12, 16)}
+    given |= {"timestep": torch.full((1, 4), 500.0), "r_timestep": torch.full((1, 4), 250.0)}
+    with torch.no_grad():
+        expected = model(**given, chunk_partition=[2, 2], return_dict=False)[0]
+        dq.quantize(model, "int8", progress=False)
+        y = model(**given, chunk_partition=[2, 2], return_dict=False)[0]
+    assert 10 * torch.log10(expected.square().sum() / (y - expected).square().sum()) > 40
