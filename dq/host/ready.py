@@ -11,6 +11,7 @@ from torch import nn
 
 from dq.errors import DQError
 from dq.host import base
+from dq.layers import naming
 from dq.plan import Plan
 
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -93,8 +94,7 @@ def is_empty(models: Mapping[str, tuple[nn.Module, object]]) -> bool:
 
 
 def _weight(model: nn.Module, name: str) -> torch.Tensor:
-    home, _, key = name.rpartition(".")
-    owner = model.get_submodule(home)
+    owner, key = naming.place(model, name)
     return (
         owner._parameters[key] if owner._parameters.get(key) is not None else owner._modules[key]._parameters["weight"]
     )

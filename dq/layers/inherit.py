@@ -14,28 +14,19 @@ TABLES = ("_parameters", "_buffers", "_modules")
 FOREIGN = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_dq", "_compiled_call_impl")
 
 
-def hooks(new: nn.Module, old: nn.Module) -> tuple[str, ...]:
-    """Share the hooks around the calls of `old`; -> prefixes of the names that hooks which stay behind work with.
-
-    What only makes a weight (`weight_norm`, `spectral_norm`) stays: the new layer has a weight of its own.
-    """
+def hooks(new: nn.Module, old: nn.Module) -> None:
+    """Share the hooks around the calls of `old`."""
     for name in CALL_HOOKS:
         vars(new)[name] = vars(old)[name]
-    before = old._forward_pre_hooks
-    making = {key for key, hook in before.items() if type(hook).__module__.startswith("torch.nn.utils.")}
-    if making:
-        kept = {key: hook for key, hook in before.items() if key not in making}
-        vars(new)["_forward_pre_hooks"] = type(before)(kept)
-    return tuple(f"{before[key].name}_" for key in making)
 
 
 def take_over(new: nn.Module, old: nn.Module, plain: nn.Module) -> None:
     """Give `new` what was put on `old` after that one was made. `plain` is a layer as `old` was when it was made."""
-    weights = hooks(new, old)
+    hooks(new, old)
     for name, value in vars(old).items():
         if name not in vars(plain) and name not in FOREIGN and name not in new._parameters:
             vars(new)[name] = value
     for table in TABLES:
         for name, value in vars(old)[table].items():
-            if name not in vars(plain)[table] and name != "parametrizations" and not name.startswith(weights):
+            if name not in vars(plain)[table]:
                 vars(new)[table][name] = value

@@ -163,7 +163,7 @@ class _Packed(_Frozen):
     def _allocate(self, plan: LayerPlan, has_bias: bool, compute_dtype: torch.dtype, device: str) -> None:
         self.plan = plan
         self.compute_dtype = compute_dtype
-        self.clock = None
+        self.clock, self.wide = None, False
         self.backend = None  # one of its own, set by dq.set_backend for its model
         self._choice, self._bound, self._turn = None, None, None
         self.register_parameter("bias", None)  # first: many take the dtype of a model's first parameter for its own

@@ -192,7 +192,7 @@ def test_a_plan_may_ask_for_attention_in_bytes():
 
 
 def test_without_kernels_the_note_says_why_attention_is_torchs(monkeypatch):
-    monkeypatch.setattr(fusions.attention.cpu, "missing", lambda least: "hidden")
+    monkeypatch.setattr(fusions.attention.cpu, "missing", lambda *least: "hidden")
     model = zoo.build(PIXART, dtype=torch.bfloat16)
     dq.quantize(model, "sageattention-int8", progress=False)
     assert "attention is torch's in 4 modules: hidden" in fusions.notes(model)

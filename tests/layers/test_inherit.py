@@ -5,11 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
 
 import dq
-from dq.layers import packed_layers
-from tests.models import same_state
 
 
 class Denoiser(nn.Module):
@@ -101,19 +98,3 @@ def test_a_layer_with_a_forward_of_its_own_is_kept_and_said_so():
     (row,) = [row for row in report.layers if row.name == "blocks.0.1"]
     assert row.weight is None and row.reason == "its forward was replaced on this model"
     assert [row.name for row in dq.explain(model).layers if row.weight is None] == ["blocks.0.1"]
-
-
-@pytest.mark.parametrize(
-    "norm", [weight_norm, spectral_norm, parametrizations.weight_norm, parametrizations.spectral_norm]
-)
-def test_what_only_makes_a_weight_stays_behind(norm):
-    model = Denoiser().eval()
-    norm(model.blocks[0][1])
-    before = output(model)
-    dq.quantize(model, "int8-weight", progress=False)
-    layer = packed_layers(model)["blocks.0.1"]
-    assert error(output(model), before) < 0.02
-    assert not parametrize.is_parametrized(layer) and not layer._forward_pre_hooks
-    plain = Denoiser()
-    dq.quantize(plain, "int8-weight", progress=False)
-    assert model.state_dict().keys() == plain.state_dict().keys() and not same_state(model, plain)

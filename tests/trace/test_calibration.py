@@ -548,6 +548,7 @@ def test_a_layer_that_gives_no_usable_numbers_is_named(value, tmp_path):
     spoilt = lambda model: (model(torch.ones(2, 4)), model(torch.tensor([[1.0, value, 1.0, 1.0]])))  # noqa: E731
     with pytest.raises(DQError, match=r"layer '0' gave (NaN or Inf|values up to \S+) in calibration"):
         capture(model, {"": model}, Calibration(forward_loop=spoilt), tmp_path)
+    model[0].bias.data.fill_(3.0)  # all of the first layer gets past the ReLU
     model[2].weight.data[3, 3] = value
     found = "its weight holds NaN or Inf" if value != 1e30 else "gave values up to"
     with pytest.raises(DQError, match=f"layer '2'.*{found}"):
