@@ -97,7 +97,7 @@ def explore(target, recipe: str | Recipe, calibration=None, *, wish=None, keep=(
     models = find_denoisers(target)
     plans = _plan_all({part: (model, wanted) for part, model in models.items()}, tuple(keep), True)
     with ready.eager():
-        found = stages.Stages(target, models, plans, wanted, calibration, None, progress).explored(wish)
+        found = stages.Stages(target, models, plans, wanted, calibration, None, progress).explored(wish)  # pyright: ignore[reportArgumentType]
     return found, plans
 
 

@@ -45,9 +45,9 @@ def kept_row(part: str, model: nn.Module, name: str, reason: str) -> Row:
     owner, key = naming.place(model, name)
     full = f"{part}.{name}" if part else name
     if key in owner._parameters:
-        weight = owner._parameters[key]
+        weight: Any = owner._parameters[key]
         return Row(full, "stack", None, None, 0, weight.numel() * weight.element_size(), None, reason)
-    layer = owner._modules[key]
+    layer: Any = owner._modules[key]
     kind = kind_of(layer) or type(layer).__name__
     return Row(full, kind, None, None, 0, parameter_bytes(layer), None, reason)
 

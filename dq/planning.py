@@ -140,7 +140,7 @@ def _tied(model: nn.Module) -> dict[str, str]:
 def _takes_pixels(name: str, module: nn.Module) -> bool:
     """A convolution over three channels, or a linear over patches of 3 t p p values that is named an embedding."""
     if not isinstance(module, nn.Linear):
-        return module.in_channels == 3
+        return module.in_channels == 3  # pyright: ignore[reportReturnType]
     frames = (module.in_features / 3 / count for count in (1, 2) if module.in_features % (3 * count) == 0)
     return re.match(PIXELS, name) is not None and any(isqrt(int(size)) ** 2 == size for size in frames)
 

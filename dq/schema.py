@@ -26,7 +26,7 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=-1e30, lt=1
 Text = Annotated[str, Field(strict=True, max_length=100_000)]
 Name = Annotated[str, Field(strict=True, max_length=1000)]
 Tensor = Annotated[str, Field(strict=True, max_length=100)]  # "int4/group:64"; `TensorPlan.parse` reads it
-Attention, Status = Literal[ATTENTION], Literal[STATUS]  # type: ignore[valid-type]
+Attention, Status = Literal[ATTENTION], Literal[STATUS]  # pyright: ignore[reportInvalidTypeForm]
 Crc32 = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{8}\z")]
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 QUOTED = re.compile("'([^']*)'")
@@ -37,7 +37,7 @@ closed = with_config(ConfigDict(extra="forbid"))
 class Layer(TypedDict):
     """A layer of a plan."""
 
-    kind: Literal[KINDS]  # type: ignore[valid-type]
+    kind: Literal[KINDS]  # pyright: ignore[reportInvalidTypeForm]
     shape: Annotated[list[Size], Field(min_length=2, max_length=5)]
     weight: Tensor
     act: NotRequired[Tensor | None]
@@ -47,7 +47,7 @@ class Layer(TypedDict):
     splits: NotRequired[Annotated[list[Size], Field(max_length=256)]]
     steps: NotRequired[Annotated[int, Field(strict=True, ge=1, le=MOST_STEPS)]]
     start: NotRequired[Flag]
-    role: NotRequired[Literal[ROLES]]  # type: ignore[valid-type]
+    role: NotRequired[Literal[ROLES]]  # pyright: ignore[reportInvalidTypeForm]
     reason: NotRequired[Text]
 
 
@@ -61,8 +61,8 @@ class Plan(TypedDict):
     family: NotRequired[Name]
     timestep: NotRequired[Name | None]
     edges: NotRequired[Annotated[list[Number], Field(max_length=MOST_STEPS)]]
-    compute_dtype: NotRequired[Literal[COMPUTE] | None]  # type: ignore[valid-type]
-    attention: NotRequired[Attention]
+    compute_dtype: NotRequired[Literal[COMPUTE] | None]  # pyright: ignore[reportInvalidTypeForm]
+    attention: NotRequired[Attention]  # pyright: ignore[reportInvalidTypeForm]
 
 
 @closed
@@ -101,10 +101,10 @@ class Recipe(TypedDict):
     modulation: NotRequired[Tensor]
     edge: NotRequired[Tensor]
     keep: NotRequired[Annotated[list[Name], Field(max_length=1000)]]
-    attention: NotRequired[Attention]
+    attention: NotRequired[Attention]  # pyright: ignore[reportInvalidTypeForm]
     method: NotRequired[Annotated[str, Field(strict=True, pattern=r"^\w{0,60}\z")]]
     options: NotRequired[Options]
-    status: NotRequired[Status]
+    status: NotRequired[Status]  # pyright: ignore[reportInvalidTypeForm]
 
 
 @closed

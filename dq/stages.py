@@ -68,6 +68,7 @@ class Stages:
     @contextmanager
     def _captured(self) -> Iterator[tuple[Path, list[str]]]:
         """The folder of the recorded calls, and a note."""
+        assert self.calibration is not None, "asked for by whoever captures"
         with self.calibration.workplace() as folder:
             begun = time.perf_counter()
             named = {part or "model": model for part, model in self.models.items()}

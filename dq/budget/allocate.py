@@ -65,7 +65,7 @@ def solve(items: Sequence[Item], limits: Sequence[float]) -> list[int]:
     with _quiet():
         found = milp(
             errors * scale,
-            constraints=LinearConstraint(matrix, low, high),
+            constraints=LinearConstraint(matrix, low, high),  # pyright: ignore[reportArgumentType]
             integrality=np.ones(len(errors)),
             bounds=Bounds(0, 1),
             options={"time_limit": SECONDS, "mip_rel_gap": GAP},

@@ -15,6 +15,7 @@ import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -171,10 +172,10 @@ class _Table:
         what |= {"torch": torch.__version__, "dq": __version__, "backend": kernels.selected()}
         folder = Path(os.environ.get("DQ_CACHE") or Path.home() / ".cache" / "dq")
         self.path = folder / f"ms-{zlib.crc32(json.dumps(what, sort_keys=True).encode()):08x}.json"
-        self.what, self.ms = what, {}
+        self.what, self.ms = what, dict[str, dict[str, float]]()
         with contextlib.suppress(DQError):  # a damaged file of figures is measured anew
             if self.path.exists():
-                found = read_json(self.path).get("ms")
+                found: Any = read_json(self.path).get("ms")
                 schema.check("times", found, f"file {str(self.path)!r}")
                 self.ms = found
 

@@ -80,7 +80,7 @@ class _Layers:
     def get(self, name: str, choice: int) -> nn.Module:
         if (name, choice) in self.kept:
             return self.kept[name, choice]
-        made = sensitivity.packed(name, naming.at(self.model, name), self.menus[name][choice], self.dtype)
+        made = sensitivity.packed(name, naming.at(self.model, name), self.menus[name][choice], self.dtype)  # pyright: ignore[reportArgumentType]
         if parameter_bytes(made) <= self.left:
             self.left -= parameter_bytes(made)
             self.kept[name, choice] = made

@@ -106,7 +106,7 @@ def unseen(subject: Subject) -> Search:
         errors = {}
         for name, menu in subject.menus[part].items():
             if menu[-1] is not None and menu[-1].kind != "stack":
-                errors[name] = sensitivity.relative(naming.at(model, name).weight.detach(), menu)
+                errors[name] = sensitivity.relative(naming.at(model, name).weight.detach(), menu)  # pyright: ignore[reportCallIssue]
         parts[part] = Part(
             search.measured(subject.plans[part], subject.menus[part], errors, {}, subject.dtype(part), subject.extra)
         )
@@ -198,7 +198,7 @@ def _checked(subject: Subject, found, stores, own: Store, whole: bool, count: in
             guesses = np.array([sum(mine[n][c, -1] for n, c in zip(known, plan, strict=True)) for plan in drawn])
             told = (guesses > 0) & (truth > 0)  # weights that lie on a grid already lose nothing in some plans
             if np.ptp(guesses) > 0 and np.ptp(truth) > 0:
-                trust[metric] = min(trust.get(metric, 1.0), round(float(spearmanr(guesses, truth).statistic), 4))
+                trust[metric] = min(trust.get(metric, 1.0), round(float(spearmanr(guesses, truth).statistic), 4))  # pyright: ignore[reportAttributeAccessIssue]
             level = float(np.exp(np.median(np.log(truth[told] / guesses[told])))) if told.any() else 1.0
             errors[part] = {name: level * table for name, table in mine.items()}
     return trust

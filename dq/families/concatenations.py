@@ -45,8 +45,8 @@ def _inside(module: nn.Module) -> Iterator[tuple[str, int]]:
     if isinstance(skip, nn.Linear) and skip.in_features == 2 * skip.out_features:  # Hunyuan-DiT: hidden | long skip
         yield "skip_linear", skip.out_features
     attention_first = isinstance(out, nn.Linear) and isinstance(mlp, nn.Linear)
-    if attention_first and out.in_features > out.out_features:  # FLUX, Chroma, HunyuanVideo ...: attention | mlp
-        yield "proj_out", out.out_features
+    if attention_first and out.in_features > out.out_features:  # FLUX, Chroma, HunyuanVideo ...: attention | mlp  # pyright: ignore[reportOperatorIssue]
+        yield "proj_out", out.out_features  # pyright: ignore[reportReturnType]
     if isinstance(to_out, nn.Linear) and hasattr(module, "to_qkv_mlp_proj"):  # FLUX.2: the same inside its attention
         yield "to_out", module.inner_dim
 

@@ -71,7 +71,7 @@ def _codes(value) -> Iterator[types.CodeType]:
     if isinstance(value, property):
         value = value.fget
     while hasattr(value, "__wrapped__"):
-        value = value.__wrapped__
+        value = value.__wrapped__  # pyright: ignore[reportOptionalMemberAccess]
     waiting = [value.__code__] if isinstance(value, types.FunctionType) else []
     while waiting:
         code = waiting.pop()

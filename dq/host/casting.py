@@ -23,7 +23,7 @@ def to(model: Any, move: Callable, *args, **kwargs) -> Any:
     What is not packed and came in another dtype (the weights of an adapter) is cast, except what the class keeps in
     fp32. Raises DQError for a dtype that the model does not have.
     """
-    device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
     if dtype is not None:
         refuse_change({type(model).__name__: model}, dtype)
     moves = {"device": device, "non_blocking": non_blocking or None, "memory_format": memory_format}
@@ -48,7 +48,8 @@ def refuse_change(parts: Mapping[str, Any], dtype: torch.dtype) -> None:
 
 def _own(model: Any) -> tuple[torch.dtype, ...]:
     """The compute dtype of a quantized model, and the dtype that its host takes it to have."""
-    name = plan_of(model).compute_dtype
+    plan = plan_of(model)
+    name = None if plan is None else plan.compute_dtype
     own = getattr(torch, name) if name else model.dtype
     return own, getattr(model, "dtype", own)
 

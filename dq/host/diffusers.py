@@ -62,6 +62,7 @@ class DQQuantizer(QuantizerBase, DiffusersQuantizer):
     def create_quantized_param(
         self, model, param_value, param_name, target_device, state_dict=None, unexpected_keys=None, **kwargs
     ) -> None:
+        assert state_dict is not None  # diffusers gives it
         raw = state_dict[param_name].to(target_device)  # param_value was already cast, which would round scales
         name = None if self.pre_quantized else self.is_planned(param_name)
         if name is not None:

@@ -231,10 +231,10 @@ def adopt(model: nn.Module) -> None:
 
 def release(model: nn.Module) -> None:
     """Undo `adopt` for adapters whose layers are full precision again; a fused one is then fused into the weight."""
-    for adapter in _attached(model).values():
+    for adapter in list[Any](_attached(model).values()):
         if isinstance(adapter, _FusesIntoBranch) and not isinstance(naming.inner(adapter), PACKED_TYPES):
             adapter.__class__ = type(adapter).__bases__[-1]  # peft's own
             for key in ("fused_from", "plain"):
-                vars(adapter).pop(key, None)
+                vars(adapter).pop(key, None)  # pyright: ignore[reportAttributeAccessIssue]
             for name, variant in adapter.lora_variant.items():
                 adapter.lora_variant[name] = getattr(variant, "variant", variant)

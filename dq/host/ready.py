@@ -95,6 +95,7 @@ def is_empty(models: Mapping[str, tuple[nn.Module, object]]) -> bool:
 
 def _weight(model: nn.Module, name: str) -> torch.Tensor:
     owner, key = naming.place(model, name)
-    return (
-        owner._parameters[key] if owner._parameters.get(key) is not None else owner._modules[key]._parameters["weight"]
-    )
+    stack, layer = owner._parameters.get(key), owner._modules.get(key)
+    weight = layer._parameters.get("weight") if stack is None and layer is not None else stack
+    assert weight is not None, f"layer {name!r} is planned and has no weight"
+    return weight

@@ -93,7 +93,7 @@ def _load_whole(base: type) -> None:
             disk.sweep(Path(place) / (kwargs.get("subfolder") or ""))
         return original(cls, *args, **kwargs)
 
-    from_pretrained.before_dq = original
+    from_pretrained.before_dq = original  # pyright: ignore[reportAttributeAccessIssue]
     base.from_pretrained = classmethod(from_pretrained)
 
 
@@ -128,7 +128,7 @@ def _save_whole(base: type) -> None:
             with files.replacing(save_directory) as made:
                 return original(self, str(made), *args, **kwargs)
 
-    save_pretrained.before_dq = original
+    save_pretrained.before_dq = original  # pyright: ignore[reportAttributeAccessIssue]
     base.save_pretrained = save_pretrained
 
 
@@ -146,7 +146,7 @@ def _cast(base: type) -> None:
 
         return casting.to(self, functools.partial(original, self), *args, **kwargs)
 
-    to.before_dq = original
+    to.before_dq = original  # pyright: ignore[reportAttributeAccessIssue]
     base.to = to
     for name in ("half", "float", "double", "bfloat16"):
         setattr(base, name, _cast_by(getattr(base, name)))
@@ -163,7 +163,7 @@ def _cast_by(original: Callable) -> Callable:
 
         return self.to(getattr(torch, original.__name__))
 
-    cast.before_dq = original
+    cast.before_dq = original  # pyright: ignore[reportAttributeAccessIssue]
     return cast
 
 
@@ -179,7 +179,7 @@ def _watch_classes(base: type) -> None:
         super(base, cls).__init_subclass__(**kwargs)
         _watch_class(cls)
 
-    base.__init_subclass__ = classmethod(__init_subclass__)
+    base.__init_subclass__ = classmethod(__init_subclass__)  # pyright: ignore[reportAttributeAccessIssue]
     waiting = [base]
     while waiting:
         below = waiting.pop().__subclasses__()
@@ -207,7 +207,7 @@ def _made_of(original: Callable) -> Callable:
 
         return derived.make(original, cls, *args, **kwargs)
 
-    make.before_dq = original
+    make.before_dq = original  # pyright: ignore[reportAttributeAccessIssue]
     return make
 
 
@@ -220,7 +220,7 @@ def _fused(original: Callable) -> Callable:
             derived.refuse_fusing(self)
         return original(self, *args, **kwargs)
 
-    fuse_qkv_projections.before_dq = original
+    fuse_qkv_projections.before_dq = original  # pyright: ignore[reportAttributeAccessIssue]
     return fuse_qkv_projections
 
 
@@ -239,7 +239,7 @@ def _cast_none_or_all(home: ModuleType) -> None:
             casting.refuse_change(self.components, dtype)
         return original(self, *args, **kwargs)
 
-    to.before_dq = original
+    to.before_dq = original  # pyright: ignore[reportAttributeAccessIssue]
     home.DiffusionPipeline.to = to
 
 
@@ -264,7 +264,7 @@ def _dispatch(home: ModuleType) -> None:
             return kind(target, adapter_name, config=config, **kwargs)
         return original(target, adapter_name, config=config, parameter_name=parameter_name, **kwargs)
 
-    dispatch.before_dq = original
+    dispatch.before_dq = original  # pyright: ignore[reportAttributeAccessIssue]
     home.dispatch_default = dispatch
 
 
@@ -283,5 +283,5 @@ def _teach_flux_shapes(home: ModuleType) -> None:
             module = model.get_submodule(base_weight_param_name.removesuffix(".weight"))
         return peft.shape_of(module) or original(model, base_module, base_weight_param_name)
 
-    shape.before_dq = original
+    shape.before_dq = original  # pyright: ignore[reportAttributeAccessIssue]
     home.FluxLoraLoaderMixin._calculate_module_shape = staticmethod(shape)

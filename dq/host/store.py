@@ -35,7 +35,7 @@ def save(target, folder: str | Path) -> None:
     if isinstance(target, DiffusionPipeline) or (isinstance(target, nn.Module) and quantizer_class(target)):
         quantized = [part for part in ready.parts_of(target).values() if plan_of(part) is not None]
         _refuse_unready(target, quantized)
-        target.save_pretrained(folder)
+        target.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
         return
     _refuse_unready(target, [target] if plan_of(target) is not None else [])
     with files.replacing(folder) as made:
@@ -72,6 +72,7 @@ def saving(model: Any) -> Iterator[None]:
     """
     refuse_unsavable(model)
     plan = plan_of(model)
+    assert plan is not None, "of a model that dq quantized"
     write_config(model, fresh.loadable(model, plan) if isinstance(model, ModelMixin) else plan)
     try:
         yield

@@ -38,8 +38,8 @@ def factors(t: Tensors, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]
     By |down_r x| <= |down_r| sqrt(columns) max|x|; powers of two go from one factor to the other, rounding nothing.
     """
     if dtype is not torch.float16:
-        return t.down.to(dtype), t.up.to(dtype)
-    range_, down, up = torch.finfo(dtype), t.down.float(), t.up.float()
+        return t.down.to(dtype), t.up.to(dtype)  # pyright: ignore[reportOptionalMemberAccess]
+    range_, down, up = torch.finfo(dtype), t.down.float(), t.up.float()  # pyright: ignore[reportOptionalMemberAccess]
     wanted = down.norm(dim=1).clamp(min=range_.tiny).log2() + 0.5 * math.log2(down.shape[1])
     room = (range_.max / up.abs().amax(0).clamp(min=range_.tiny)).log2().floor()
     power = torch.exp2(torch.minimum(wanted.ceil(), room).clamp(min=0))

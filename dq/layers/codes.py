@@ -19,7 +19,7 @@ class Codes(torch.Tensor):
 
     told: torch.dtype
     stored: torch.nn.Parameter
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]

@@ -16,7 +16,7 @@ BASE = "base_layer"
 def inner(module: nn.Module) -> nn.Module:
     """The layer within the adapters on it; a module without adapters itself."""
     while adapts(module):
-        module = module._modules[BASE]
+        module = module._modules[BASE]  # pyright: ignore[reportAssignmentType]
     return module
 
 

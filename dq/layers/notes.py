@@ -50,7 +50,7 @@ def forward(self, *args, **kwargs):
     inner = own.forward
     for role in own.roles.values():
         inner = functools.partial(role, self, inner)
-    return inner(*args, **kwargs)
+    return inner(*args, **kwargs)  # pyright: ignore[reportOptionalCall]
 
 
 NOTHING = Notes()

@@ -30,10 +30,10 @@ def storable(kind: str) -> Callable[[Class], Class]:
     return enter
 
 
-def fields(cls: type) -> list[str] | None:
+def fields(cls: Any) -> list[str] | None:
     """Fields of a NamedTuple or dataclass, [] for another kind of dict, None for what cannot be made again."""
     if issubclass(cls, tuple) and hasattr(cls, "_fields"):
-        return list(cls._fields) or None
+        return list(cls._fields) or None  # pyright: ignore[reportAttributeAccessIssue]
     if dataclasses.is_dataclass(cls):
         own = cls in KINDS.values() or _is_output(cls)
         return [field.name for field in dataclasses.fields(cls) if field.init or not own] or None
@@ -75,7 +75,7 @@ def build(cls: type, content: Sequence | Mapping) -> Any:
         return cls(**dict(zip(names or (), content, strict=True)))
     if issubclass(cls, tuple):
         return tuple.__new__(cls, content)
-    base = OrderedDict if issubclass(cls, OrderedDict) else dict if issubclass(cls, dict) else object
+    base: Any = OrderedDict if issubclass(cls, OrderedDict) else dict if issubclass(cls, dict) else object
     value: Any = base.__new__(cls)
     for key, item in zip(names, content, strict=True) if names else dict(content).items():
         object.__setattr__(value, key, item) if names else base.__setitem__(value, key, item)

@@ -108,7 +108,7 @@ def _component(part: Any) -> str:
 
 def _tokenizer(part: Any) -> list:
     """Its table, or all of a fast one but what every call sets anew, and the settings that are texts or numbers."""
-    fast = getattr(part, "backend_tokenizer", None)
+    fast: Any = getattr(part, "backend_tokenizer", None)
     table = json.loads(fast.to_str()) if hasattr(fast, "to_str") else part.get_vocab()
     own = getattr(part, "init_kwargs", {})
     own = {
@@ -119,7 +119,7 @@ def _tokenizer(part: Any) -> list:
 
 def _settings(part: Any) -> dict[str, Any]:
     """The config of a part without its library's own notes, which say where it came from and when."""
-    config = getattr(part, "config", None)
+    config: Any = getattr(part, "config", None)
     config = config.to_dict() if hasattr(config, "to_dict") else config
     items = config.items() if isinstance(config, Mapping) else ()
     return {name: value for name, value in items if name[0] != "_" and "version" not in name and _is_plain(value)}

@@ -90,7 +90,8 @@ def _picture(path: Path, mask: bool) -> Any:
 
     try:
         if path.suffix.lower() in CLIPS:
-            return [frame.convert("RGB") for frame in load_video(str(path))]
+            frames: Any = load_video(str(path))
+            return [frame.convert("RGB") for frame in frames]
         with Image.open(path) as picture:
             return picture.convert("L" if mask else "RGB")
     except (OSError, ValueError, ImportError, SyntaxError, Image.DecompressionBombError) as error:
@@ -133,7 +134,7 @@ def _pairs(path: Path) -> list[Entry]:
                 f"calibration: line {number} of {str(path)!r} is no JSON object, expected for example {example}"
             )
         names = {"file_name": "image", "text": "prompt"}
-        named = {names.get(name, name): value for name, value in entry.items()}
+        named: dict[str, Any] = {str(names.get(name, name)): value for name, value in entry.items()}
         found.append({name: _placed(path, number, name, value) for name, value in named.items()})
     return found
 
