@@ -126,7 +126,8 @@ def test_every_change_to_other_libraries_is_in_the_table():
         import json, sys, types
         import diffusers.loaders.lora_pipeline, peft.tuners.lora.model
         import diffusers.quantizers.auto, transformers.quantizers.auto
-        from diffusers import ControlNetModel, FluxControlNetModel, FluxPipeline, FluxTransformer2DModel, UNetMotionModel
+        from diffusers import ControlNetModel, FluxControlNetModel, FluxPipeline, FluxTransformer2DModel
+        from diffusers import UNetMotionModel
         from transformers import T5EncoderModel
 
         HOSTS = ("diffusers", "transformers", "peft", "accelerate", "torch")
