@@ -7,13 +7,12 @@ Exit codes: 0 done, 2 wrong use (one line on stderr), 1 a fault of ours.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from typer.exceptions import TyperException
 
+from dq.cli import leaving
 from dq.errors import DQError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -31,15 +30,7 @@ def __getattr__(name: str):
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
-    try:
-        code = app(prog_name="app.py", standalone_mode=False)
-    except (DQError, TyperException) as error:
-        text = error.format_message() if isinstance(error, TyperException) else str(error)
-        print("app: " + " ".join(text.split()), file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
-    sys.exit(code if isinstance(code, int) else 0)
+    leaving.run(app, "app.py", "app")
 
 
 @app.command()

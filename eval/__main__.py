@@ -6,13 +6,12 @@ processes on a CPU; the pictures are the same. Exit codes: 0 done, 2 wrong use (
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from typer.exceptions import TyperException
 
+from dq.cli import leaving
 from dq.errors import DQError, nearest
 
 app = typer.Typer(
@@ -27,16 +26,7 @@ Folder = Annotated[Path, typer.Argument(help="The folder of a run.")]
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
-    try:
-        code = app(prog_name="python -m eval", standalone_mode=False)
-    except (DQError, TyperException) as error:
-        text = error.format_message() if isinstance(error, TyperException) else str(error)
-        if text:  # else there was no command, and the help was shown
-            print("eval: " + " ".join(text.split()), file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
-    sys.exit(code if isinstance(code, int) else 0)
+    leaving.run(app, "python -m eval", "eval")
 
 
 @app.command()

@@ -15,6 +15,7 @@ from torch import nn
 from dq.errors import DQError
 from dq.host.mark import plan_of
 from dq.layers import packed_layers
+from dq.plan import compute_dtype
 
 
 def to(model: Any, move: Callable, *args, **kwargs) -> Any:
@@ -50,7 +51,7 @@ def _own(model: Any) -> tuple[torch.dtype, ...]:
     """The compute dtype of a quantized model, and the dtype that its host takes it to have."""
     plan = plan_of(model)
     name = None if plan is None else plan.compute_dtype
-    own = getattr(torch, name) if name else model.dtype
+    own = compute_dtype(name) if name else model.dtype
     return own, getattr(model, "dtype", own)
 
 
