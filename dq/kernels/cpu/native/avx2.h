@@ -23,6 +23,7 @@ struct Mask {
 };
 
 DQ_INLINE Mask first_lanes(long count) { return {std::clamp(count, 0l, kLanes)}; }
+DQ_INLINE Mask all_lanes() { return {kLanes}; }
 
 DQ_INLINE Floats every(float value) { return _mm256_set1_ps(value); }
 DQ_INLINE Words every(int value) { return _mm256_set1_epi32(value); }

@@ -21,6 +21,7 @@ using Flags = __mmask16;  // any lanes
 DQ_INLINE __mmask16 first_lanes(long count) {
   return count >= 16 ? 0xffff : __mmask16((1u << std::max(count, 0l)) - 1);
 }
+DQ_INLINE Mask all_lanes() { return 0xffff; }
 DQ_INLINE __mmask64 first_bytes(long count) { return count >= 64 ? ~0ull : (1ull << std::max(count, 0l)) - 1; }
 
 // 16 elements at `index` as floats; lanes outside of `lanes` are 0 and not read.
@@ -77,7 +78,9 @@ DQ_INLINE Words read(const void* from) { return _mm512_loadu_si512(from); }
 DQ_INLINE void write(float* to, Floats value) { _mm512_storeu_ps(to, value); }
 DQ_INLINE void write(void* to, Words value) { _mm512_storeu_si512(to, value); }
 DQ_INLINE void write_codes(uint8_t* to, Mask lanes, Words value) {
-  _mm_mask_storeu_epi8(to, lanes, _mm512_cvtepi32_epi8(value));
+  __m128i codes = _mm512_cvtepi32_epi8(value);
+  if (lanes == all_lanes()) return _mm_storeu_si128((__m128i*)to, codes);
+  _mm_mask_storeu_epi8(to, lanes, codes);
 }
 
 DQ_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }

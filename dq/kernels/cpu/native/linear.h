@@ -57,8 +57,8 @@ void quantize(const DqLinear& l, const Quantized& q, bool& failed) {
       failed = true;
       continue;
     }
-    fetch(l.x, m * l.columns, l.columns, l.dtype, l.shift, row);
-    quantize_row<Dot>(row, l.columns, m, q);
+    Range whole = fetch(l.x, m * l.columns, l.columns, l.dtype, l.shift, row);
+    quantize_row<Dot>(row, l.columns, m, whole, q);
   }
 }
 
