@@ -45,8 +45,7 @@ def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> 
 
 def _least(op: str, plan: LayerPlan) -> str:
     """The lowest level that has the layer's kernel."""
-    product = plan.act is not None and (op == "linear" or plan.act.granularity == "token")
-    return "avx2" if product else "avx512"
+    return "avx512" if plan.act is None else "avx2"
 
 
 def _integer(spec) -> bool:
@@ -97,7 +96,7 @@ def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor
     elif op == "linear":
         fast = _linear(plan)
     else:
-        fast = _pixelwise(plan) if plan.act.granularity == "token" else _convolution(plan, conv)
+        fast = _pixelwise(plan, conv) if plan.act.granularity == "token" else _convolution(plan, conv)
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         if x.dtype not in ops.DTYPES or (torch.is_grad_enabled() and x.requires_grad):
@@ -164,11 +163,18 @@ def _linear(plan: LayerPlan, gelu: bool = False) -> Callable[[torch.Tensor, Tens
     return run
 
 
-def _pixelwise(plan: LayerPlan) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
-    """A pointwise convolution is a linear over channels, with one activation scale per pixel."""
+def _pixelwise(plan: LayerPlan, conv: Conv) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
+    """A pointwise convolution is a linear over channels, with one activation scale per pixel.
+
+    Channels that lie apart in memory are read as they are, where one scale serves a row of the weight.
+    """
     linear = _linear(plan)
+    assert plan.act is not None
+    apart = None if _group(plan.weight.grain) or plan.act.shift else _convolution(plan, conv)
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+        if apart is not None and x.is_contiguous():
+            return apart(x, t)
         y = linear(x.movedim(1, -1), t).movedim(-1, 1)
         return y.contiguous() if x.is_contiguous() else y  # callers take views of it
 
@@ -178,6 +184,7 @@ def _pixelwise(plan: LayerPlan) -> Callable[[torch.Tensor, Tensors], torch.Tenso
 def _convolution(plan: LayerPlan, conv: Conv) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
     codes, bits = _codes(plan)
     fixed = {"weight_bits": bits, "kernel_size": list(plan.shape[2:])} | _act(plan)
+    fixed["per_pixel"] = plan.act is not None and plan.act.granularity == "token"
     fixed |= {"stride": list(conv.stride), "padding": list(conv.padding), "dilation": list(conv.dilation)}
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:

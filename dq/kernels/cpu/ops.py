@@ -41,7 +41,7 @@ Conv = structure(
     pointer="x weight weight_scale bias act_scale y",
     int64="batch channels outputs row_bytes weight_scale_stride",
     int64x3="size kernel step pad gap out",
-    int32="dtype weight_bits act_bits act_affine channels_last",
+    int32="dtype weight_bits act_bits act_affine channels_last per_pixel",
 )
 Thin = structure(
     "Thin",
@@ -71,7 +71,8 @@ _ops.define(
 )
 _ops.define(
     "cpu_conv(Tensor x, Tensor weight, Tensor scale, *, Tensor? act_scale=None, Tensor? bias=None, int weight_bits, "
-    "int act_bits, bool act_affine=False, int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> Tensor"
+    "int act_bits, bool act_affine=False, bool per_pixel=False, int[] kernel_size, int[] stride, int[] padding, "
+    "int[] dilation) -> Tensor"
 )
 _ops.define(
     "cpu_thin(Tensor x, Tensor weight, Tensor scale, *, Tensor? bias=None, int weight_bits, int weight_group=0) "
@@ -111,11 +112,12 @@ def _scale_stride(scale: torch.Tensor) -> int:
 
 
 def _conv(
-    x, weight, scale, *, act_scale=None, bias=None, weight_bits, act_bits, act_affine=False, kernel_size, stride,
-    padding, dilation,
+    x, weight, scale, *, act_scale=None, bias=None, weight_bits, act_bits, act_affine=False, per_pixel=False,
+    kernel_size, stride, padding, dilation,
 ):  # fmt: skip
     """y = Q(x) * W + bias, with one activation scale a sample; tensors as `_linear` has them, weight (outputs, bytes).
 
+    per_pixel   one activation scale a pixel instead; kernel and stride are 1 then, and nothing is padded
     kernel_size, stride, padding, dilation   one entry per spatial dimension of x (batch, channels, *space)
     """
     last = _is_channels_last(x)
@@ -128,9 +130,10 @@ def _conv(
         weight_scale_stride=_scale_stride(scale), size=_three(x.shape[2:]), kernel=_three(kernel_size),
         step=_three(stride), pad=_three(padding, 0), gap=_three(dilation), out=_three(out), dtype=DTYPES[x.dtype],
         weight_bits=weight_bits, act_bits=act_bits, act_affine=act_affine, channels_last=last,
+        per_pixel=per_pixel,
     )  # fmt: skip
     tensors = {"x": x, "weight": weight, "weight_scale": scale, "bias": bias, "act_scale": act_scale, "y": y}
-    _run("dq_conv", arguments, tensors)
+    _run(f"dq_conv_{level()}", arguments, tensors)
     return y
 
 

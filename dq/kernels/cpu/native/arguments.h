@@ -1,4 +1,4 @@
-// Arguments of a quantized linear, the same for every level; mirrored field by field in ops.py.
+// Arguments of the kernels that every level has; mirrored field by field in ops.py.
 #pragma once
 #include "common.h"
 
@@ -19,5 +19,19 @@ struct DqLinear {
   dq::Dtype dtype;
   int32_t weight_bits, act_bits, act_affine, gelu;
   float shift;
+};
+
+struct DqConv {
+  const void* x;
+  const int8_t* weight;  // (outputs, channels * taps) codes, taps innermost
+  const float* weight_scale;
+  const void* bias;
+  const float* act_scale;  // one stored scale of the activations, or null: measured
+  void* y;
+  int64_t batch, channels, outputs, row_bytes, weight_scale_stride;
+  int64_t size[3], kernel[3], step[3], pad[3], gap[3], out[3];
+  dq::Dtype dtype;
+  int32_t weight_bits, act_bits, act_affine, channels_last;
+  int32_t per_pixel;  // a scale and zero point a pixel instead of one a sample; output pixels are input pixels then
 };
 }

@@ -1,0 +1,5 @@
+#include "avx2.h"
+// the level comes first
+#include "conv.h"
+
+extern "C" int dq_conv_avx2(const DqConv* args) { return dq::run_conv(*args); }
