@@ -15,7 +15,7 @@ import ctypes
 import torch
 import torch.nn.functional as F
 
-from dq.kernels.cpu.library import missing
+from dq.kernels.cpu.library import level, missing
 from dq.kernels.cpu.ops import DTYPES, call, structure
 
 WIDEST = 256  # columns of a head
@@ -129,7 +129,7 @@ def _attention(query, key, value, mask, scale: float, int8: bool) -> torch.Tenso
     )  # fmt: skip
     for name, tensor in tensors.items():
         setattr(arguments, f"{name}_stride", (ctypes.c_int64 * 3)(*tensor.stride()[:3]))
-    if problem := call("dq_attention", arguments, tensors | {"mask": mask}):
+    if problem := call(f"dq_attention_{level()}", arguments, tensors | {"mask": mask}):
         raise RuntimeError(f"dq_attention cannot take {PROBLEMS[problem]}: {tuple(query.shape)}, {keys} keys")
     return tensors["out"]
 

@@ -6,6 +6,7 @@
 #ifdef DQ_AVXVNNI
 #pragma GCC target("avx2,fma,f16c,avxvnni")
 #define DQ_LEVEL avxvnni
+#define DQ_BYTE_PRODUCTS
 #else
 #pragma GCC target("avx2,fma,f16c")
 #define DQ_LEVEL avx2
@@ -249,6 +250,73 @@ using Narrow = Bytes;
 #else
 using Wide = Halves;
 using Narrow = Nibbles;
+#endif
+
+// --- what attention needs -------------------------------------------------------------------------------------------
+
+constexpr bool kHalves = false;  // vectors of half the lanes would save little here
+using HalfFloats = Floats;
+using HalfWords = Words;
+DQ_INLINE HalfWords low_half(Words a) { return a; }
+DQ_INLINE HalfWords read_half(const void* from) { return read(from); }
+DQ_INLINE Floats whole(HalfFloats a) { return a; }
+DQ_INLINE Words whole(HalfWords a) { return a; }
+
+DQ_INLINE Flags equal(Floats a, Floats b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+DQ_INLINE Floats chosen(Floats a, Floats b, Flags flags) { return _mm256_blendv_ps(a, b, flags); }  // b where set
+DQ_INLINE float sum_of(Floats a) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+DQ_INLINE int sum_of(Words a) {
+  int lane[kLanes], sum = 0;
+  write((void*)lane, a);
+  for (int each : lane) sum += each;
+  return sum;
+}
+DQ_INLINE int largest(Words a) {
+  int lane[kLanes];
+  write((void*)lane, a);
+  return *std::max_element(lane, lane + kLanes);
+}
+
+// t - floor(t), and p 2^floor(t), for t up to 127: NaN stays NaN, below -126 the power is 0.
+DQ_INLINE Floats raised(Floats t) { return max(every(-127.f), t); }
+DQ_INLINE Floats floored(Floats t) { return _mm256_round_ps(raised(t), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+DQ_INLINE Floats above_floor(Floats t) { return sub(raised(t), floored(t)); }
+DQ_INLINE Floats times_floor_power(Floats p, Floats t) {
+  return mul(p, _mm256_castsi256_ps(_mm256_slli_epi32(add(round(floored(t)), every(127)), 23)));
+}
+
+// The first `bytes` at `from`, up to a vector; 0 after them.
+DQ_INLINE Words read_part(const void* from, long bytes) {
+  return _mm256_set_m128i(read_bytes((const char*)from + 16, bytes - 16), read_bytes(from, bytes));
+}
+
+// acc += a b, as floats. In assembly for the reason above.
+DQ_INLINE void dot1(Floats& acc, Words a, Words b) { asm("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b)); }
+
+#ifdef DQ_AVXVNNI
+DQ_INLINE void dot4(Words& acc, Words u8, Words s8) { Bytes::dot(acc, u8, s8); }
+
+DQ_INLINE void write_codes(int8_t* to, Mask lanes, Words value) {
+  __m128i bytes = halves(value);
+  write_bytes(to, lanes.count, _mm_packs_epi16(bytes, bytes));
+}
+// Four vectors of numbers of 0 to 255, as bytes in their order.
+DQ_INLINE Words bytes_of(const Words w[4]) {
+  Words packed = _mm256_packus_epi16(_mm256_packus_epi32(w[0], w[1]), _mm256_packus_epi32(w[2], w[3]));
+  return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+#else
+// acc += sum of two neighbouring products of 16 bits
+DQ_INLINE void dot2(Words& acc, Words a, Words b) {
+  Words t;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(t) : "x"(a), "x"(b));
+}
+// Two vectors of numbers of 16 bits, as such in their order.
+DQ_INLINE Words halves_of(const Words w[2]) { return _mm256_permute4x64_epi64(_mm256_packs_epi32(w[0], w[1]), 0xd8); }
 #endif
 
 }  // namespace dq::inline DQ_LEVEL

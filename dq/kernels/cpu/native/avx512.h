@@ -1,12 +1,14 @@
 // AVX512 with VNNI: 16 lanes, four products of bytes a lane and instruction, or two of bf16 where there are units.
 #pragma once
 #include "common.h"
+#define DQ_BYTE_PRODUCTS
 #ifdef DQ_WITHOUT_BF16
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 #define DQ_LEVEL avx512vnni
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")
 #define DQ_LEVEL avx512
+#define DQ_BF16_UNITS
 #endif
 
 namespace dq::inline DQ_LEVEL {
@@ -179,5 +181,52 @@ struct Bytes {
 };
 using Wide = Bytes;    // weights of up to 8 bits
 using Narrow = Bytes;  // weights of up to 4 bits
+
+// --- what attention needs -------------------------------------------------------------------------------------------
+
+constexpr bool kHalves = true;  // half the work on processors that split wide vectors
+using HalfFloats = __m256;
+using HalfWords = __m256i;
+DQ_INLINE HalfWords low_half(Words a) { return _mm512_castsi512_si256(a); }
+DQ_INLINE HalfWords read_half(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
+DQ_INLINE Floats whole(HalfFloats a) { return _mm512_castps256_ps512(a); }
+DQ_INLINE Words whole(HalfWords a) { return _mm512_castsi256_si512(a); }
+
+DQ_INLINE Flags equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+DQ_INLINE Floats chosen(Floats a, Floats b, Flags flags) { return _mm512_mask_mov_ps(a, flags, b); }  // b where set
+DQ_INLINE float sum_of(Floats a) { return _mm512_reduce_add_ps(a); }
+DQ_INLINE int sum_of(Words a) { return _mm512_reduce_add_epi32(a); }
+DQ_INLINE int largest(Words a) { return _mm512_reduce_max_epi32(a); }
+
+// t - floor(t), and p 2^floor(t): NaN stays NaN, and vreduceps and vscalefps define both ends.
+DQ_INLINE Floats above_floor(Floats t) { return _mm512_reduce_ps(t, 0x09); }  // subtract the floor, no exceptions
+DQ_INLINE Floats times_floor_power(Floats p, Floats t) { return _mm512_scalef_ps(p, t); }
+
+// The first `bytes` at `from`, up to a vector; 0 after them.
+DQ_INLINE Words read_part(const void* from, long bytes) { return _mm512_maskz_loadu_epi8(first_bytes(bytes), from); }
+
+// acc += a b, as floats; the products above on half the lanes. In assembly for the reason above.
+DQ_INLINE void dot1(Floats& acc, Words a, Words b) { asm("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
+DQ_INLINE void dot1(HalfFloats& acc, HalfWords a, HalfWords b) {
+  asm("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+}
+DQ_INLINE void dot4(HalfWords& acc, HalfWords u8, HalfWords s8) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8));
+}
+#ifndef DQ_WITHOUT_BF16
+DQ_INLINE void dot2(HalfFloats& acc, HalfWords a, HalfWords b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+}
+#endif
+
+DQ_INLINE void write_codes(int8_t* to, Mask lanes, Words value) {
+  _mm_mask_storeu_epi8(to, lanes, _mm512_cvtsepi32_epi8(value));
+}
+// Four vectors of numbers of 0 to 255, as bytes in their order.
+DQ_INLINE Words bytes_of(const Words w[4]) {
+  const Words in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  Words packed = _mm512_packus_epi16(_mm512_packus_epi32(w[0], w[1]), _mm512_packus_epi32(w[2], w[3]));
+  return _mm512_permutexvar_epi32(in_order, packed);
+}
 
 }  // namespace dq::inline DQ_LEVEL

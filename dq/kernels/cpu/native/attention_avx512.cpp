@@ -1,0 +1,5 @@
+#include "avx512.h"
+// the level comes first
+#include "attention.h"
+
+extern "C" int dq_attention_avx512(const DqAttention* args) { return dq::run_attention(*args); }
