@@ -3,7 +3,7 @@
     int-b:   q = clip(rne(x / s)), s = absmax / (2^(b-1) − 1), q in −(2^(b-1) − 1) … 2^(b-1) − 1,  x̂ = q · s
     int-ba:  q = clip(rne(x / s) + z), s = (max − min) / (2^b − 1), z = rne(−2^(b-1) − min / s),     x̂ = (q − z) · s
 
-    two-level scales, group:64+channel:   s[n, g] = m[n, g] s[n],  m a whole number in 1 … ⌊127 / (2^(b-1) − 1)⌋
+    two-level scales, group:64+channel:   s[n, g] = m[n, g] s[n],  m a whole number in 1 … 2^(8-b)
 
 x: (rows, K); s, z: one per block. Affine codes are signed too (−2^(b-1) … 2^(b-1) − 1, z in the same range) so that
 codes and zero points fit int8; the range always contains 0, which is exact. Division, not multiplication by 1/s: a
@@ -11,8 +11,9 @@ kernel that multiplies may differ by one code where x / s is next to a tie.
 
 Two-level scales (QoQ, 2405.04532; QQQ, 2406.09904): codes times multiplier fit a signed byte, so an 8-bit product with
 one scale a row takes them; what a group costs is a multiplication of integers while weights are unpacked. The most for
-int4 is 18: 7 · 18 = 126. Deviation: row scale and multipliers are those of least squared error, not of the range, which
-is worth 0.6 dB on weights of embedded models; with multipliers rounded up to cover the range it would be lost.
+int4 is 16: any 4 bits that a file may hold fit then, −8 · 16 = −128; 18, the most for 7, gains 0.01 dB. Deviation: row
+scale and multipliers are those of least squared error, not of the range; on the weights of the embedded models that is
+worth 0.6 dB, so that two levels come nearer than fp32 scales that cover the range of each group.
 """
 
 from dataclasses import dataclass
@@ -22,10 +23,9 @@ import torch
 
 from dq.formats.base import SCALE_FLOOR, Format, Granularity, Scales, block_absmax, block_range, block_view
 
-BYTE = 127  # largest product of a code and a multiplier
 NARROW = 4  # bits up to which two-level scales have enough multipliers
-ROW_TRIES = (0.0, 0.5, 1.0, 1.5)  # the group of the largest scale gets a multiplier so far below the largest
-TRIES = (-1, 0, 1)  # multipliers tried beside the one whose scale ends just below the group's range
+ROWS = (0.0, 0.5)  # tried for a row: so far below the largest multiplier lies the group of the largest range
+SHARES = (1.0, 0.92, 0.84, 0.72, 0.6)  # of a group's range, that its scale may end at
 CHUNK = 2**18  # elements that are fitted at a time, to stay in cache
 
 
@@ -43,7 +43,7 @@ class Integer(Format):
 
     @property
     def most_multiplier(self) -> int:
-        return BYTE // self.max_code if self.bits <= NARROW and not self.affine else 0
+        return 2 ** (8 - self.bits) if self.bits <= NARROW and not self.affine else 0
 
     def fit(self, x, granularity=None, scale_global=None) -> Scales:
         """absmax / max_code per block, at least SCALE_FLOOR; two-level ones as `fit_two_level` says."""
@@ -75,13 +75,12 @@ class Integer(Format):
         blocks, most = block_view(x, granularity), self.most_multiplier
         wanted = block_absmax(x, granularity) / self.max_code
         top = wanted.amax(1, keepdim=True)
-        tried = [(top / (most - less)).clamp_(min=SCALE_FLOOR) for less in ROW_TRIES] if rows is None else [rows]
+        tried = [(top / (most - less)).clamp_(min=SCALE_FLOOR) for less in ROWS] if rows is None else [rows]
         best, kept = torch.full_like(top, torch.inf), (torch.ones_like(wanted), tried[0].expand_as(top))
         for scale in tried:
-            below = (wanted / scale).floor_()
             least, multiplier = torch.full_like(wanted, torch.inf), torch.ones_like(wanted)
-            for beside in TRIES:
-                each = (below + beside).clamp_(1, most)
+            for share in SHARES:
+                each = (wanted * share / scale).round_().clamp_(1, most)
                 step = (each * scale)[..., None]
                 loss = self.snap(blocks / step).mul_(step).sub_(blocks).square_()
                 loss = (loss if weights is None else loss.mul_(weights)).sum(-1)

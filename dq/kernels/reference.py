@@ -73,17 +73,17 @@ def row_codes(plan: LayerPlan) -> Callable[[Tensors], torch.Tensor]:
     Codes under two-level scales come times their multipliers. `row_scale` gives the scales.
     """
     spec, grain, columns = plan.weight.spec, plan.weight.grain, plan.columns
+    size = grain.size or columns
     if not grain.two_level:
         return lambda t: spec.unpack(t.weight, columns)
-    ranges = scale_columns(plan)
+    ranges = list(zip(plan.parts, scale_columns(plan), strict=True))
 
     def codes(t: Tensors) -> torch.Tensor:
-        pairs = zip(plan.parts, ranges, strict=True)
-        each = [
-            t.scale[:, left:right].repeat_interleave(grain.size, 1)[:, : last - first]
-            for (first, last), (left, right) in pairs
+        times = [
+            t.scale[:, left:right].repeat_interleave(size, 1)[:, : last - first]
+            for (first, last), (left, right) in ranges
         ]
-        return spec.unpack(t.weight, columns) * (each[0] if len(each) == 1 else torch.cat(each, 1))
+        return spec.unpack(t.weight, columns) * (times[0] if len(times) == 1 else torch.cat(times, 1))
 
     return codes
 

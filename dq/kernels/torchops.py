@@ -126,7 +126,7 @@ def _int_linear(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, T
     assert plan.act is not None
     columns, act = plan.columns, plan.act.spec
     assert isinstance(act, Integer)
-    decode, row = row_codes(plan), row_scale(plan)
+    parts, decode, row = plan.parts, row_codes(plan), row_scale(plan)
 
     def part(rows: torch.Tensor, codes: torch.Tensor, stored: torch.Tensor | None) -> torch.Tensor:
         q, scale, zero = quantize_rows(rows, act, stored)
@@ -138,7 +138,7 @@ def _int_linear(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, T
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         rows = x.reshape(-1, columns)
         codes, y = decode(t), None
-        for i, (first, last) in enumerate(plan.parts):
+        for i, (first, last) in enumerate(parts):
             stored = None if t.act_scale is None else t.act_scale[i]
             z = part(rows[:, first:last], codes[:, first:last], stored).mul_(row(t)[:, i : i + 1].t())
             y = z if y is None else y.add_(z)

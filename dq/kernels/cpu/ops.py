@@ -67,7 +67,8 @@ _ops = torch.library.Library("dq", "FRAGMENT")
 _ops.define(
     "cpu_linear(Tensor x, Tensor weight, Tensor scale, *, Tensor? act_scale=None, Tensor? bias=None, "
     "Tensor? low=None, Tensor? up=None, Tensor? multiplier=None, int weight_bits, int act_bits, "
-    "bool act_affine=False, int weight_group=0, int act_group=0, int multiplier_group=0, float shift=0, bool gelu=False) -> Tensor"
+    "bool act_affine=False, int weight_group=0, int act_group=0, int multiplier_group=0, float shift=0, "
+    "bool gelu=False) -> Tensor"
 )
 _ops.define(
     "cpu_conv(Tensor x, Tensor weight, Tensor scale, *, Tensor? act_scale=None, Tensor? bias=None, int weight_bits, "
