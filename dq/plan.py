@@ -162,6 +162,9 @@ class LayerPlan:
             raise DQError(f"layer {name!r}: rotate is {self.rotate}, expected a divisor of its {cuts}")
         if self.start and self.kind != "linear":
             raise DQError(f"layer {name!r}: start is for linears, this is a {self.kind}; leave it out")
+        if self.act and self.act.grain.two_level:
+            got = f"layer {name!r}: activation granularity {self.act.granularity!r}"
+            raise DQError(f"{got}, expected one level of scales; two are for weights")
         if self.act and self.act.scale == "dynamic":
             fits = ("token", "group") if self.kind == "linear" else ("tensor", "token")[: 1 + self.pointwise]
             if self.act.grain.kind not in fits:
@@ -356,6 +359,8 @@ def _known(form: str, granularity: str | None) -> tuple[str, str]:
     grain = spec.granularity if granularity is None else formats.Granularity.parse(granularity)
     if spec.fixed and grain != spec.granularity:
         raise ValueError(f"granularity: got {grain}, expected {spec.granularity}, the only one of {spec.name}")
+    if grain.two_level and not spec.most_multiplier:
+        raise ValueError(f"granularity: got {grain} of {spec.name}, {formats.base.TWO_LEVEL}")
     if (grain.size or 0) > MOST_GROUP:
         raise ValueError(f"granularity: got a group of more than {MOST_GROUP} values, expected for example group:64")
     return spec.name, str(grain)

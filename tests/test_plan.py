@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -33,6 +34,16 @@ def test_a_tensor_plan_reads_back_what_it_prints(plan):
     assert TensorPlan.parse(str(plan)) == plan
 
 
+def test_two_levels_of_scales_are_for_weights():
+    plan = linear(act=TensorPlan.parse("int4/group:8+channel"))
+    with pytest.raises(
+        DQError, match=r"layer 'name': activation granularity 'group:8.channel', .*two are for weights"
+    ):
+        plan.check("name")
+    found = replace(linear(), weight=TensorPlan.parse("int4/group:8+channel"))
+    assert LayerPlan.from_dict("name", found.to_dict()) == found and str(found.weight) == "int4/group:8+channel"
+
+
 @pytest.mark.parametrize("name", formats.names())
 def test_a_format_alone_means_its_default_granularity(name):
     assert TensorPlan.parse(name) == TensorPlan(name, str(formats.get(name).granularity))
@@ -44,6 +55,11 @@ def test_a_format_alone_means_its_default_granularity(name):
         ("int9/channel", "tensor plan 'int9/channel': format: got 'int9'.*did you mean"),
         ("int8/row", "tensor plan 'int8/row': granularity: got 'row', expected tensor, channel, token or group"),
         ("int8/group:x", "expected a whole number after the colon"),
+        ("int8/group:64+channel", "got group:64\\+channel of int8, expected two-level scales with symmetric integers"),
+        (
+            "int4a/group:64+channel",
+            "expected two-level scales with symmetric integers of at most 4 bits, such as int4",
+        ),
         ("int8/token/dynamik", "scale is 'dynamik', expected one of .*Did you mean 'dynamic'"),
     ],
 )
@@ -122,7 +138,8 @@ def test_fields_that_contradict_each_other_are_refused(plan, message):
 
 
 @pytest.mark.parametrize(
-    "weight", ["int8/channel", "int8/tensor", "int4/group:16", "int4a/group:16", "nvfp4", "mxfp4"]
+    "weight",
+    ["int8/channel", "int8/tensor", "int4/group:16", "int4a/group:16", "nvfp4", "mxfp4", "int4/group:16+channel"],
 )
 @pytest.mark.parametrize("more", [{}, {"splits": (5, 20)}, {"rank": 3, "smooth": True}])
 @pytest.mark.parametrize("shape", [(12, 32), (6, 32, 3), (6, 32, 1, 3), (2, 32, 6)])

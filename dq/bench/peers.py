@@ -38,6 +38,9 @@ INSTALL = f"pip install --no-deps --target FOLDER {' '.join(PINS)}, then --peers
 BASE = "bf16"
 W4A8 = Recipe("w4a8", linear=("int4/group:64", "int8/token"), conv=("int8/channel", "int8a/tensor"))
 W4A8_ROW = Recipe("w4a8-row", linear=("int4/channel", "int8/token"), conv=("int8/channel", "int8a/tensor"))
+W4A8_TWO = Recipe(
+    "w4a8-two-level", linear=("int4/group:64+channel", "int8/token"), conv=("int8/channel", "int8a/tensor")
+)
 PRODUCT = re.compile(r"^(aten|onednn|mkldnn|quantized|torchao|dq|sdnq)::\w*(mm|linear|conv)\w*$")
 WARM = 2  # calls before the first timed one: allocators, caches, guards of compiled graphs
 
@@ -142,6 +145,7 @@ SCHEMES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "int8": _dq(cookbook.RECIPES["int8"]),
     "w4a8": _dq(W4A8),
     "w4a8-row": _dq(W4A8_ROW),
+    "w4a8-two-level": _dq(W4A8_TWO),
     "torchao": _torchao,
     "sdnq": _sdnq(),
     "sdnq conv": _sdnq(quant_conv=True, use_quantized_matmul_conv=True),

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from dq.formats.integer import Integer
+from dq.formats.integer import NARROW, Integer
 from dq.layers import tensor_shapes
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 
@@ -56,8 +56,9 @@ def _weights(layer: LayerPlan, recipe: Recipe) -> Iterator[str]:
         return
     letter = "a" if own.spec.affine else ""
     below = GROUP if own.spec.bits == 8 and not letter else own.granularity
+    above = below.removesuffix("+channel")  # more bits than 4 have one level of scales
     for bits in WIDTHS:
-        grain = "channel" if bits == 8 else below
+        grain = "channel" if bits == 8 else below if bits <= NARROW else above
         yield f"int{bits}{letter}/{grain}"
 
 

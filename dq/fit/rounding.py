@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from dq.formats.base import Format, Granularity, Scales, block_view, check_finite
+from dq.formats.integer import Integer
 from dq.plan import LayerPlan
 
 BLOCK = 128  # columns rounded between two updates by the earlier ones
@@ -110,6 +111,8 @@ def mse_scales(
 
 
 def _search(part: torch.Tensor, spec: Format, grain: Granularity, weights: torch.Tensor, shrink: int) -> Scales:
+    if grain.two_level and isinstance(spec, Integer):
+        return spec.fit_two_level(part, grain, weights)
     start = spec.fit(part, grain)
     uniform = bool((spec.grid().diff().diff() == 0).all())
     factors = [*torch.linspace(1.0, SMALLEST, shrink).tolist(), *(() if uniform else LARGER)]

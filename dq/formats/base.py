@@ -13,6 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 
+TWO_LEVEL = "expected two-level scales with symmetric integers of at most 4 bits, such as int4"
 SCALE_FLOOR = 1e-12  # smallest fitted fp32 scale: rows of zeros keep a positive scale and decode to exact zeros
 
 
@@ -24,35 +25,44 @@ class FormatError(ValueError):
 class Granularity:
     """Which elements of a (rows, K) matrix share a scale: tensor | channel | token | group of `size` along K.
 
-    `channel` (weights) and `token` (activations) both mean one scale per row.
+    `channel` (weights) and `token` (activations) both mean one scale per row. `two_level`, written `group:64+channel`:
+    the scale of a group is a small whole number times the scale of its row.
     """
 
     kind: str
     size: int | None = None
+    two_level: bool = False
 
     def __post_init__(self):
         if self.kind not in ("tensor", "channel", "token", "group"):
             raise FormatError(f"granularity: got {self.kind!r}, expected tensor, channel, token or group:<size>")
         if (self.kind == "group") != (self.size is not None) or (self.size is not None and self.size < 1):
             raise FormatError(f"granularity: got {self.kind!r}, size {self.size}; expected e.g. 'group:64' or 'token'")
+        if self.two_level and self.kind != "group":
+            raise FormatError(f"granularity: got '{self.kind}+channel', expected groups: e.g. 'group:64+channel'")
 
     @classmethod
     def parse(cls, text: str) -> "Granularity":
-        """Read "tensor", "channel", "token" or "group:64". Raises FormatError on anything else."""
-        kind, colon, size = str(text).partition(":")
+        """Read "tensor", "channel", "token", "group:64" or "group:64+channel". Raises FormatError on anything else."""
+        first = str(text).removesuffix("+channel")
+        kind, colon, size = first.partition(":")
         if colon and not size.isdecimal():
             raise FormatError(f"granularity: got {text!r}, expected a whole number after the colon, e.g. 'group:64'")
-        return cls(kind, int(size) if colon else None)
+        return cls(kind, int(size) if colon else None, first != str(text))
 
     def __str__(self) -> str:
-        return self.kind if self.size is None else f"{self.kind}:{self.size}"
+        plain = self.kind if self.size is None else f"{self.kind}:{self.size}"
+        return f"{plain}+channel" if self.two_level else plain
 
     def width(self, k: int) -> int:
         """Number of neighbours along K that share a scale."""
         return k if self.size is None else self.size
 
     def scale_shape(self, rows: int, k: int) -> tuple[int, int]:
-        """Shape of the scale of a (rows, k) matrix: (1, 1), (rows, 1) or (rows, ceil(k / size))."""
+        """Shape of the scale of a (rows, k) matrix: (1, 1), (rows, 1) or (rows, ceil(k / size)).
+
+        Of two-level scales: of the multipliers; the scales of rows are (rows, 1).
+        """
         return (1 if self.kind == "tensor" else rows, -(-k // self.width(k)))
 
 
@@ -69,8 +79,9 @@ class Encoded:
     """A quantized matrix, not yet packed.
 
     codes: int8 (rows, K). scale: fp32 (1, 1) | (rows, 1) | (rows, ceil(K/size)); for micro formats the stored bytes
-    (int8 view of e4m3 or e8m0 codes) of that shape. zero: int8 shaped as scale, affine integers only. scale_global:
-    fp32 (1,), or (rows, 1) where the caller gave one per row; nvfp4 only.
+    (int8 view of e4m3 or e8m0 codes) of that shape, for two-level granularities the int8 multipliers. zero: int8
+    shaped as scale, affine integers only. scale_global: fp32 (1,), or (rows, 1) where the caller gave one per row, of
+    nvfp4; (rows, 1) of two-level granularities.
     """
 
     codes: torch.Tensor
@@ -170,9 +181,17 @@ class Format(ABC):
     scale_bytes: ClassVar[int] = 4  # per block
     global_bytes: ClassVar[int] = 0  # per matrix
 
+    @property
+    def most_multiplier(self) -> int:
+        """Largest multiplier of a group under a two-level granularity; 0: the format has none."""
+        return 0
+
     @abstractmethod
     def fit(self, x, granularity=None, scale_global=None) -> Scales:
-        """Scales of x (rows, K) that cover its range: absmax, or min-max with 0 inside for affine integers."""
+        """Scales of x (rows, K) that cover its range: absmax, or min-max with 0 inside for affine integers.
+
+        Two-level scales have the least squared error instead, see `Integer.fit_two_level`.
+        """
 
     @abstractmethod
     def codes_of(self, units: torch.Tensor) -> torch.Tensor:
@@ -267,18 +286,24 @@ class Format(ABC):
 
     def packed_bytes(self, rows: int, k: int, granularity=None) -> int:
         """Exact bytes of a (rows, k) matrix: packed codes, scales, zero points, tensor scale."""
-        n_rows, n_blocks = self._resolve(granularity).scale_shape(rows, k)
+        granularity = self._resolve(granularity)
+        n_rows, n_blocks = granularity.scale_shape(rows, k)
+        codes = rows * -(-k * self.bits // 8)
+        if granularity.two_level:
+            return codes + n_rows * (n_blocks + 4)
         per_block = self.scale_bytes + (1 if self.affine else 0)
-        return rows * -(-k * self.bits // 8) + n_rows * n_blocks * per_block + self.global_bytes
+        return codes + n_rows * n_blocks * per_block + self.global_bytes
 
     def _resolve(self, granularity) -> Granularity:
-        """None means the default; text is parsed. FormatError if a fixed format is asked for another granularity."""
+        """None means the default; text is parsed. FormatError if the format has no such granularity."""
         if granularity is None:
             return self.granularity
         if isinstance(granularity, str):
             granularity = Granularity.parse(granularity)
         if self.fixed and granularity != self.granularity:
             raise FormatError(f"{self.name}: got granularity {granularity}, expected its only one, {self.granularity}")
+        if granularity.two_level and not self.most_multiplier:
+            raise FormatError(f"{self.name}: got granularity {granularity}, {TWO_LEVEL}")
         return granularity
 
     def _check(self, x: torch.Tensor) -> torch.Tensor:
@@ -292,7 +317,7 @@ class Format(ABC):
         """Given scales brought to their canonical shape, the missing ones fitted."""
         if given.zero is not None and not self.affine:
             raise FormatError(f"{self.name}: got a zero point, expected none; use an affine format such as 'int4a'")
-        if given.scale_global is not None and not self.global_bytes:
+        if given.scale_global is not None and not (self.global_bytes or granularity.two_level):
             raise FormatError(f"{self.name}: got a scale_global, expected none; only two-level formats have one")
         if given.scale is None:
             return self.fit(x, granularity, given.scale_global)

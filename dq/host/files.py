@@ -25,7 +25,7 @@ from dq.errors import DQError
 from dq.host import header
 from dq.layers import tensor_shapes
 from dq.model import aliases
-from dq.plan import Plan
+from dq.plan import LayerPlan, Plan
 
 PLAN_FILE, WEIGHTS_FILE = "dq_plan.json", "model.safetensors"
 CHECKSUMS = "dq_crc32"  # key of the safetensors metadata: JSON object, tensor name -> crc32 of its bytes, 8 hex digits
@@ -129,7 +129,7 @@ _ANEW = "save or download the model again"
 _AGAIN = "the file does not fit its plan, save or download the model again"
 
 
-def check_content(name: str, value: torch.Tensor, layers: Mapping[str, object], sums: Mapping[str, str]) -> None:
+def check_content(name: str, value: torch.Tensor, layers: Mapping[str, LayerPlan], sums: Mapping[str, str]) -> None:
     """DQError when a tensor holds impossible scales or bytes that differ from those that were saved."""
     home, _, key = name.rpartition(".")
     if home in layers and value.is_floating_point():
@@ -137,6 +137,10 @@ def check_content(name: str, value: torch.Tensor, layers: Mapping[str, object], 
             raise DQError(f"tensor {name!r}: holds NaN or Inf, expected finite numbers; save or download it again")
         if key in POSITIVE and not (value > 0).all():
             raise DQError(f"tensor {name!r}: holds values of zero or below, expected positive scales; {_AGAIN}")
+    if home in layers and key == "scale" and layers[home].weight.grain.two_level:
+        most = layers[home].weight.spec.most_multiplier
+        if not ((value > 0) & (value <= most)).all():
+            raise DQError(f"tensor {name!r}: holds multipliers outside of 1 to {most}; {_AGAIN}")
     if name in sums and checksum(value) != sums[name]:
         raise DQError(f"tensor {name!r}: its bytes are not those that were saved; {_ANEW}")
 

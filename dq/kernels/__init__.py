@@ -36,9 +36,9 @@ class Tensors(NamedTuple):
     """The tensors of one packed layer, as a kernel sees them.
 
     weight        int8 (rows, bytes), packed codes in the format's canonical layout
-    scale         fp32 or int8 (rows | 1, scales), parts side by side
+    scale         fp32 or int8 (rows | 1, scales), parts side by side; int8 multipliers under two-level granularities
     zero          as scale, affine integer formats only
-    scale_global  fp32 (parts,), nvfp4 only
+    scale_global  fp32 (parts,) of nvfp4, (rows, parts) under two-level granularities
     bias          (out,) or None
     act_scale     fp32 (parts,): the stored activation scales of the running step, None when dynamic
     down, up      (rank, columns) and (out, rank): low-rank branch, None without one

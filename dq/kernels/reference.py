@@ -57,12 +57,41 @@ def weight_decoder(plan: LayerPlan) -> Callable[[Tensors], torch.Tensor]:
         parts = []
         for i, ((first, last), (left, right)) in enumerate(ranges):
             zero = t.zero[:, left:right] if t.zero is not None else None
-            whole = t.scale_global[i : i + 1] if t.scale_global is not None else None
+            whole = t.scale_global
+            if whole is not None:
+                whole = whole[:, i : i + 1] if grain.two_level else whole[i : i + 1]
             encoded = Encoded(codes[:, first:last], t.scale[:, left:right], zero, whole)
             parts.append(spec.decode(encoded, grain))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     return decode
+
+
+def row_codes(plan: LayerPlan) -> Callable[[Tensors], torch.Tensor]:
+    """-> codes(tensors) -> int8 (rows, columns) of symmetric integers, for products with one scale a row and part.
+
+    Codes under two-level scales come times their multipliers. `row_scale` gives the scales.
+    """
+    spec, grain, columns = plan.weight.spec, plan.weight.grain, plan.columns
+    size = grain.size or columns
+    if not grain.two_level:
+        return lambda t: spec.unpack(t.weight, columns)
+    ranges = list(zip(plan.parts, scale_columns(plan), strict=True))
+
+    def codes(t: Tensors) -> torch.Tensor:
+        times = [
+            t.scale[:, left:right].repeat_interleave(size, 1)[:, : last - first]
+            for (first, last), (left, right) in ranges
+        ]
+        return spec.unpack(t.weight, columns) * (times[0] if len(times) == 1 else torch.cat(times, 1))
+
+    return codes
+
+
+def row_scale(plan: LayerPlan) -> Callable[[Tensors], torch.Tensor]:
+    """-> scale(tensors) -> fp32 (rows | 1, parts), of what `row_codes` gives."""
+    two_level = plan.weight.grain.two_level
+    return lambda t: t.scale_global if two_level else t.scale  # pyright: ignore[reportReturnType]
 
 
 def input_rounder(plan: LayerPlan, dim: int) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:

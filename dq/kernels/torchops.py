@@ -2,6 +2,7 @@
 
     y[m, n] = (sum_k q[m, k] w[n, k] - z[m] sum_k w[n, k]) * sx[m] * sw[n] + bias[n]     q, w int8, sums exact
 
+Of two-level weight scales w is the code times the multiplier of its group, and sw the scale of the row.
 z is the zero point of affine activations; sum_k w comes from one more row of ones in the matrix product. A
 convolution is the product of its int8 patches (im2col) with its weight, one activation scale and zero point a sample;
 padding is the zero point. oneDNN's int8 convolution is 1.1-1.3 times as fast once its weight is laid out, but laying
@@ -21,7 +22,7 @@ from dq import kernels
 from dq.formats.base import SCALE_FLOOR, Format
 from dq.formats.integer import Integer
 from dq.kernels import Conv, Tensors, dense
-from dq.kernels.reference import PER_ROW, out_sizes, scale_columns
+from dq.kernels.reference import PER_ROW, out_sizes, row_codes, row_scale
 from dq.plan import LayerPlan
 
 RANK = 50
@@ -40,7 +41,7 @@ def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> 
         return f"torch has no {plan.weight.format} x {plan.act.format} kernel"
     if plan.act.scale != "dynamic" and plan.act.spec.affine:
         return "stored activation scales come without zero points"
-    if plan.weight.grain.kind == "group":
+    if plan.weight.grain.kind == "group" and not plan.weight.grain.two_level:
         return "torch's int8 kernels take one weight scale per output channel, not per group"
     if plan.act.grain.kind == "group":
         return "torch's int8 kernels take one activation scale per token, not per group"
@@ -123,9 +124,9 @@ def _int_product(q: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 def _int_linear(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
     assert plan.act is not None
-    spec, columns, act = plan.weight.spec, plan.columns, plan.act.spec
+    columns, act = plan.columns, plan.act.spec
     assert isinstance(act, Integer)
-    parts = list(zip(plan.parts, scale_columns(plan), strict=True))
+    parts, decode, row = plan.parts, row_codes(plan), row_scale(plan)
 
     def part(rows: torch.Tensor, codes: torch.Tensor, stored: torch.Tensor | None) -> torch.Tensor:
         q, scale, zero = quantize_rows(rows, act, stored)
@@ -136,11 +137,10 @@ def _int_linear(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, T
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         rows = x.reshape(-1, columns)
-        codes = spec.unpack(t.weight, columns)
-        y = None
-        for i, ((first, last), (left, right)) in enumerate(parts):
+        codes, y = decode(t), None
+        for i, (first, last) in enumerate(parts):
             stored = None if t.act_scale is None else t.act_scale[i]
-            z = part(rows[:, first:last], codes[:, first:last], stored).mul_(t.scale[:, left:right].t())
+            z = part(rows[:, first:last], codes[:, first:last], stored).mul_(row(t)[:, i : i + 1].t())
             y = z if y is None else y.add_(z)
         if t.bias is not None:
             y = y.add_(t.bias)
@@ -199,17 +199,17 @@ def _patches(q: torch.Tensor, zero: torch.Tensor | None, kernel: tuple[int, ...]
 
 
 def _int_conv(plan: LayerPlan, conv: Conv) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
-    spec, columns, act, kernel = plan.weight.spec, plan.columns, plan.act.spec, plan.shape[2:]
+    act, kernel, decode, row = plan.act.spec, plan.shape[2:], row_codes(plan), row_scale(plan)
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         stored = None if t.act_scale is None else t.act_scale[0]
         q, sx, zero = quantize_rows(x.reshape(x.shape[0], -1), act, stored)
-        weight = spec.unpack(t.weight, columns).reshape(plan.shape).movedim(1, -1).reshape(plan.shape[0], -1)
+        weight = decode(t).reshape(plan.shape).movedim(1, -1).reshape(plan.shape[0], -1)
         product = _int_product(_patches(q.reshape(x.shape), zero, kernel, conv), weight)
         y = product[:-1].reshape(x.shape[0], -1, plan.shape[0])
         if zero is not None:
             y = y - zero.int()[:, :, None] * product[-1]
-        y = y.float().mul_(sx[:, :, None]).mul_(t.scale.reshape(-1))
+        y = y.float().mul_(sx[:, :, None]).mul_(row(t).reshape(-1))
         if t.bias is not None:
             y = y.add_(t.bias)
         return _like(

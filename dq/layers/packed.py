@@ -55,11 +55,13 @@ def tensor_shapes(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dty
     scale_rows = 1 if grain.kind == "tensor" else rows
     blocks = sum(grain.scale_shape(rows, width)[1] for width in widths)
     shapes: dict = {"weight": ((rows, -(-plan.columns * spec.bits // 8)), torch.int8)}
-    shapes["scale"] = ((scale_rows, blocks), torch.int8 if spec.fixed else torch.float32)
+    shapes["scale"] = ((scale_rows, blocks), torch.int8 if spec.fixed or grain.two_level else torch.float32)
     if spec.affine:
         shapes["zero"] = ((scale_rows, blocks), torch.int8)
     if spec.global_bytes:
         shapes["scale_global"] = ((len(widths),), torch.float32)
+    if grain.two_level:
+        shapes["scale_global"] = ((rows, len(widths)), torch.float32)
     if plan.smooth:
         shapes["smooth"] = ((plan.shape[1],), torch.float32)
     if plan.rank:
@@ -81,7 +83,7 @@ def encode(weight: torch.Tensor, plan: LayerPlan, scales: Sequence[Scales] | Non
     pairs = zip(plan.parts, given, strict=True)
     parts = [spec.encode(weight[:, first:last], grain, *scale) for (first, last), scale in pairs]
     out = {"weight": spec.pack(torch.cat([part.codes for part in parts], 1).contiguous())}
-    for name, dim in (("scale", 1), ("zero", 1), ("scale_global", 0)):
+    for name, dim in (("scale", 1), ("zero", 1), ("scale_global", 1 if grain.two_level else 0)):
         if getattr(parts[0], name) is not None:
             out[name] = torch.cat([getattr(part, name) for part in parts], dim).contiguous()
     return out
@@ -380,7 +382,9 @@ class PackedStack(_Frozen, nn.Module):
         outputs = self.plan.shape[2]
         rows = slice(expert * outputs, (expert + 1) * outputs)
         picked: Any = [None if t is None else t[rows] for t in (self.stored, self.scale, self.zero)]
-        return reference.weight_decoder(self.plan)(Tensors(*picked, self.scale_global)).t().to(self.compute_dtype)
+        whole = self.scale_global
+        whole = whole[rows] if whole is not None and self.plan.weight.grain.two_level else whole
+        return reference.weight_decoder(self.plan)(Tensors(*picked, whole)).t().to(self.compute_dtype)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

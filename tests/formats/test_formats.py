@@ -16,6 +16,8 @@ NAMES = formats.names()
 FREE = [n for n in NAMES if not formats.get(n).fixed]
 CASES = [(n, g) for n in FREE for g in ("tensor", "channel", "group:16", "group:24")]
 CASES += [(n, None) for n in NAMES if n not in FREE]
+TWO_LEVEL = [n for n in FREE if formats.get(n).most_multiplier]
+CASES += [(n, g) for n in TWO_LEVEL for g in ("group:16+channel", "group:24+channel")]
 each_name = pytest.mark.parametrize("name", NAMES)
 each_case = pytest.mark.parametrize(("name", "granularity"), CASES)
 
@@ -80,11 +82,12 @@ def test_packed_bytes_are_the_real_ones(name, granularity):
 def test_shapes_and_dtypes(name, granularity):
     form = formats.get(name)
     e = form.encode(draw(), granularity)
-    shape = (form.granularity if granularity is None else Granularity.parse(granularity)).scale_shape(9, 77)
+    grain = form.granularity if granularity is None else Granularity.parse(granularity)
+    shape, bytes_ = grain.scale_shape(9, 77), 1 if grain.two_level else form.scale_bytes
     assert e.codes.dtype == torch.int8 and e.codes.shape == (9, 77)
-    assert e.scale.shape == shape and e.scale.dtype == (torch.float32 if form.scale_bytes == 4 else torch.int8)
+    assert e.scale.shape == shape and e.scale.dtype == (torch.float32 if bytes_ == 4 else torch.int8)
     assert (e.zero is not None) == form.affine and (e.zero is None or e.zero.shape == shape)
-    assert (e.scale_global is not None) == bool(form.global_bytes)
+    assert (e.scale_global is not None) == bool(form.global_bytes or grain.two_level)
 
 
 @each_case
@@ -173,7 +176,7 @@ def test_gradient_of_fake_is_straight_through(name, granularity):
     passed = x.grad == wanted
     assert (passed | (x.grad == 0)).all() and passed.float().mean() > 0.9
     e = form.encode(x, granularity)  # half the range: what lies outside gets no gradient, what lies inside all of it
-    if form.scale_bytes < 4 or form.affine:
+    if form.scale_bytes < 4 or form.affine or "+" in str(granularity):
         return
     half = (e.scale / 2).requires_grad_()
     x.grad = None
@@ -245,6 +248,81 @@ def test_fake_traces_into_one_graph(name):
     torch._dynamo.reset()
     compiled = torch.compile(form.fake, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), form.fake(x))
+
+
+# --- two-level scales ------------------------------------------------------------------------------------------------
+
+two_level = pytest.mark.parametrize("name", TWO_LEVEL)
+
+
+def test_two_levels_are_for_symmetric_integers_of_at_most_four_bits():
+    assert TWO_LEVEL == ["int2", "int3", "int4"]
+    assert [formats.get(name).most_multiplier for name in TWO_LEVEL] == [64, 32, 16]
+
+
+@two_level
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 6),
+    k=st.integers(1, 200),
+    size=st.sampled_from((16, 24, 64)),
+    spread=st.sampled_from((0.0, 1.0, 4.0)),
+    seed=st.integers(0, 99),
+)
+def test_codes_times_multipliers_fit_a_byte_and_the_error_is_bounded(name, rows, k, size, spread, seed):
+    form, grain, make = formats.get(name), Granularity("group", size, True), torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, k, generator=make)
+    x *= (spread * torch.randn(grain.scale_shape(rows, k), generator=make)).exp().repeat_interleave(size, 1)[:, :k]
+    e = form.encode(x, grain)
+    assert e.scale.min() >= 1 and e.scale.max() <= form.most_multiplier and (e.scale_global > 0).all()
+    times = e.scale.repeat_interleave(size, 1)[:, :k].int()
+    assert (e.codes.int() * times).abs().max() <= 127 and form.most_multiplier * 2 ** (form.bits - 1) == 128
+    decoded, step = form.decode(e, grain), times * e.scale_global
+    assert torch.equal(decoded, e.codes.float() * step)
+    inside = x.abs() <= (form.max_code + 0.5) * step
+    assert ((decoded - x).abs()[inside] <= 0.5001 * step[inside]).all()
+    rounded_up = formats.Scales((form.fit(x, f"group:{size}").scale / e.scale_global).ceil(), None, e.scale_global)
+    covering = form.fake(x, grain, *rounded_up)  # multipliers whose range holds their group: not more exact
+    assert (decoded - x).square().sum() <= (covering - x).square().sum() * 1.0001
+
+
+def test_two_levels_lose_nothing_against_scales_of_groups_and_save_two_bytes_a_group():
+    x = torch.randn(64, 1152, generator=torch.Generator().manual_seed(0))
+    x[:, ::96] *= 8
+    form = formats.get("int4")
+    loss = {g: (form.fake(x, g) - x).square().sum() for g in ("channel", "group:64", "group:64+channel")}
+    assert loss["group:64+channel"] < loss["group:64"] < 0.3 * loss["channel"]
+    assert form.packed_bytes(64, 1152, "group:64") - form.packed_bytes(64, 1152, "group:64+channel") == 64 * (
+        3 * 18 - 4
+    )
+
+
+@two_level
+def test_given_steps_go_to_the_nearest_two_level_ones(name):
+    form, x, grain = formats.get(name), draw(), "group:16+channel"
+    steps = form.fit(x, "group:16").scale
+    e = form.encode(x, grain, steps)
+    nearest = (steps / e.scale_global).round().clamp(1, form.most_multiplier)
+    assert torch.equal(e.scale.float(), nearest)
+    assert (e.scale.amax(1)[x.any(1)] == form.most_multiplier).all()
+    assert torch.equal(again(form, x, grain, e).codes, e.codes)
+
+
+def test_importance_moves_error_to_columns_that_do_not_matter():
+    form, grain = formats.get("int4"), Granularity("group", 16, True)
+    x, matters = torch.randn(32, 64, generator=torch.Generator().manual_seed(1)), torch.rand(64) ** 4
+    loss = [
+        ((form.fake(x, grain, *form.fit_two_level(x, grain, weights)) - x).square() * matters).sum()
+        for weights in (matters, None)
+    ]
+    assert loss[0] < 0.97 * loss[1]
+
+
+def test_fitting_in_pieces_changes_nothing(monkeypatch):
+    form, x = formats.get("int4"), draw(33, 200)
+    whole = form.fit(x, "group:64+channel")
+    monkeypatch.setattr(formats.integer, "CHUNK", 700)
+    assert all(torch.equal(a, b) for a, b in zip(whole[::2], form.fit(x, "group:64+channel")[::2], strict=True))
 
 
 # --- error in dB: research/methods_dit.md section 11.1 --------------------------------------------------------------
@@ -437,12 +515,17 @@ def test_a_new_file_is_a_new_format(tmp_path, monkeypatch):
             sys.modules.pop(f"dq.formats.{name}", None)
 
 
-@pytest.mark.parametrize("text", ["tensor", "channel", "token", "group:64"])
+@pytest.mark.parametrize("text", ["tensor", "channel", "token", "group:64", "group:64+channel"])
 def test_granularity_text_round_trip(text):
     assert str(Granularity.parse(text)) == text and Granularity.parse(text) == Granularity.parse(text)
 
 
-@pytest.mark.parametrize("text", ["row", "group", "group:", "group:0", "group:-4", "group:x", "channel:8", "", None])
+ODD = ["channel+channel", "+channel", "group+channel", "group:64+channel+channel", "group:64+token", "group:64+"]
+
+
+@pytest.mark.parametrize(
+    "text", ["row", "group", "group:", "group:0", "group:-4", "group:x", "channel:8", "", None, *ODD]
+)
 def test_bad_granularity_raises(text):
     with pytest.raises(FormatError, match="granularity: got"):
         Granularity.parse(text)
@@ -467,6 +550,15 @@ WRONG = {
         lambda: formats.get("nvfp4").fit(X, scale_global=torch.ones(4)),
         r"expected \(1,\) or \(4, 1\)",
     ),
+    "two levels of 8 bits": (
+        lambda: formats.get("int8").encode(X, "group:8+channel"),
+        "of at most 4 bits, such as int4",
+    ),
+    "two levels of floats": (
+        lambda: formats.get("fp4").encode(X, "group:8+channel"),
+        "expected two-level scales with",
+    ),
+    "two affine levels": (lambda: formats.get("int4a").encode(X, "group:8+channel"), "with symmetric integers"),
     "decode granularity": (lambda: formats.get("int8").decode(formats.get("int8").encode(X), "group:8"), "decode got"),
     "pack floats": (lambda: formats.get("int4").pack(X), "pack got torch.float32"),
     "unpack width": (lambda: formats.get("int4").unpack(INT8, 65), r"expected int8 \(rows, 33\); check k"),

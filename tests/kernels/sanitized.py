@@ -24,7 +24,12 @@ WIDE = library.missing("avx512") is None
 def run(kind, shape, weight, act, x, conv=None, rank=0):
     p = LayerPlan(kind, shape, TensorPlan.parse(weight), TensorPlan.parse(act) if act else None, rank=rank)
     packed = layers.encode(torch.randn(p.rows, p.columns), p)
-    t = Tensors(packed["weight"], packed["scale"], bias=torch.randn(shape[0]).to(x.dtype))
+    t = Tensors(
+        packed["weight"],
+        packed["scale"],
+        scale_global=packed.get("scale_global"),
+        bias=torch.randn(shape[0]).to(x.dtype),
+    )
     if rank:
         t = t._replace(down=torch.randn(rank, p.columns).to(x.dtype), up=torch.randn(shape[0], rank).to(x.dtype))
     op = "linear" if kind == "linear" else "conv"
@@ -39,6 +44,7 @@ for level, rows, columns, outputs in itertools.product(LEVELS, (1, 7, 40), (4, 6
         x = torch.randn(rows, columns).to(dtype)
         run("linear", (outputs, columns), "int8/channel", "int8a/token", x, rank=2)
         run("linear", (outputs, columns), "int4/group:64", "int4a/group:64", x)
+        run("linear", (outputs, columns), "int4/group:32+channel", "int8/token", x)
         if WIDE:
             run("linear", (outputs, columns), "int4/group:64", None, x[:3])
 if not WIDE:

@@ -53,15 +53,19 @@ def plan(shape, weight="int8/channel", act="int8/token", kind="linear", **more):
 
 def tensors(p, bias=None, seed=0):
     packed = layers.encode(torch.randn(p.rows, p.columns, generator=generator(seed)), p)
-    return Tensors(packed["weight"], packed["scale"], bias=bias)
+    return Tensors(packed["weight"], packed["scale"], scale_global=packed.get("scale_global"), bias=bias)
 
 
 def linear(x, t, p, **more):
     """The linear op on the tensors of a layer."""
     groups = [grain.size if grain.kind == "group" else 0 for grain in (p.weight.grain, p.act.grain)]
+    scale, more = t.scale, dict(more)
+    if p.weight.grain.two_level:
+        scale, groups = t.scale_global, (0, groups[1])
+        more |= {"multiplier": t.scale, "multiplier_group": p.weight.grain.size}
     fixed = {"weight_bits": p.weight.spec.bits, "act_bits": p.act.spec.bits, "act_affine": p.act.spec.affine}
     fixed |= {"weight_group": groups[0], "act_group": groups[1], "shift": p.act.shift, "bias": t.bias}
-    return torch.ops.dq.cpu_linear(x, t.weight, t.scale, **fixed, **more)
+    return torch.ops.dq.cpu_linear(x, t.weight, scale, **fixed, **more)
 
 
 def ulps(ours, truth):
@@ -111,6 +115,44 @@ def test_sums_of_the_largest_int4_codes_do_not_saturate(byte, code):
 @few
 @given(
     rows=sizes,
+    columns=st.integers(1, 300),
+    outputs=sizes,
+    group=st.sampled_from((32, 64, 96)),
+    affine=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_sums_under_two_level_scales_are_exact(rows, columns, outputs, group, affine, seed):
+    """Of int4 codes times multipliers of up to 16: integers, whatever the group and the order they are summed in."""
+    p, make = (
+        plan((outputs, columns), f"int4/group:{group}+channel", "int8a/token" if affine else "int8/token"),
+        generator(seed),
+    )
+    codes = torch.randint(-8, 8, (outputs, columns), generator=make).to(torch.int8)
+    times = torch.randint(1, 17, p.weight.grain.scale_shape(outputs, columns), generator=make).to(torch.int8)
+    x = torch.randint(-127, 128, (rows, columns), generator=make).float()
+    x[:, 0] = -128 if affine else 127
+    if affine and columns > 1:
+        x[:, 1] = 127
+    t = Tensors(p.weight.spec.pack(codes), times, scale_global=torch.ones(outputs, 1))
+    whole = codes.double() * times.repeat_interleave(group, 1)[:, :columns]
+    if columns > 1 or not affine:
+        assert torch.equal(linear(x, t, p).double(), x.double() @ whole.t())
+
+
+@each_level
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_sums_of_the_largest_codes_and_multipliers_do_not_overflow(sign):
+    p = plan((70, 64_992), "int4/group:32+channel")
+    codes, times = torch.full((70, 64_992), -8, dtype=torch.int8), torch.full((70, 2031), 16, dtype=torch.int8)
+    t = Tensors(p.weight.spec.pack(codes), times, scale_global=torch.ones(70, 1))
+    y = linear(torch.full((7, 64_992), 127.0 * sign), t, p)
+    assert torch.equal(y, torch.full((7, 70), sign * 127.0 * -128 * 64_992))
+
+
+@each_level
+@few
+@given(
+    rows=sizes,
     columns=sizes,
     act=st.sampled_from(("int8/token", "int8a/token", "int4/token", "int4a/group:16", "int8/group:64", "int6a/token")),
     spread=st.sampled_from((1e-20, 1e-6, 1.0, 1e4, 1e30)),
@@ -130,13 +172,14 @@ def test_codes_are_the_references(rows, columns, act, spread, dtype, seed):
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 WEIGHTS = ("int8/channel", "int4/channel", "int4/group:64", "int8/tensor", "int5/channel", "int4/group:32")
+TWO_LEVEL = ("int4/group:64+channel", "int4/group:32+channel", "int4/group:20+channel", "int3/group:64+channel")
 ACTS = ("int8/token", "int8a/token", "int4/group:64", "int4a/group:64", "int4/group:64/dynamic/0.17", "int4/group:32")
 
 
 @each_level
 @few
 @given(
-    weight=st.sampled_from(WEIGHTS),
+    weight=st.sampled_from(WEIGHTS + TWO_LEVEL),
     act=st.sampled_from(ACTS),
     rows=sizes,
     columns=st.integers(4, 300),
@@ -161,7 +204,12 @@ def test_layers_follow_the_reference(weight, act, rows, columns, outputs, rank, 
 
 @wide
 @few
-@given(rows=st.integers(1, 16), columns=st.integers(1, 400), outputs=sizes, weight=st.sampled_from(WEIGHTS[:4]))
+@given(
+    rows=st.integers(1, 16),
+    columns=st.integers(1, 400),
+    outputs=sizes,
+    weight=st.sampled_from((*WEIGHTS[:4], TWO_LEVEL[0])),
+)
 def test_thin_linears_follow_the_reference(rows, columns, outputs, weight):
     p = plan((outputs, columns), weight, None)
     t, x = tensors(p, torch.randn(outputs)), torch.randn(rows, columns, generator=generator(rows))
@@ -193,7 +241,7 @@ def test_what_follows_the_scale_is_passed_by_name():
 @pytest.mark.skipif(len(levels()) < 2, reason="one level runs here")
 @few
 @given(
-    weight=st.sampled_from(WEIGHTS[:4]),
+    weight=st.sampled_from(WEIGHTS[:4] + TWO_LEVEL[:2]),
     act=st.sampled_from(ACTS[:4]),
     rows=sizes,
     columns=st.integers(4, 300),
@@ -296,7 +344,7 @@ def test_no_rows_give_no_rows():
     padding=st.integers(0, 2),
     dilation=st.integers(1, 2),
     size=st.tuples(st.integers(8, 20), st.integers(8, 20)),
-    weight=st.sampled_from(("int8/channel", "int4/channel")),
+    weight=st.sampled_from(("int8/channel", "int4/channel", "int4/group:32+channel")),
     act=st.sampled_from(("int8a/tensor", "int8/tensor")),
     last=st.booleans(),
 )
@@ -329,6 +377,9 @@ def test_ops_are_proper_torch_ops():
     check = lambda op, given, named: torch.library.opcheck(op, given, named, test_utils=tests)  # noqa: E731
     ones = {"kernel_size": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
     head = t.weight, t.scale
+    double = tensors(plan((48, 64), "int4/group:32+channel"))
+    twice = {"weight_bits": 4, "act_bits": 8, "multiplier": double.scale, "multiplier_group": 32}
+    check(torch.ops.dq.cpu_linear, (x, double.weight, double.scale_global), twice)
     check(torch.ops.dq.cpu_linear, (x, *head), named | {"act_bits": 8, "act_affine": True, "low": low, "up": up})
     check(torch.ops.dq.cpu_thin, (x, *head), named | {"bias": torch.randn(48)})
     for pixels in (image, image.contiguous(memory_format=torch.channels_last)):

@@ -17,6 +17,7 @@ from dq.plan import LayerPlan, TensorPlan
 
 BACKENDS = list(kernels.backends())
 WEIGHTS = ("int8/channel", "int8/tensor", "int4/group:16", "int8a/channel", "fp8/channel", "nvfp4", "mxfp4")
+WEIGHTS += ("int4/group:16+channel", "int3/group:16+channel")
 ACTS = (None, "int8/token", "int8a/token", "int4/token", "fp8/token", "nvfp4", "int8/token/static", "int8/token/table")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 few = settings(max_examples=25, deadline=None, derandomize=True)

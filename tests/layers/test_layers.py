@@ -19,6 +19,7 @@ from dq.layers.clock import Clock
 from dq.plan import LayerPlan, TensorPlan
 
 WEIGHTS = ("int8/channel", "int4/group:16", "int4a/group:16", "fp8/channel", "nvfp4", "mxfp4")
+WEIGHTS += ("int4/group:16+channel",)
 ACTS = (None, "int8", "int8a", "int8/tensor/static", "int8/tensor/table")
 KINDS = ("linear", "conv1d", "conv2d", "conv3d")
 
@@ -252,7 +253,7 @@ def test_only_layers_with_their_parents_arithmetic_are_taken():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("weight", ["int8/channel", "int4/group:16", "nvfp4"])
+@pytest.mark.parametrize("weight", ["int8/channel", "int4/group:16", "int4/group:16+channel", "nvfp4"])
 def test_stacked_experts_decode_one_by_one_and_whole(weight):
     experts = torch.randn(4, 32, 6, generator=torch.Generator().manual_seed(3))
     plan = LayerPlan("stack", (4, 32, 6), TensorPlan.parse(weight))

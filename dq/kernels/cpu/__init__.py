@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from dq.formats.integer import Integer
-from dq.kernels import Conv, Tensors, dense
+from dq.kernels import Conv, Tensors, dense, reference
 from dq.kernels.cpu.library import UNITS, level, missing
 from dq.plan import LayerPlan
 
@@ -24,6 +24,7 @@ STATUS = "stable"
 MOST_COLUMNS = 65_000  # sums of that many products of 255 x 127 fit 31 bits
 THIN = 16  # rows up to which a weight-only linear is bound by reading its weight
 NATIVE_BITS = (4, 8)  # other widths are unpacked by torch first
+MULTIPLIER_STEP = 32  # columns that the kernel multiplies by one multiplier at least
 
 
 def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> str | None:
@@ -37,7 +38,7 @@ def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> 
         return "an input split needs one product per part"
     if plan.columns > MOST_COLUMNS:
         return f"sums over {plan.columns} columns may overflow 32 bits"
-    if weight.grain.kind == "group" and weight.grain.size % 4:
+    if _group(weight.grain) % 4:
         return f"groups of {weight.grain.size} columns are no multiple of 4"
     reason = (_why_not_weight_only if plan.act is None else _why_not_integer)(op, plan, conv)
     return reason or missing(_least(op, plan))
@@ -66,7 +67,7 @@ def _why_not_integer(op: str, plan: LayerPlan, conv: Conv | None) -> str | None:
     if act.scale != "dynamic" and act.spec.affine:
         return "stored activation scales come without zero points"
     if op == "conv" and act.granularity != "token":
-        if weight.grain.kind == "group":
+        if _group(weight.grain):
             return "dq's int8 convolution takes one weight scale per output channel, not per group"
         if conv is not None and conv.groups > 1:
             return "a grouped convolution is one small product per group"
@@ -74,7 +75,7 @@ def _why_not_integer(op: str, plan: LayerPlan, conv: Conv | None) -> str | None:
     if act.grain.kind == "group":
         if act.grain.size % 4:
             return f"groups of {act.grain.size} columns are no multiple of 4"
-        if weight.grain.kind == "group" and weight.grain.size != act.grain.size:
+        if weight.grain.kind == "group" and weight.grain.size != act.grain.size:  # of multipliers, too
             return f"groups of weight ({weight.granularity}) and activations ({act.granularity}) differ"
     return None
 
@@ -120,16 +121,24 @@ def build_gelu(plan: LayerPlan) -> Callable[[torch.Tensor, Tensors], torch.Tenso
     return run
 
 
-def _codes(plan: LayerPlan) -> tuple[Callable[[Tensors], torch.Tensor], int]:
+def _multiplier_group(plan: LayerPlan, op: str = "linear") -> int:
+    """Columns that share a multiplier of two-level scales which the kernel reads; 0: it is in the codes already."""
+    grain = plan.weight.grain
+    native = op == "linear" and plan.weight.spec.bits in NATIVE_BITS
+    return grain.size if native and grain.two_level and grain.size % MULTIPLIER_STEP == 0 else 0
+
+
+def _codes(plan: LayerPlan, op: str = "linear") -> tuple[Callable[[Tensors], torch.Tensor], int]:
     """-> codes(tensors) -> the weight the kernel reads, and its bits."""
-    spec, columns = plan.weight.spec, plan.columns
-    if spec.bits in NATIVE_BITS:
+    spec = plan.weight.spec
+    if spec.bits in NATIVE_BITS and bool(_multiplier_group(plan, op)) == plan.weight.grain.two_level:
         return lambda t: t.weight, spec.bits
-    return lambda t: spec.unpack(t.weight, columns), 8
+    return reference.row_codes(plan), 8
 
 
 def _group(grain) -> int:
-    return grain.size if grain.kind == "group" else 0
+    """Columns that share a scale in floating point, 0 for all of a row."""
+    return grain.size if grain.kind == "group" and not grain.two_level else 0
 
 
 def _matching(value: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
@@ -145,8 +154,9 @@ def _act(plan: LayerPlan) -> dict[str, int | bool]:
 
 def _linear(plan: LayerPlan, gelu: bool = False) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
     assert plan.act is not None
-    codes, bits = _codes(plan)
+    (codes, bits), scale, multiplied = _codes(plan), reference.row_scale(plan), _multiplier_group(plan)
     groups = {"weight_group": _group(plan.weight.grain), "act_group": _group(plan.act.grain)}
+    groups["multiplier_group"] = multiplied
     fixed = {"weight_bits": bits, "shift": plan.act.shift, "gelu": gelu} | groups | _act(plan)
     columns, outputs = plan.columns, plan.shape[0]
 
@@ -156,7 +166,9 @@ def _linear(plan: LayerPlan, gelu: bool = False) -> Callable[[torch.Tensor, Tens
         if fused:
             low, up = F.linear(rows, _matching(t.down, x)), _matching(t.up, x)
         bias = _matching(t.bias, x)
-        y = torch.ops.dq.cpu_linear(rows, codes(t), t.scale, act_scale=t.act_scale, bias=bias, low=low, up=up, **fixed)
+        more = {"act_scale": t.act_scale, "bias": bias, "low": low, "up": up}
+        more["multiplier"] = t.scale if multiplied else None
+        y = torch.ops.dq.cpu_linear(rows, codes(t), scale(t), **more, **fixed)
         y = y.reshape(*x.shape[:-1], outputs)
         return y if t.down is None or fused else y + dense.low_rank(x, t, plan, None)
 
@@ -182,28 +194,30 @@ def _pixelwise(plan: LayerPlan, conv: Conv) -> Callable[[torch.Tensor, Tensors],
 
 
 def _convolution(plan: LayerPlan, conv: Conv) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
-    codes, bits = _codes(plan)
+    (codes, bits), scale = _codes(plan, "conv"), reference.row_scale(plan)
     fixed = {"weight_bits": bits, "kernel_size": list(plan.shape[2:])} | _act(plan)
     fixed["per_pixel"] = plan.act is not None and plan.act.granularity == "token"
     fixed |= {"stride": list(conv.stride), "padding": list(conv.padding), "dilation": list(conv.dilation)}
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         bias = _matching(t.bias, x)
-        y = torch.ops.dq.cpu_conv(x, codes(t), t.scale, act_scale=t.act_scale, bias=bias, **fixed)
+        y = torch.ops.dq.cpu_conv(x, codes(t), scale(t), act_scale=t.act_scale, bias=bias, **fixed)
         return y if t.down is None else y + dense.low_rank(x, t, plan, conv)
 
     return run
 
 
 def _thin(plan: LayerPlan, plain: Callable) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
-    fixed = {"weight_bits": plan.weight.spec.bits, "weight_group": _group(plan.weight.grain)}
+    spec, grain = plan.weight.spec, plan.weight.grain
+    fixed = {"weight_bits": spec.bits, "weight_group": grain.size or 0}
     columns, outputs = plan.columns, plan.shape[0]
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         if x.numel() > THIN * columns:
             return plain(x, t)
         rows, bias = x.reshape(-1, columns), _matching(t.bias, x)
-        y = torch.ops.dq.cpu_thin(rows, t.weight, t.scale, bias=bias, **fixed)
+        scale = spec.step(t.scale, t.scale_global)  # two-level ones multiplied: an element for a group
+        y = torch.ops.dq.cpu_thin(rows, t.weight, scale, bias=bias, **fixed)
         return y.reshape(*x.shape[:-1], outputs)
 
     return run

@@ -31,8 +31,8 @@ def structure(name: str, **fields: str) -> type[ctypes.Structure]:
 
 Linear = structure(
     "Linear",
-    pointer="x act_scale weight weight_scale bias low up y",
-    int64="rows columns outputs row_bytes rank weight_group act_group weight_scale_stride",
+    pointer="x act_scale weight weight_scale multiplier bias low up y",
+    int64="rows columns outputs row_bytes rank weight_group act_group multiplier_group weight_scale_stride",
     int32="dtype weight_bits act_bits act_affine gelu",
     float="shift",
 )
@@ -66,8 +66,9 @@ def _run(name: str, arguments: ctypes.Structure, tensors: Mapping[str, torch.Ten
 _ops = torch.library.Library("dq", "FRAGMENT")
 _ops.define(
     "cpu_linear(Tensor x, Tensor weight, Tensor scale, *, Tensor? act_scale=None, Tensor? bias=None, "
-    "Tensor? low=None, Tensor? up=None, int weight_bits, int act_bits, bool act_affine=False, int weight_group=0, "
-    "int act_group=0, float shift=0, bool gelu=False) -> Tensor"
+    "Tensor? low=None, Tensor? up=None, Tensor? multiplier=None, int weight_bits, int act_bits, "
+    "bool act_affine=False, int weight_group=0, int act_group=0, int multiplier_group=0, float shift=0, "
+    "bool gelu=False) -> Tensor"
 )
 _ops.define(
     "cpu_conv(Tensor x, Tensor weight, Tensor scale, *, Tensor? act_scale=None, Tensor? bias=None, int weight_bits, "
@@ -81,8 +82,8 @@ _ops.define(
 
 
 def _linear(
-    x, weight, scale, *, act_scale=None, bias=None, low=None, up=None, weight_bits, act_bits, act_affine=False,
-    weight_group=0, act_group=0, shift=0.0, gelu=False,
+    x, weight, scale, *, act_scale=None, bias=None, low=None, up=None, multiplier=None, weight_bits, act_bits,
+    act_affine=False, weight_group=0, act_group=0, multiplier_group=0, shift=0.0, gelu=False,
 ):  # fmt: skip
     """y = f(Q(x + shift) W^T + low up^T + bias), f a tanh GELU or nothing.
 
@@ -93,16 +94,19 @@ def _linear(
                 one group
     act_bits    of the codes of x, with a zero point where `act_affine`
     low, up     (rows, rank) and (outputs, rank) bf16, rank even
+    multiplier  int8 (outputs, groups) of two-level scales, codes are of 4 bits then: in groups of `multiplier_group`
+                columns, a multiple of 32, which act_group is if it is not 0
     """
     x = x.contiguous()
     y = x.new_empty(x.shape[0], weight.shape[0])
     arguments = Linear(
         rows=x.shape[0], columns=x.shape[1], outputs=weight.shape[0], row_bytes=weight.shape[1],
         rank=0 if up is None else up.shape[1], weight_group=weight_group, act_group=act_group,
-        weight_scale_stride=_scale_stride(scale), dtype=DTYPES[x.dtype], weight_bits=weight_bits, act_bits=act_bits,
-        act_affine=act_affine, gelu=gelu, shift=shift,
+        multiplier_group=multiplier_group, weight_scale_stride=_scale_stride(scale), dtype=DTYPES[x.dtype],
+        weight_bits=weight_bits, act_bits=act_bits, act_affine=act_affine, gelu=gelu, shift=shift,
     )  # fmt: skip
     tensors = {"x": x, "act_scale": act_scale, "weight": weight, "weight_scale": scale, "bias": bias, "y": y}
+    tensors["multiplier"] = multiplier
     _run(f"dq_linear_{level()}", arguments, tensors | {"low": low, "up": up})
     return y
 

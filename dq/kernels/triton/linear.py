@@ -11,6 +11,7 @@ Under autograd a layer whose input needs gradients runs `dense`, which is differ
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from dq.kernels import Tensors, dense
 from dq.kernels.triton import ops
 from dq.kernels.triton.ops import Blocks, Codes, Epilogue, RowFormat
 from dq.kernels.triton.routes import route
-from dq.plan import LayerPlan
+from dq.plan import LayerPlan, TensorPlan
 
 REGISTER_ROWS = 512  # rows up to which int4 weights are unpacked in registers; an estimate, no GPU was at hand
 SPLIT = 128  # columns that `w4a8` reads at a time
@@ -30,7 +31,7 @@ Run = Callable[[torch.Tensor, Tensors], torch.Tensor]
 def build(plan: LayerPlan, gelu: bool = False) -> Run:
     """-> run(x (..., K), tensors) -> y (..., N) in x's dtype; with `gelu` its tanh GELU (not weight-only)."""
     kind = route(plan).kind
-    makers = {"w8": _integer, "w4": _integer, "groups": _groups, "fp8": _fp8, "nvfp4": _nvfp4}
+    makers = {"w8": _integer, "w4": _integer, "two-level": _two_level, "groups": _groups, "fp8": _fp8, "nvfp4": _nvfp4}
     run = makers[kind](plan, gelu) if kind in makers else _decode(plan)
     differentiable = dense.build("linear", plan, None)
     outputs, inputs = plan.shape
@@ -93,6 +94,18 @@ def _integer(plan: LayerPlan, gelu: bool) -> Run:
     return run
 
 
+def _two_level(plan: LayerPlan, gelu: bool) -> Run:
+    """int4 weights under two-level scales: int8 weights with one scale an output channel, in a workspace."""
+    codes = replace(plan, weight=TensorPlan("int8", "channel"))
+    run, columns, size = _integer(codes, gelu), plan.columns, plan.weight.grain.size
+
+    def unpacked(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+        weight = ops.w4_to_s8(t.weight, k=columns, times=t.scale, group=size)
+        return run(x, t._replace(weight=weight, scale=t.scale_global, scale_global=None))
+
+    return unpacked
+
+
 def _groups(plan: LayerPlan, gelu: bool) -> Run:
     """int4 weights with a scale a group, activations with one scale a row or the same groups."""
     columns, size, shift = plan.columns, plan.weight.grain.size, plan.act.shift
@@ -129,8 +142,11 @@ def _nvfp4(plan: LayerPlan, gelu: bool) -> Run:
 def _decode(plan: LayerPlan) -> Run:
     """Weight-only 4 bits: the weight in the compute dtype for the time of the call."""
     form, size, columns = plan.weight.format.removesuffix("a"), plan.weight.grain.size or 0, plan.columns
+    spec, two_level = plan.weight.spec, plan.weight.grain.two_level
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+        if two_level:
+            t = t._replace(scale=spec.step(t.scale, t.scale_global), scale_global=None)
         weight = ops.w4_to_float(t, columns, form, size, x.dtype)
         y = F.linear(x, weight, None if t.bias is None else t.bias.to(x.dtype))
         return y if t.down is None else y + dense.low_rank(x, t, plan, None)

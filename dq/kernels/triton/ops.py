@@ -362,15 +362,20 @@ def _unpack_grid(w: Tensor) -> tuple[int, int]:
     return (-(-w.shape[0] // UNPACK["BN"]), -(-w.shape[1] // UNPACK["BB"]))
 
 
-def _fake_w4_to_s8(w, *, k):
+def _fake_w4_to_s8(w, *, k, **rest):
     return w.new_empty(w.shape[0], k)
 
 
 @operator(_fake_w4_to_s8)
-def w4_to_s8(w: Tensor, *, k: int) -> Tensor:
-    """w (N, ceil(k / 2)) int8 bytes of two int4 codes -> int8 codes (N, k)."""
-    out, c = _fake_w4_to_s8(w, k=k), UNPACK
-    packed.w4_to_s8[_unpack_grid(w)](w, out, w.shape[0], k, w.shape[1], c["BN"], c["BB"], **options(c))
+def w4_to_s8(w: Tensor, *, k: int, times: Tensor | None = None, group: int = 1) -> Tensor:
+    """w (N, ceil(k / 2)) int8 bytes of two int4 codes -> int8 codes (N, k).
+
+    times (N, groups) int8: multipliers of two-level scales, each of `group` columns; products fit int8
+    """
+    out, c, groups = _fake_w4_to_s8(w, k=k), UNPACK, 0 if times is None else times.shape[1]
+    packed.w4_to_s8[_unpack_grid(w)](
+        w, times, out, w.shape[0], k, w.shape[1], groups, group, c["BN"], c["BB"], **options(c)
+    )
     return out
 
 

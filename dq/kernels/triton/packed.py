@@ -119,13 +119,19 @@ def pair(p, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def w4_to_s8(b_p, out_p, N, K, KB, BN: tl.constexpr, BB: tl.constexpr):
-    """b (N, KB) bytes -> int8 codes (N, K)."""
+def w4_to_s8(
+    b_p, times_p, out_p, N, K, KB, groups, G: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
+):  # fmt: skip
+    """b (N, KB) bytes -> int8 codes (N, K), with times_p (N, groups) times the int8 multiplier of their G columns."""
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     j, k = tl.program_id(1) * BB + tl.arange(0, BB), tl.program_id(1) * 2 * BB + tl.arange(0, 2 * BB)
     p = tl.load(b_p + (n * KB)[:, None] + j[None, :], mask=(n < N)[:, None] & (j < KB)[None, :], other=0)
     inside = (n < N)[:, None] & (k < K)[None, :]
-    tl.store(out_p + (n * K)[:, None] + k[None, :], pair(p, True).to(tl.int8), mask=inside)
+    codes = pair(p, True)
+    if times_p is not None:
+        place = (n * groups)[:, None] + (k // G)[None, :]
+        codes = codes * tl.load(times_p + place, mask=inside, other=0).to(tl.int32)
+    tl.store(out_p + (n * K)[:, None] + k[None, :], codes.to(tl.int8), mask=inside)
 
 
 @triton.jit

@@ -1,13 +1,14 @@
 """Which kernel serves a linear layer, decided from its plan alone; plain data, no triton.
 
-| route  | weight        | activation                        | product                                               |
-|--------|---------------|-----------------------------------|-------------------------------------------------------|
-| w8     | int8, channel | integers a token, or stored scale | s8 x s8 -> s32                                        |
-| w4     | int4, channel | as w8                             | to s8 in registers or in a workspace, s8 x s8 -> s32  |
-| groups | int4, group   | as w8, or groups like the weight  | s8 x s8 -> s32 within a group, fp32 between groups    |
-| fp8    | fp8, channel  | fp8 a token                       | e4m3 x e4m3 -> fp32                                   |
-| nvfp4  | nvfp4         | nvfp4                             | block-scaled e2m1                                     |
-| decode | 4 bits, any   | none                              | unpacked to the compute dtype, then torch's product   |
+| route     | weight          | activation                        | product                                           |
+|-----------|-----------------|-----------------------------------|---------------------------------------------------|
+| w8        | int8, channel   | integers a token, or stored scale | s8 x s8 -> s32                                    |
+| w4        | int4, channel   | as w8                             | to s8 in registers or a workspace, s8 x s8 -> s32 |
+| two-level | int4, two-level | as w8                             | to s8, multiplied, in a workspace; as w8          |
+| groups    | int4, group     | as w8, or groups like the weight  | s8 x s8 -> s32 within a group, fp32 between       |
+| fp8       | fp8, channel    | fp8 a token                       | e4m3 x e4m3 -> fp32                               |
+| nvfp4     | nvfp4           | nvfp4                             | block-scaled e2m1                                 |
+| decode    | 4 bits, any     | none                              | unpacked to the compute dtype, torch's product    |
 """
 
 from __future__ import annotations
@@ -73,10 +74,12 @@ def _integer(plan: LayerPlan, pair: str) -> Route | str:
         return "stored activation scales come without zero points"
     if weight.spec.affine and act.spec.affine and act.spec.bits == 8:
         return "zero points on both sides of an 8-bit product"
-    if weight.grain.kind != "group":
+    if weight.grain.two_level and weight.format != "int4":
+        return f"Triton's product under two-level scales takes int4 weights, got {weight}"
+    if weight.grain.kind != "group" or weight.grain.two_level:
         if act.grain.kind == "group":
             return "activation scales per group need a weight with the same groups"
-        return Route(f"w{weight.spec.bits}", "int8", f"Triton gemm {pair}")
+        return Route("two-level" if weight.grain.two_level else f"w{weight.spec.bits}", "int8", f"Triton gemm {pair}")
     size = weight.grain.size
     if weight.format != "int4" or size not in GROUPS:
         return f"Triton's grouped product takes int4 weights in groups of 64 or 128, got {weight}"

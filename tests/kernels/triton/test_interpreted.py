@@ -200,7 +200,16 @@ def test_unpacking_to_a_workspace(k):
     torch.testing.assert_close(sums, truth, rtol=1e-4, atol=1e-4)
 
 
-DECODED = ["int4/group:64", "int4/channel", "int4/tensor", "int4a/channel", "int4a/group:16", "nvfp4", "mxfp4"]
+DECODED = [
+    "int4/group:64",
+    "int4/group:16+channel",
+    "int4/channel",
+    "int4/tensor",
+    "int4a/channel",
+    "int4a/group:16",
+    "nvfp4",
+    "mxfp4",
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -208,7 +217,9 @@ DECODED = ["int4/group:64", "int4/channel", "int4/tensor", "int4a/channel", "int
 def test_decoded_weights_are_those_of_the_format(weight, dtype):
     p = plan("linear", (19, 75), weight, None)
     t = tensors(p)
-    w = ops.w4_to_float(t, 75, p.weight.format.removesuffix("a"), p.weight.grain.size or 0, dtype)
+    steps = t._replace(scale=p.weight.spec.step(t.scale, t.scale_global), scale_global=None)
+    packed = steps if p.weight.grain.two_level else t
+    w = ops.w4_to_float(packed, 75, p.weight.format.removesuffix("a"), p.weight.grain.size or 0, dtype)
     assert torch.equal(w, reference.weight_decoder(p)(t).to(dtype))
 
 
@@ -254,7 +265,8 @@ LINEARS = [
     ("int4/group:64", "int8/token"), ("int4/group:64", "int4/group:64"),
     ("int4/group:64", "int4a/group:64/dynamic/0.171875"), ("int4/group:128", "int8/tensor/static"),
     ("fp8/channel", "fp8/token"), ("nvfp4", "nvfp4"), ("int4/group:64", None), ("int4a/channel", None),
-    ("nvfp4", None), ("mxfp4", None),
+    ("nvfp4", None), ("mxfp4", None), ("int4/group:64+channel", "int8/token"), ("int4/group:64+channel", None),
+    ("int4/group:16+channel", "int8a/token/dynamic/0.171875"), ("int4/group:64+channel", "int8/tensor/static"),
 ]  # fmt: skip
 
 
@@ -262,7 +274,7 @@ def inputs_of(weight):
     return 160 if weight == "nvfp4" else 150
 
 
-ONE_A_ROUTE = [LINEARS[i] for i in (0, 8, 11, 15, 16, 17)]  # w8, w4, groups, fp8, nvfp4, decode
+ONE_A_ROUTE = [LINEARS[i] for i in (0, 8, 11, 15, 16, 17, 21)]  # w8, w4, groups, fp8, nvfp4, decode, two-level
 
 
 @pytest.mark.parametrize(
@@ -281,7 +293,7 @@ def test_linears_are_within_twice_torchs_rounding(weight, act, dtype):
 
 def test_the_tests_see_every_route():
     routes = {backend.routes.route(plan("linear", (40, 160), *pair)).kind for pair in ONE_A_ROUTE}
-    assert routes == {"w8", "w4", "groups", "fp8", "nvfp4", "decode"} and len(ONE_A_ROUTE) == 6
+    assert routes == {"w8", "w4", "groups", "fp8", "nvfp4", "decode", "two-level"} and len(ONE_A_ROUTE) == 7
 
 
 @pytest.mark.parametrize("rank", [16, 40, 70])
@@ -374,7 +386,7 @@ def operands(name):
         "w8a8_gemm": ((plain.q, w, plain.scale, scale), {"zw": w[:, 0], "qsum": plain.sums, **epilogue}),
         "w4a8_gemm": ((split.q, half, split.scale, scale), {"down_x": x[:, :3], "up": randn(8, 3), **epilogue}),
         "w4a8_groups_gemm": ((split.q, half, split.scale, scale[:, None]), {"group": 64, "gelu": True, **epilogue}),
-        "w4_to_s8": ((half,), {"k": 64}),
+        "w4_to_s8": ((half,), {"k": 64, "times": w[:, :4].abs() % 16 + 1, "group": 16}),
         "w4_to_float": ((half, scale[:, None]), {"k": 64, "form": "int4", "dtype": torch.bfloat16}),
         "weight_sums": ((half,), {"k": 64, "bits": 4}),
         "nvfp4_quant": ((x,), {}),
@@ -401,6 +413,8 @@ def test_the_backend_is_chosen_and_says_why_it_refuses():
         ("int4/group:16", "int8/token"): "groups of 64 or 128",
         ("int8/group:64", "int8/token"): "takes int4 weights",
         ("int4/group:64", "int4/group:128"): "differ from weight groups",
+        ("int3/group:64+channel", "int8/token"): "no Triton kernel multiplies",
+        ("int4/group:64+channel", "int4/group:64"): "same groups",
         ("int8a/channel", "int8a/token"): "both sides",
         ("fp8/channel", "int8/token"): "no Triton kernel multiplies",
         ("int8/channel", None): "torch decodes it as fast",

@@ -9,12 +9,14 @@ struct DqLinear {
   const float* act_scale;  // one stored scale of the activations, or null: measured
   const int8_t* weight;
   const float* weight_scale;
+  const int8_t* multiplier;  // (outputs, groups of multiplier_group columns) of two-level scales, or null
   const void* bias;
   const void* low;  // the low-rank branch: (rows, rank) bf16, or null
   const void* up;   // (outputs, rank) bf16
   void* y;
   int64_t rows, columns, outputs, row_bytes, rank;
   int64_t weight_group, act_group;  // 0: the whole row
+  int64_t multiplier_group;         // a multiple of kMultiplied
   int64_t weight_scale_stride;
   dq::Dtype dtype;
   int32_t weight_bits, act_bits, act_affine, gelu;

@@ -218,10 +218,16 @@ struct Nibbles {
   static DQ_METHOD void short_dots(Words* sum, const void* act, const Words* weights) {
     DQ_STEP("vpmaddubsw", "vpaddw");
   }
-  static DQ_METHOD void widen(Words& sum, Words halves) {
-    sum = add(sum, _mm256_madd_epi16(halves, _mm256_set1_epi16(1)));
+  // times: a multiplier below 128, twice in each word
+  static DQ_METHOD void widen(Words& sum, Words halves, Words times) {
+    sum = add(sum, _mm256_madd_epi16(halves, times));
   }
-  static DQ_METHOD void dot(Words& sum, Words act, Words weight) { widen(sum, _mm256_maddubs_epi16(act, weight)); }
+  static DQ_METHOD void multiply_low(Words& sum, Words times) {
+    sum = mul(sum, _mm256_and_si256(times, every(0xffff)));
+  }
+  static DQ_METHOD void dot(Words& sum, Words act, Words weight) {
+    widen(sum, _mm256_maddubs_epi16(act, weight), _mm256_set1_epi16(1));
+  }
   static DQ_METHOD Words row_words(const int8_t* row, long k, long columns, int bits) {
     return row_codes(row, k, columns, bits);
   }
@@ -243,6 +249,11 @@ struct Bytes {
   }
   static DQ_METHOD Words row_words(const int8_t* row, long k, long columns, int bits) {
     return row_codes(row, k, columns, bits);
+  }
+  // 32 codes of -8 to 7 times their multiplier
+  static DQ_METHOD Words multiplied(Words codes, int8_t times, int8_t) {
+    Words table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)multiples(times)));
+    return _mm256_shuffle_epi8(table, _mm256_and_si256(codes, _mm256_set1_epi8(15)));
   }
 };
 using Wide = Bytes;

@@ -178,6 +178,12 @@ struct Bytes {
   static DQ_METHOD Words row_words(const int8_t* row, long k, long columns, int bits) {
     return row_codes(row, k, columns, bits);
   }
+  // 64 codes of -8 to 7 times the multiplier of each half
+  static DQ_METHOD Words multiplied(Words codes, int8_t times, int8_t next) {
+    Words table = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)multiples(times)));
+    table = _mm512_mask_broadcast_i32x4(table, 0xff00, _mm_load_si128((const __m128i*)multiples(next)));
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
+  }
 };
 using Wide = Bytes;    // weights of up to 8 bits
 using Narrow = Bytes;  // weights of up to 4 bits

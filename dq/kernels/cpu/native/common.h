@@ -34,6 +34,20 @@ constexpr long element_bytes(Dtype dtype) { return dtype == FP32 ? 4 : 2; }
 
 constexpr long kWide = 64;  // output channels of a panel
 
+// Products of a multiplier and each 4-bit code, in the order of the codes' bits; those beyond a byte never occur.
+struct Multiples {
+  alignas(16) int8_t of[128][16];
+};
+constexpr Multiples all_multiples() {
+  Multiples all{};
+  for (int m = 0; m < 128; m++) {
+    for (int code = 0; code < 16; code++) all.of[m][code] = int8_t(m * ((code ^ 8) - 8));
+  }
+  return all;
+}
+constexpr Multiples kMultiples = all_multiples();
+DQ_INLINE const int8_t* multiples(int8_t times) { return kMultiples.of[times & 127]; }
+
 // A buffer that grows and stays with its thread, 64-byte aligned: page faults of fresh memory cost as much as a pass.
 class Scratch {
  public:

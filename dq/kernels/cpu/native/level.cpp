@@ -19,10 +19,11 @@ extern "C" int dq_cpu_levels() {
 // Which sources this was built from; library.py refuses a library of others.
 extern "C" const char* dq_fingerprint() { return DQ_FINGERPRINT; }
 
-DQ_FIELDS(DqLinear, dq_linear_fields, FIELD(x), FIELD(act_scale), FIELD(weight), FIELD(weight_scale), FIELD(bias),
-          FIELD(low), FIELD(up), FIELD(y), FIELD(rows), FIELD(columns), FIELD(outputs), FIELD(row_bytes), FIELD(rank),
-          FIELD(weight_group), FIELD(act_group), FIELD(weight_scale_stride), FIELD(dtype), FIELD(weight_bits),
-          FIELD(act_bits), FIELD(act_affine), FIELD(gelu), FIELD(shift))
+DQ_FIELDS(DqLinear, dq_linear_fields, FIELD(x), FIELD(act_scale), FIELD(weight), FIELD(weight_scale),
+          FIELD(multiplier), FIELD(bias), FIELD(low), FIELD(up), FIELD(y), FIELD(rows), FIELD(columns), FIELD(outputs),
+          FIELD(row_bytes), FIELD(rank), FIELD(weight_group), FIELD(act_group), FIELD(multiplier_group),
+          FIELD(weight_scale_stride), FIELD(dtype), FIELD(weight_bits), FIELD(act_bits), FIELD(act_affine), FIELD(gelu),
+          FIELD(shift))
 DQ_FIELDS(DqConv, dq_conv_fields, FIELD(x), FIELD(weight), FIELD(weight_scale), FIELD(bias), FIELD(act_scale),
           FIELD(y), FIELD(batch), FIELD(channels), FIELD(outputs), FIELD(row_bytes), FIELD(weight_scale_stride),
           FIELD(size), FIELD(kernel), FIELD(step), FIELD(pad), FIELD(gap), FIELD(out), FIELD(dtype),

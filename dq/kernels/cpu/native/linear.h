@@ -108,6 +108,9 @@ Weight weight_of(const DqLinear& l, const Shape& s) {
       .bits = l.weight_bits,
       .dtype = l.dtype,
       .shift = l.shift,
+      .multiplier = l.multiplier,
+      .multiplier_group = l.multiplier ? l.multiplier_group : l.columns,
+      .multiplied = l.multiplier ? (l.columns + l.multiplier_group - 1) / l.multiplier_group : 1,
   };
 }
 
@@ -115,8 +118,8 @@ template <class Dot>
 void product(const DqLinear& l, const Shape& s, const Quantized& q, bool& failed) {
   const Weight w = weight_of(l, s);
   const Output o{.y = l.y, .low = l.low, .stride = l.outputs, .rank = l.rank, .dtype = l.dtype, .gelu = bool(l.gelu)};
-  void* place = panels.get(panel_bytes<Dot>(s.padded, s.groups, w.rank));
-  Panel p = panel_in<Dot>(place, s.padded, s.groups);
+  void* place = panels.get(panel_bytes<Dot>(s.padded, s.groups, w.rank, w.multiplied));
+  Panel p = panel_in<Dot>(place, s.padded, s.groups, w.multiplied, l.multiplier ? l.multiplier_group : 0);
   long held = -1, each = round_up((l.rows + s.splits - 1) / s.splits, 6);
 #pragma omp for schedule(dynamic, 1)
   for (long task = 0; task < s.panels * s.splits; task++) {

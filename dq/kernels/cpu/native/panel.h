@@ -21,7 +21,11 @@ struct Weight {
   int bits;
   Dtype dtype;
   float shift;  // of the activations: y -= shift * sum of the decoded weights
+  const int8_t* multiplier;  // (outputs, multiplied), or null: each of `multiplier_group` columns of 4-bit codes
+  long multiplier_group, multiplied;
 };
+
+constexpr long kMultiplied = 32;  // a group of one multiplier has a multiple of so many columns
 
 struct Panel {
   int8_t* codes;  // words [64 / kTile][padded columns / codes of a word][kTile]
@@ -29,8 +33,13 @@ struct Panel {
   float* scale;   // [groups][64]
   float* bias;    // [64]
   uint16_t* up;   // [rank / 2][64][2]
+  int* times;     // [multiplied][64] multipliers of codes, twice in 16 bits; only read by products of blocks
   long bytes;     // of the codes of a tile
+  long group;     // columns of a multiplier, 0: all have that of `times[0]`, which is 1
 };
+
+// The multipliers of column k.
+DQ_INLINE const int* times_at(const Panel& p, long k) { return p.group ? p.times + k / p.group * kWide : p.times; }
 
 template <class Dot>
 DQ_INLINE long tile_bytes(long padded) {
@@ -38,17 +47,21 @@ DQ_INLINE long tile_bytes(long padded) {
 }
 
 template <class Dot>
-DQ_INLINE size_t panel_bytes(long padded, long groups, long rank) {
-  return kWide / kTile * tile_bytes<Dot>(padded) + kWide * (groups * 8 + 4 + 2 * round_up(rank, 2)) + 64;
+DQ_INLINE size_t panel_bytes(long padded, long groups, long rank, long multiplied = 1) {
+  return kWide / kTile * tile_bytes<Dot>(padded) + kWide * (groups * 8 + 4 + 4 * multiplied + 2 * round_up(rank, 2)) +
+         64;
 }
 
 template <class Dot>
-DQ_INLINE Panel panel_in(void* place, long padded, long groups) {
+DQ_INLINE Panel panel_in(void* place, long padded, long groups, long multiplied = 1, long group = 0) {
   long bytes = tile_bytes<Dot>(padded);
   int8_t* codes = (int8_t*)place;
   int* sums = (int*)(codes + kWide / kTile * bytes);
   float *scale = (float*)(sums + kWide * groups), *bias = scale + kWide * groups;
-  return {.codes = codes, .sums = sums, .scale = scale, .bias = bias, .up = (uint16_t*)(bias + kWide), .bytes = bytes};
+  int* times = (int*)(bias + kWide);
+  for (long n = 0; place && n < kWide * multiplied; n++) times[n] = 0x00010001;
+  return {.codes = codes, .sums = sums, .scale = scale, .bias = bias, .up = (uint16_t*)(times + kWide * multiplied),
+          .times = times, .bytes = bytes, .group = group};
 }
 
 // What a tile from output channel n of the panel on sees: the same arrays, from there.
@@ -58,18 +71,28 @@ DQ_INLINE Panel from(const Panel& p, long n) {
           .scale = p.scale + n,
           .bias = p.bias + n,
           .up = p.up + 2 * n,
-          .bytes = p.bytes};
+          .times = p.times + n,
+          .bytes = p.bytes,
+          .group = p.group};
 }
 
 // kLanes rows (those beyond `there` are 0) into kLanes of every kTile words of `out`, the last four columns filled up.
+// Where the product is of whole bytes, codes are multiplied here (`times`: as in Weight), and products fit a byte.
 template <class Dot>
-static inline void lay_block(const int8_t* codes, long row_bytes, long there, long columns, int bits, int8_t* out) {
+static inline void lay_block(const int8_t* codes, long row_bytes, long there, long columns, int bits, int8_t* out,
+                             const int8_t* times = nullptr, long group = 1, long multiplied = 1) {
   constexpr long step = kLanes * Dot::kCodes;
   for (long k = 0; k < columns; k += step) {
     long words = std::min(kLanes, (round_up(columns, 4) - k) / Dot::kCodes);
     Words r[kLanes];
     DQ_UNROLL for (int i = 0; i < kLanes; i++) {
       r[i] = i < there ? Dot::row_words(codes + i * row_bytes, k, columns, bits) : every(0);
+    }
+    if constexpr (requires { Dot::multiplied(r[0], 1, 1); }) {
+      const long g = k / group, next = std::min((k + kMultiplied) / group, multiplied - 1);
+      for (int i = 0; times && i < kLanes && i < there; i++) {
+        r[i] = Dot::multiplied(r[i], times[i * multiplied + g], times[i * multiplied + next]);
+      }
     }
     transpose(r);
     int8_t* to = out + k / Dot::kCodes * 4 * kTile;
@@ -91,9 +114,19 @@ static inline void lay_sums(const Panel& p, long columns, long group, long group
       Words sum[kRegisters];
       DQ_UNROLL for (int j = 0; j < kRegisters; j++) sum[j] = every(0);
       long last = std::min((g + 1) * group, columns);
-      for (long k = g * group; k < last; k += Dot::kCodes) {
-        const int8_t* at = part.codes + k / Dot::kCodes * 4 * kTile;
-        DQ_UNROLL for (int j = 0; j < kRegisters; j++) Dot::dot(sum[j], ones, read(at + 4 * kLanes * j));
+      for (long k = g * group, stop; k < last; k = stop) {
+        stop = std::min(k + kMultiplied, last);
+        Words run[kRegisters];
+        DQ_UNROLL for (int j = 0; j < kRegisters; j++) run[j] = every(0);
+        for (long c = k; c < stop; c += Dot::kCodes) {
+          const int8_t* at = part.codes + c / Dot::kCodes * 4 * kTile;
+          DQ_UNROLL for (int j = 0; j < kRegisters; j++) Dot::dot(run[j], ones, read(at + 4 * kLanes * j));
+        }
+        if constexpr (requires { Dot::kBlock; }) {
+          const int* times = times_at(part, k);
+          DQ_UNROLL for (int j = 0; j < kRegisters; j++) Dot::multiply_low(run[j], read(times + kLanes * j));
+        }
+        DQ_UNROLL for (int j = 0; j < kRegisters; j++) sum[j] = add(sum[j], run[j]);
       }
       DQ_UNROLL for (int j = 0; j < kRegisters; j++) write(part.sums + g * kWide + kLanes * j, sum[j]);
     }
@@ -125,11 +158,26 @@ static inline void lay_vectors(const Panel& p, const Weight& w, long first) {
   }
 }
 
+// Multipliers for products of blocks.
+static inline void lay_times(const Panel& p, const Weight& w, long first) {
+  for (long n = 0; n < kWide; n++) {
+    for (long g = 0; g < w.multiplied; g++) {
+      int times = first + n < w.outputs ? w.multiplier[(first + n) * w.multiplied + g] & 0x7f : 1;
+      p.times[g * kWide + n] = times * 0x00010001;
+    }
+  }
+}
+
 template <class Dot>
 static inline void lay_out(const Weight& w, long first, const Panel& p) {
   for (long n = 0; n < kWide; n += kLanes) {
     const int8_t* rows = w.codes + (first + n) * w.row_bytes;
-    lay_block<Dot>(rows, w.row_bytes, w.outputs - first - n, w.columns, w.bits, from(p, n).codes);
+    const int8_t* times = w.multiplier ? w.multiplier + (first + n) * w.multiplied : nullptr;
+    lay_block<Dot>(rows, w.row_bytes, w.outputs - first - n, w.columns, w.bits, from(p, n).codes, times,
+                   w.multiplier_group, w.multiplied);
+  }
+  if constexpr (requires { Dot::kBlock; }) {
+    if (w.multiplier) lay_times(p, w, first);
   }
   lay_sums<Dot>(p, w.columns, w.group, w.groups);
   lay_vectors(p, w, first);

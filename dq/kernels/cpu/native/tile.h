@@ -54,10 +54,10 @@ DQ_INLINE void start(Words acc[MR][kRegisters], const Panel& p, const Quantized&
   }
 }
 
-// `words` of a block, whose sums fit 16 bits and are widened once.
+// `words` of a block, whose sums fit 16 bits and are widened once, times the multiplier of their group.
 template <class Dot, int MR>
 DQ_INLINE void multiply_block(Words acc[MR][kRegisters], const uint8_t* const* a, long k, const int8_t* codes,
-                              int words) {
+                              const int* times, int words) {
   Words sum[MR][kRegisters];
   DQ_UNROLL for (int i = 0; i < MR; i++) {
     DQ_UNROLL for (int j = 0; j < kRegisters; j++) sum[i][j] = every(0);
@@ -68,19 +68,22 @@ DQ_INLINE void multiply_block(Words acc[MR][kRegisters], const uint8_t* const* a
     DQ_UNROLL for (int i = 0; i < MR; i++) Dot::short_dots(sum[i], a[i] + 4 * (k + w), b);
   }
   DQ_UNROLL for (int i = 0; i < MR; i++) {
-    DQ_UNROLL for (int j = 0; j < kRegisters; j++) Dot::widen(acc[i][j], sum[i][j]);
+    DQ_UNROLL for (int j = 0; j < kRegisters; j++) Dot::widen(acc[i][j], sum[i][j], read(times + kLanes * j));
   }
 }
 
 template <class Dot, int MR>
 DQ_INLINE void multiply(Words acc[MR][kRegisters], const uint8_t* const* row, long offset, const int8_t* codes,
-                        long words) {
+                        long words, const int* times, long group) {
   const uint8_t* a[MR];
   DQ_UNROLL for (int i = 0; i < MR; i++) a[i] = row[i] + offset;
   if constexpr (requires { Dot::kBlock; }) {
-    long k = 0;
-    for (; k + Dot::kBlock <= words; k += Dot::kBlock) multiply_block<Dot, MR>(acc, a, k, codes, Dot::kBlock);
-    for (; k < words; k++) multiply_block<Dot, MR>(acc, a, k, codes, 1);
+    long k = 0, next = group ? group / Dot::kCodes : words + 1;  // word of the next multiplier
+    for (; k + Dot::kBlock <= words; k += Dot::kBlock) {
+      multiply_block<Dot, MR>(acc, a, k, codes, times, Dot::kBlock);
+      if (k + Dot::kBlock == next) times += kWide, next += group / Dot::kCodes;
+    }
+    for (; k < words; k++) multiply_block<Dot, MR>(acc, a, k, codes, times, 1);
   } else {
     for (long k = 0; k < words; k++) {
       Words b[kRegisters];
@@ -124,7 +127,7 @@ static __attribute__((noinline)) void tile(const Panel& p, const Quantized& q, c
   start<Dot, MR, AFFINE>(acc, p, q, m, 0);
   const long words = taps.width / Dot::kCodes;
   for (long t = 0; t < taps.count; t++) {
-    multiply<Dot, MR>(acc, row, taps.offset[t], p.codes + t * words * 4 * kTile, words);
+    multiply<Dot, MR>(acc, row, taps.offset[t], p.codes + t * words * 4 * kTile, words, p.times, p.group);
   }
   DQ_UNROLL for (int i = 0; i < MR; i++) {
     Floats scale = every(q.scale[m + i]);
@@ -144,7 +147,8 @@ static __attribute__((noinline)) void add_group(const Panel& p, const Quantized&
                                                 long g, long first, long words, Floats (*f)[kRegisters]) {
   Words acc[MR][kRegisters];
   start<Dot, MR, AFFINE>(acc, p, q, m, g);
-  multiply<Dot, MR>(acc, row, first * sizeof(typename Dot::Code), p.codes + first * (4 / Dot::kCodes) * kTile, words);
+  multiply<Dot, MR>(acc, row, first * sizeof(typename Dot::Code), p.codes + first * (4 / Dot::kCodes) * kTile, words,
+                    p.group ? p.times + g * kWide : p.times, p.group);  // groups of activations are those of the weight
   DQ_UNROLL for (int i = 0; i < MR; i++) {
     DQ_UNROLL for (int j = 0; j < kRegisters; j++) {
       Floats scale = read(p.scale + g * kWide + kLanes * j);
