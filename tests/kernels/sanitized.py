@@ -18,6 +18,7 @@ from dq.plan import LayerPlan, TensorPlan  # noqa: E402
 assert library.missing() is None, library.missing()
 ALL = library.LEVELS[: library.LEVELS.index(library.level()) + 1]
 LEVELS = [name for i, name in enumerate(ALL) if i and library.library().dq_cpu_levels() >> i & 1]
+PLAIN = kernels.Conv((1, 1), (0, 0), (1, 1), 1)
 WIDE = library.missing("avx512") is None
 
 
@@ -47,14 +48,16 @@ for level, rows, columns, outputs in itertools.product(LEVELS, (1, 7, 40), (4, 6
         run("linear", (outputs, columns), "int4/group:32+channel", "int8/token", x)
         if WIDE:
             run("linear", (outputs, columns), "int4/group:64", None, x[:3])
+for level, channels, outputs, size, pad in itertools.product(LEVELS, (3, 70), (5, 66), (5, 17), (0, 2)):
+    ops.level = lambda level=level: level
+    conv = kernels.Conv((2, 1), (pad, pad), (1, 1), 1)
+    for memory, weight in itertools.product((torch.contiguous_format, torch.channels_last), ("int4", "int8")):
+        x = torch.randn(2, channels, size, size).contiguous(memory_format=memory)
+        run("conv2d", (outputs, channels, 3, 3), f"{weight}/channel", "int8a/tensor", x, conv)
+        run("conv2d", (outputs, channels, 1, 1), f"{weight}/channel", "int8a/token", x.half(), PLAIN)
 if not WIDE:
     print("clean")
     sys.exit()
-for channels, outputs, size, pad in itertools.product((3, 70), (5, 66), (5, 17), (0, 2)):
-    conv = kernels.Conv((2, 1), (pad, pad), (1, 1), 1)
-    for memory in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(2, channels, size, size).contiguous(memory_format=memory)
-        run("conv2d", (outputs, channels, 3, 3), "int4/channel", "int8a/tensor", x, conv)
 for rows, keys, width in itertools.product((1, 13), (1, 77, 130), (40, 72)):
     q, k, v = (torch.randn(1, 2, tokens, width).bfloat16() for tokens in (rows, keys, keys))
     for int8 in (False, True):

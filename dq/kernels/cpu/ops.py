@@ -127,6 +127,10 @@ def _conv(
     last = _is_channels_last(x)
     x = x if last else x.contiguous()
     out = out_sizes(x.shape[2:], kernel_size, (stride, padding, dilation))
+    if per_pixel and list(out) != list(x.shape[2:]):
+        raise ValueError(
+            f"a scale a pixel needs output pixels that are input pixels, got {list(x.shape[2:])} to {out}"
+        )
     y = x.new_empty((x.shape[0], weight.shape[0], *out))
     y = y.contiguous(memory_format=MEMORY[x.dim()]) if last else y
     arguments = Conv(

@@ -89,22 +89,39 @@ void fit_sample(const DqConv& c, const Geometry& g, const Image& s, const Quanti
   std::fill_n(s.zero + b * g.pixels, g.pixels, zero);
 }
 
-// Ranges of kLanes pixels over their channels, which are `g.plane` apart. NaN is rare: pixels that have one are found
-// one by one.
+constexpr long kGroups = 4, kRun = kGroups * kLanes;  // pixels that are looked at together, kLanes in a group
+
+// Pixels `first` to `first + count` of a sample, at most kRun.
+struct Run {
+  long sample, first, count, groups;
+  DQ_METHOD Mask lanes(long group) const { return first_lanes(count - group * kLanes); }
+  DQ_METHOD long row(const Geometry& g) const { return sample * g.pixels + first; }
+};
+
+// Range of every pixel over its channels, which are `g.plane` apart. NaN is rare: pixels that have one are found one by
+// one.
 template <Dtype DTYPE>
-void ranges_of_pixels(const DqConv& c, const Geometry& g, long at, Mask lanes, long count, Range* ranges) {
-  Floats low = every(INFINITY), high = every(-INFINITY);
-  Flags strange = nan_lanes(low);
-  for (long k = 0; k < c.channels; k++) {
-    Floats v = load(c.x, at + k * g.plane, DTYPE, lanes);
-    low = min(low, v);
-    high = max(high, v);
+void ranges_of_pixels(const DqConv& c, const Geometry& g, const Run& run, Range* ranges) {
+  const long at = run.sample * g.inside + run.first;
+  Floats low[kGroups], high[kGroups];
+  DQ_UNROLL for (long i = 0; i < kGroups; i++) low[i] = every(INFINITY), high[i] = every(-INFINITY);
+  Flags strange = nan_lanes(low[0]);
+  auto meet = [&](long k, long i, Mask lanes) __attribute__((always_inline)) {
+    Floats v = load(c.x, at + k * g.plane + i * kLanes, DTYPE, lanes);
+    low[i] = min(low[i], v);
+    high[i] = max(high[i], v);
     strange = either(strange, nan_lanes(v));
+  };
+  for (long k = 0; k < c.channels; k++) {
+    if (run.count == kRun) {
+      DQ_UNROLL for (long i = 0; i < kGroups; i++) meet(k, i, first_lanes(kLanes));
+    } else {
+      DQ_UNROLL for (long i = 0; i < kGroups; i++) meet(k, i, run.lanes(i));
+    }
   }
-  float lows[kLanes], highs[kLanes];
-  write(lows, low);
-  write(highs, high);
-  for (long i = 0; i < count; i++) {
+  float lows[kRun], highs[kRun];
+  DQ_UNROLL for (long i = 0; i < kGroups; i++) write(lows + i * kLanes, low[i]), write(highs + i * kLanes, high[i]);
+  for (long i = 0; i < run.count; i++) {
     bool whole = true;
     for (long k = 0; any(strange) && k < c.channels; k++) {
       whole &= !any(nan_lanes(load(c.x, at + k * g.plane + i, DTYPE, first_lanes(1))));
@@ -114,18 +131,16 @@ void ranges_of_pixels(const DqConv& c, const Geometry& g, long at, Mask lanes, l
 }
 
 template <Dtype DTYPE>
-void fit_pixels(const DqConv& c, const Geometry& g, const Image& s, const Quantized& q, long b, long pixel, Mask lanes,
-                long count) {
-  Range ranges[kLanes];
+void fit_pixels(const DqConv& c, const Geometry& g, const Image& s, const Quantized& q, const Run& run) {
+  Range ranges[kRun];
   if (c.channels_last) {
-    for (long i = 0; i < count; i++) {
-      ranges[i] = range_of(c.x, b * g.inside + (pixel + i) * c.channels, c.channels, DTYPE);
+    for (long i = 0; i < run.count; i++) {
+      ranges[i] = range_of(c.x, run.sample * g.inside + (run.first + i) * c.channels, c.channels, DTYPE);
     }
   } else {
-    ranges_of_pixels<DTYPE>(c, g, b * g.inside + pixel, lanes, count, ranges);
+    ranges_of_pixels<DTYPE>(c, g, run, ranges);
   }
-  for (long i = 0; i < count; i++) {
-    const long row = b * g.pixels + pixel + i;
+  for (long i = 0, row = run.row(g); i < run.count; i++, row++) {
     s.zero[row] = 0;
     if (q.stored) {
       s.scale[row] = *q.stored;
@@ -182,33 +197,64 @@ struct Places {
   }
 };
 
-// kLanes pixels, whose channels are apart: a word of channels a pixel at a time, turned in registers.
+// kLanes pixels of as many words of channels, which are apart: turned in registers. `at`: the first element.
 template <class Dot, Dtype DTYPE>
-DQ_INLINE void turn_pixels(const DqConv& c, const Geometry& g, const Rounder& r, long at, Mask lanes, long count,
-                           uint8_t* const* to) {
-  constexpr long step = kLanes * Dot::kCodes, bits = 32 / Dot::kCodes;
-  for (long first = 0; first < c.channels; first += step) {
-    const long words = std::min(kLanes, (g.channels - first) / Dot::kCodes);
-    Words block[kLanes];
-    for (long i = 0; i < words; i++) {
-      Ints word = {};
-      DQ_UNROLL for (long j = 0; j < Dot::kCodes; j++) {
-        const long channel = first + i * Dot::kCodes + j;
-        if (channel >= c.channels) break;
-        Ints code = (Ints)r.codes(load(c.x, at + channel * g.plane, DTYPE, lanes));
-        word |= (code & int(~0u >> (32 - bits))) << int(bits * j);
-      }
-      block[i] = (Words)word;
+DQ_INLINE void turn_pixels(const DqConv& c, const Geometry& g, const Rounder& r, long at, long first, Mask lanes,
+                           long count, uint8_t* const* to) {
+  constexpr int bits = 32 / Dot::kCodes;
+  constexpr long step = kLanes * Dot::kCodes;
+  const long words = std::min(kLanes, (g.channels - first) / Dot::kCodes);
+  Words block[kLanes];
+  for (long i = 0; i < kLanes; i++) {
+    Ints word = {};
+    DQ_UNROLL for (long j = 0; j < Dot::kCodes; j++) {
+      const long channel = first + i * Dot::kCodes + j;
+      if (channel >= c.channels) break;
+      __builtin_prefetch((const char*)c.x + (at + (channel + step) * g.plane) * element_bytes(DTYPE));  // pages apart
+      Ints code = (Ints)r.codes(load(c.x, at + channel * g.plane, DTYPE, lanes));
+      word |= (code & int(~0u >> (32 - bits))) << int(bits * j);
     }
-    for (long i = words; i < kLanes; i++) block[i] = every(0);
-    transpose(block);
-    const long byte = first * sizeof(typename Dot::Code);
-    for (long i = 0; i < count; i++) {
-      if (words == kLanes) {
-        write(to[i] + byte, block[i]);
+    block[i] = (Words)word;
+  }
+  transpose(block);
+  const long byte = first * sizeof(typename Dot::Code);
+  for (long i = 0; i < count; i++) {
+    if (words == kLanes) {
+      write(to[i] + byte, block[i]);
+    } else {
+      store(to[i] + byte, 0, FP32, first_lanes(words), (Floats)block[i]);
+    }
+  }
+}
+
+template <class Dot, Dtype DTYPE>
+void lay_apart(const DqConv& c, const Geometry& g, const Quantized& q, const Run& run, uint8_t* const* to) {
+  Rounder r[kGroups];
+  for (long i = 0; i < run.groups; i++) {
+    r[i] = rounder_of<Dot>(q, c.per_pixel ? run.row(g) + i * kLanes : run.sample * g.pixels, c.per_pixel, run.lanes(i));
+  }
+  const long at = run.sample * g.inside + run.first;
+  for (long first = 0; first < c.channels; first += kLanes * Dot::kCodes) {
+    for (long i = 0; i < run.groups; i++) {
+      const long pixel = i * kLanes, count = std::min(kLanes, run.count - pixel);
+      if (count == kLanes) {
+        turn_pixels<Dot, DTYPE>(c, g, r[i], at + pixel, first, first_lanes(kLanes), kLanes, to + pixel);
       } else {
-        store(to[i] + byte, 0, FP32, first_lanes(words), (Floats)block[i]);
+        turn_pixels<Dot, DTYPE>(c, g, r[i], at + pixel, first, first_lanes(count), count, to + pixel);
       }
+    }
+  }
+}
+
+// Pixels whose channels are neighbours.
+template <class Dot, Dtype DTYPE>
+void lay_together(const DqConv& c, const Geometry& g, const Quantized& q, const Run& run, uint8_t* const* to) {
+  for (long i = 0; i < run.count; i++) {
+    const Rounder r = rounder_of<Dot>(q, c.per_pixel ? run.row(g) + i : run.sample * g.pixels, false, first_lanes(1));
+    const long at = run.sample * g.inside + (run.first + i) * c.channels;
+    for (long k = 0; k < c.channels; k += kLanes) {
+      const Mask lanes = first_lanes(c.channels - k);
+      write_codes((typename Dot::Code*)to[i] + k, lanes, r.codes(load(c.x, at + k, DTYPE, lanes)));
     }
   }
 }
@@ -218,27 +264,13 @@ template <class Dot, Dtype DTYPE>
 void lay_pixels(const DqConv& c, const Geometry& g, const Image& s, const Quantized& q, long b, long first,
                 long last) {
   Places places(c, g, first);
-  for (long pixel = first; pixel < last; pixel += kLanes) {
-    const long count = std::min(kLanes, last - pixel), row = b * g.pixels + (c.per_pixel ? pixel : 0);
-    const Mask lanes = first_lanes(count);
-    if (c.per_pixel) fit_pixels<DTYPE>(c, g, s, q, b, pixel, lanes, count);
-    uint8_t* to[kLanes];
+  for (; first < last; first += kRun) {
+    const long count = std::min(kRun, last - first);
+    const Run run{.sample = b, .first = first, .count = count, .groups = (count + kLanes - 1) / kLanes};
+    if (c.per_pixel) fit_pixels<DTYPE>(c, g, s, q, run);
+    uint8_t* to[kRun];
     for (long i = 0; i < count; i++) to[i] = s.codes + b * g.image + places.next();
-    if (!c.channels_last) {
-      const Rounder r = rounder_of<Dot>(q, row, c.per_pixel, lanes);
-      const long at = b * g.inside + pixel;
-      count == kLanes ? turn_pixels<Dot, DTYPE>(c, g, r, at, first_lanes(kLanes), kLanes, to)
-                      : turn_pixels<Dot, DTYPE>(c, g, r, at, lanes, count, to);
-      continue;
-    }
-    for (long i = 0; i < count; i++) {
-      const Rounder r = rounder_of<Dot>(q, row + (c.per_pixel ? i : 0), false, lanes);
-      const long at = b * g.inside + (pixel + i) * c.channels;
-      for (long k = 0; k < c.channels; k += kLanes) {
-        const Mask there = first_lanes(c.channels - k);
-        write_codes((typename Dot::Code*)to[i] + k, there, r.codes(load(c.x, at + k, DTYPE, there)));
-      }
-    }
+    (c.channels_last ? lay_together<Dot, DTYPE> : lay_apart<Dot, DTYPE>)(c, g, q, run, to);
   }
 }
 
@@ -268,7 +300,7 @@ void lay_image(const DqConv& c, const Geometry& g, const Image& s, const Quantiz
       lay_border<Dot>(c, g, s, i / lines, i % lines / g.padded[1], i % g.padded[1]);
     }
   }
-  const long each = round_up((g.plane + kChunks - 1) / kChunks, 16);
+  const long each = round_up((g.plane + kChunks - 1) / kChunks, kRun);
   auto* lay = c.dtype == FP32   ? lay_pixels<Dot, FP32>
               : c.dtype == BF16 ? lay_pixels<Dot, BF16>
                                 : lay_pixels<Dot, FP16>;
