@@ -22,6 +22,7 @@ from tqdm import tqdm
 from dq import cookbook, layers
 from dq.bench import roofline
 from dq.errors import DQError
+from dq.kernels.cpu import attention
 from dq.plan import LayerPlan, Recipe, TensorPlan
 from dq.timing import in_turn, wait
 
@@ -143,13 +144,13 @@ class _Kernels(TorchFunctionMode):
         super().__exit__(*error)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        ours = function is torch.ops.dq.cpu_attention  # its last argument tells bytes from bf16
+        ours = function is torch.ops.dq.cpu_attention  # its last argument tells integers from floats
         if not ours and function is not F.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
         self._before()
         y = function(*args, **(kwargs or {}))
         q, k = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key")))
-        unit = "int8" if ours and args[-1] else roofline.NAMES.get(q.dtype, str(q.dtype))
+        unit = attention.unit(q.dtype, args[-1]) if ours else roofline.NAMES.get(q.dtype, str(q.dtype))
         work = roofline.attention(*q.shape[:3], k.shape[2], q.shape[3], unit, q.element_size())
         self._add(f"dq attention {unit}" if ours else "F.scaled_dot_product_attention", work)
         return y

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from dq import kernels
 from dq.kernels.cpu import attention as cpu
+from dq.kernels.cpu import library
 from dq.layers import notes, takeover
 
 REACH = frozenset(("scaled_dot_product_attention", "dispatch_attention_fn", "ALL_ATTENTION_FUNCTIONS"))
@@ -72,7 +73,8 @@ def _reached(kind: type) -> set[str]:
 def attach(model: nn.Module, int8: bool = False) -> list[str]:
     """Run the attention of a model on dq's CPU kernels; -> names of the modules that can (see `why_not`).
 
-    int8  products of bytes instead of bf16. Calls the kernel cannot take run on torch's attention.
+    int8  products of integers; otherwise of floats, as exact as torch's attention in the dtype of the inputs, and
+          called "bf16" whichever that is. Calls that the kernel cannot take, or where torch is faster, are torch's.
     """
     detach(model)
     names = []
@@ -93,7 +95,7 @@ def detach(model: nn.Module) -> None:
 
 
 def attached(model: nn.Module) -> dict[str, str]:
-    """Precision ("bf16" or "int8") of every attached module by name."""
+    """Precision of every attached module by name: "int8", or "bf16" for that of the inputs, fp32 and fp16 included."""
     kinds = ((name, notes.read(module).attention) for name, module in model.named_modules())
     return {name: kind for name, kind in kinds if kind}
 
@@ -104,7 +106,7 @@ def why_not(*modules: nn.Module) -> str | None:
     modules  a module, then what it is part of: the first with parameters says where they run; without any, here
     """
     places = next(filter(None, map(_places, modules)), {"cpu"})
-    return cpu.missing("avx512") if "cpu" in places else f"its weights are on {', '.join(sorted(places))}"
+    return cpu.missing() if "cpu" in places else f"its weights are on {', '.join(sorted(places))}"
 
 
 def lines(model: nn.Module) -> list[str]:
@@ -116,8 +118,9 @@ def lines(model: nn.Module) -> list[str]:
             kinds[kind] += 1
         else:
             reasons[reason or "dq's was not attached where the model was when it was quantized or loaded"] += 1
-    inputs = {"bf16": "in bf16 where the inputs are", "int8": "in int8"}
-    found = [f"attention runs on dq's CPU kernels: {count} modules {inputs[kind]}" for kind, count in kinds.items()]
+    words, on = {"bf16": "as exact as torch's", "int8": "in int8"}, library.UNITS.get(library.level())
+    found = [f"attention runs on dq's kernels on {on}: {count} modules {words[kind]}" for kind, count in kinds.items()]
+    found += ["attention stays torch's in calls so small that it is faster there"] * bool(kinds)
     return found + [f"attention is torch's in {count} modules: {reason}" for reason, count in reasons.items()]
 
 

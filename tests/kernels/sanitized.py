@@ -55,12 +55,12 @@ for level, channels, outputs, size, pad in itertools.product(LEVELS, (3, 70), (5
         x = torch.randn(2, channels, size, size).contiguous(memory_format=memory)
         run("conv2d", (outputs, channels, 3, 3), f"{weight}/channel", "int8a/tensor", x, conv)
         run("conv2d", (outputs, channels, 1, 1), f"{weight}/channel", "int8a/token", x.half(), PLAIN)
-if not WIDE:
-    print("clean")
-    sys.exit()
-for rows, keys, width in itertools.product((1, 13), (1, 77, 130), (40, 72)):
-    q, k, v = (torch.randn(1, 2, tokens, width).bfloat16() for tokens in (rows, keys, keys))
-    for int8 in (False, True):
+attention.FEWEST_PRODUCTS, attention.FEWEST_ROWS = 0, {False: 0, True: 0}
+for level, rows, keys, width in itertools.product(LEVELS, (1, 13), (1, 77, 130), (7, 40, 72)):
+    attention.level = lambda level=level: level
+    for dtype, int8 in itertools.product((torch.float32, torch.bfloat16, torch.float16), (False, True)):
+        q, k, v = (torch.randn(1, 2, tokens, width).to(dtype) for tokens in (rows, keys, keys))
         for mask in (None, torch.randn(rows, keys).bfloat16(), torch.rand(1, 1, 1, keys) < 0.5):
+            assert attention.why_not(q, k, v, mask, int8=int8) is None
             attention.sdpa(q, k, v, mask, int8=int8)
 print("clean")

@@ -1,29 +1,38 @@
-"""Attention on dq's CPU kernels: bounds, masks, strides, threads, extreme values, and models that use it."""
+"""Attention on dq's CPU kernels, on every level: bounds, masks, strides, threads, extreme values, what is torch's."""
 
 from __future__ import annotations
 
-import copy
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from dq.fusions import attention
 from dq.kernels.cpu import attention as cpu
 from dq.kernels.cpu import library
-from tests import models, zoo
-from tests.models import FLUX, PIXART, UNET
 
-pytestmark = pytest.mark.skipif(library.missing("avx512") is not None, reason=str(library.missing("avx512")))
-few = settings(max_examples=60, deadline=None, derandomize=True)
-WIDTHS = (1, 5, 8, 33, 40, 64, 72, 80, 96, 112, 128, 160, 256)
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+few = settings(max_examples=40, deadline=None, derandomize=True)
+ALL = library.LEVELS[1 : library.LEVELS.index(library.level()) + 1]
+LEVELS = [name for i, name in enumerate(ALL, 1) if library.library().dq_cpu_levels() >> i & 1]
+FEWEST = cpu.FEWEST_PRODUCTS, cpu.FEWEST_ROWS
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WIDTHS = (1, 5, 7, 8, 33, 40, 64, 72, 80, 96, 112, 128, 160, 256)
 LAYOUTS = ("heads", "tokens", "sliced", "strided")
 MASKS = (None, "bool", "keys", "full", "heads", "empty rows")
-PRECISIONS = pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
+PRECISIONS = pytest.mark.parametrize("int8", [False, True], ids=["floats", "int8"])
+
+
+@pytest.fixture(scope="module", params=LEVELS, autouse=True)
+def level(request):
+    """Each level that the processor has, on calls of every size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "level", lambda: request.param)
+        patch.setattr(cpu, "FEWEST_PRODUCTS", 0)
+        patch.setattr(cpu, "FEWEST_ROWS", {False: 0, True: 0})
+        yield request.param
 
 
 def generator(seed):
@@ -72,6 +81,21 @@ def relative(ours, truth):
 # --- bounds ----------------------------------------------------------------------------------------------------------
 
 
+def assert_as_exact_as_torch(q, k, v, mask=None, scale=None):
+    assert cpu.why_not(q, k, v, mask) is None
+    theirs_mask = mask if mask is None or mask.dtype is torch.bool else mask.to(q.dtype)
+    truth = truth_of(q, k, v, mask, scale)
+    theirs = F.scaled_dot_product_attention(q, k, v, theirs_mask, scale=scale)
+    ours = cpu.sdpa(q, k, v, mask, scale=scale)
+    last_bits = 1
+    if q.dtype is torch.float32:  # an exponent is as exact as the scores: sums in one chain, where torch's have lanes
+        scores = q.double() @ k.double().transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        last_bits = 4 + scores.abs().max()
+    room = 2 * (theirs - truth).abs().max() + last_bits * torch.finfo(q.dtype).eps * truth.abs().max()
+    assert ours.dtype == q.dtype and ours.shape == q.shape
+    assert (ours - truth).abs().max() <= room
+
+
 @few
 @given(
     sizes=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 90), st.integers(1, 700)),
@@ -79,20 +103,20 @@ def relative(ours, truth):
     layout=st.sampled_from(LAYOUTS),
     mask=st.sampled_from(MASKS),
     scale=st.sampled_from((None, None, 0.02, 1.0, -0.3, 0.0)),
+    dtype=st.sampled_from(DTYPES),
 )
-def test_bf16_is_as_exact_as_torchs(sizes, width, layout, mask, scale):
+def test_floats_are_as_exact_as_torchs(sizes, width, layout, mask, scale, dtype):
     batch, heads, rows, keys = sizes
-    q = drawn((batch, heads, rows, width), layout, 1)
-    k, v = (drawn((batch, heads, keys, width), layout, seed) for seed in (2, 3))
-    mask = drawn_mask(mask, batch, heads, rows, keys)
-    assert cpu.why_not(q, k, v, mask) is None
-    theirs_mask = mask if mask is None or mask.dtype is torch.bool else mask.bfloat16()
-    truth = truth_of(q, k, v, mask, scale)
-    theirs = F.scaled_dot_product_attention(q, k, v, theirs_mask, scale=scale)
-    ours = cpu.sdpa(q, k, v, mask, scale=scale)
-    room = 2 * (theirs - truth).abs().max() + torch.finfo(torch.bfloat16).eps * truth.abs().max()
-    assert ours.dtype == q.dtype and ours.shape == q.shape
-    assert (ours - truth).abs().max() <= room
+    q = drawn((batch, heads, rows, width), layout, 1, dtype)
+    k, v = (drawn((batch, heads, keys, width), layout, seed, dtype) for seed in (2, 3))
+    assert_as_exact_as_torch(q, k, v, drawn_mask(mask, batch, heads, rows, keys), scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_tile_and_its_remainders(dtype):
+    for width, keys in itertools.product((1, 7, 40, 72, 80, 160, 256), (1, 3, 17, 77, 300, 513)):
+        q = drawn((1, 2, 31, width), "tokens", 1, dtype)
+        assert_as_exact_as_torch(q, *(drawn((1, 2, keys, width), "tokens", seed, dtype) for seed in (2, 3)))
 
 
 @few
@@ -101,7 +125,7 @@ def test_bf16_is_as_exact_as_torchs(sizes, width, layout, mask, scale):
     width=st.sampled_from((40, 64, 72, 80, 96, 128, 256)),
     layout=st.sampled_from(LAYOUTS),
     mask=st.sampled_from(MASKS),
-    dtype=st.sampled_from((torch.bfloat16, torch.float16, torch.float32)),
+    dtype=st.sampled_from(DTYPES),
 )
 def test_int8_is_within_three_percent(sizes, width, layout, mask, dtype):
     batch, heads, rows, keys = sizes
@@ -135,9 +159,10 @@ def test_long_sequences(keys, int8):
 
 
 @PRECISIONS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 500, 72), (2, 3, 77, 40), (1, 2, 1, 64), (1, 5, 700, 128)])
-def test_threads_change_no_bit(shape, int8):
-    q, k, v = (drawn(shape, "tokens", seed) for seed in (1, 2, 3))
+def test_threads_change_no_bit(shape, dtype, int8):
+    q, k, v = (drawn(shape, "tokens", seed, dtype) for seed in (1, 2, 3))
     mask = drawn_mask("full", *shape[:3], shape[2])
     found = []
     for threads in (1, 2, 3):
@@ -213,6 +238,17 @@ def test_numbers_that_are_none_spoil_what_they_reach(bad, keys, int8):
     assert not ours[0, 0, :, 7].isfinite().any() and torch.equal(ours[0, 0, :, 8:], clean[0, 0, :, 8:])
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["query", "key", "value"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_floats_spread_what_is_no_number_as_torch_does_in_fp32(dtype, place, bad):
+    tensors = [drawn((1, 2, tokens, 40), seed=seed, dtype=dtype) for seed, tokens in enumerate((30, 77, 77))]
+    tensors[place][0, 1, 13, 5] = bad
+    ours, theirs = cpu.sdpa(*tensors), F.scaled_dot_product_attention(*(tensor.float() for tensor in tensors))
+    assert torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.isposinf(), theirs.isposinf())
+    assert (ours - theirs).nan_to_num(0, 0, 0).abs().max() < 0.05
+
+
 @PRECISIONS
 def test_masks_that_leave_nothing(int8):
     q, k, v = (drawn((1, 2, 70, 64), seed=seed) for seed in (1, 2, 3))
@@ -232,7 +268,7 @@ def test_calls_of_other_kinds_are_torchs_with_a_reason():
     q, k, v = (drawn((1, 4, 9, 16), seed=seed) for seed in (1, 2, 3))
     wide = drawn((1, 4, 9, 257))
     calls = {
-        "in bf16, not in torch.float32": ((q.float(), k.float(), v.float()), {}),
+        "not in torch.float64": ((q.double(), k.double(), v.double()), {}),
         "no causal mask": ((q, k, v), {"is_causal": True}),
         "differ in batch, heads or tokens": ((q, k[:, :2], v[:, :2]), {"enable_gqa": True}),
         "takes (batch, heads, tokens, width)": ((q[0], k[0], v[0]), {}),
@@ -249,6 +285,31 @@ def test_calls_of_other_kinds_are_torchs_with_a_reason():
     assert "mask" in cpu.why_not(q, k, v, torch.zeros(9, 8))
 
 
+def test_calls_that_torch_computes_faster_are_torchs(level, monkeypatch):
+    monkeypatch.setattr(cpu, "FEWEST_PRODUCTS", FEWEST[0])
+    monkeypatch.setattr(cpu, "FEWEST_ROWS", FEWEST[1])
+    wide = level.startswith("avx512")
+    for dtype, int8 in itertools.product(DTYPES, (False, True)):
+        single = dtype is torch.float32
+        edge = (16 if single else 8) >> wide  # heads of 64 x 32 tokens and 32 columns: 2^20 products, 2^19 or 2^18
+        large, small = (drawn((1, edge // by, 64, 32), dtype=dtype) for by in (1, 2))
+        assert cpu.why_not(large, large[:, :, :32], large[:, :, :32], int8=int8) is None
+        call = small, small[:, :, :32], small[:, :, :32]
+        assert "this small" in cpu.why_not(*call, int8=int8)
+        assert torch.equal(cpu.sdpa(*call, int8=int8), F.scaled_dot_product_attention(*call))
+        rows, keys = (drawn((1, 16, tokens, 64), dtype=dtype) for tokens in (7, 1024))
+        reason = cpu.why_not(rows, keys, keys, int8=int8)
+        assert (reason is None) == (not single and not int8) and (reason is None or "rows" in reason)
+    rows = drawn((1, 16, 24, 64), dtype=torch.float32)
+    assert cpu.why_not(rows, keys.float(), keys.float()) is None
+
+
+def test_the_unit_is_what_the_level_multiplies(level):
+    assert cpu.unit(torch.bfloat16, False) == ("bf16" if level == "avx512" else "fp32")
+    assert cpu.unit(torch.float16, False) == cpu.unit(torch.float32, False) == "fp32"
+    assert {cpu.unit(dtype, True) for dtype in DTYPES} == {"int8"}
+
+
 def test_gradients_pass_through_torchs_attention():
     q = drawn((1, 2, 9, 16)).requires_grad_()
     cpu.sdpa(q, q, q).float().square().sum().backward()
@@ -263,130 +324,3 @@ def test_the_op_is_a_proper_torch_op(int8):
     tests = ("test_schema", "test_faketensor")
     for mask in (None, torch.zeros(30)):
         torch.library.opcheck(torch.ops.dq.cpu_attention, (q, k, k, mask, 0.1, int8), test_utils=tests)
-
-
-# --- models ----------------------------------------------------------------------------------------------------------
-
-
-def hidden_calls(monkeypatch):
-    """Precisions of the calls that reach the op, as they happen."""
-    calls, run = [], cpu.sdpa
-
-    def seen(*args, int8=False, **kwargs):
-        names = ("query", "key", "value", "attn_mask")
-        given = [*args, *(kwargs[name] for name in names if name in kwargs)]
-        if cpu.why_not(*given[:4], int8=int8) is None:
-            calls.append("int8" if int8 else "bf16")
-        return run(*args, int8=int8, **kwargs)
-
-    monkeypatch.setattr(cpu, "sdpa", seen)
-    return calls
-
-
-@PRECISIONS
-@pytest.mark.parametrize("name", [PIXART, FLUX, UNET, "SD3Transformer2DModel", "WanTransformer3DModel"])
-@torch.no_grad()
-def test_a_model_with_dqs_attention_is_close_to_itself(name, int8, monkeypatch):
-    model = zoo.build(name, dtype=torch.bfloat16, init="own")
-    state, before = dict(model.state_dict()), models.output(model)
-    names = attention.attach(model, int8)
-    assert names and attention.attached(model) == dict.fromkeys(names, "int8" if int8 else "bf16")
-    calls = hidden_calls(monkeypatch)
-    after = models.output(model)
-    assert calls and set(calls) == {"int8" if int8 else "bf16"}
-    wide = models.output(copy.deepcopy(model).float()) if not int8 else before
-    assert relative(after, wide.double()) <= (0.05 if int8 else 2 * relative(before, wide.double()) + 1e-3)
-    assert model.state_dict().keys() == state.keys()
-    attention.detach(model)
-    assert torch.equal(models.output(model), before)
-    assert not attention.attached(model) and not any("forward" in vars(m) for m in model.modules())
-
-
-@torch.no_grad()
-def test_copies_saving_and_moving_leave_the_switch_on(tmp_path):
-    model = zoo.build(PIXART, dtype=torch.bfloat16)
-    attention.attach(model, int8=True)
-    twin = copy.deepcopy(model)
-    blocks = [m.transformer_blocks[0].attn1 for m in (model, twin)]
-    assert blocks[1].forward.__self__ is blocks[1] and blocks[0].forward.__self__ is blocks[0]
-    attention.detach(model)
-    assert attention.attached(twin) and not attention.attached(model)
-    assert not torch.equal(models.output(twin), models.output(model))
-    twin.to(torch.float32).to(torch.bfloat16).save_pretrained(tmp_path)
-    again = models.load(tmp_path, torch_dtype=torch.bfloat16)
-    assert torch.equal(models.output(again), models.output(model)) and not attention.attached(again)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("order", ["hook first", "attention first"])
-def test_hooks_that_replace_forward(order, monkeypatch):
-    model = zoo.build(PIXART, dtype=torch.bfloat16)
-    before, block = models.output(model), model.transformer_blocks[0].attn1
-    steps = [lambda: add_hook_to_module(block, ModelHook()), lambda: attention.attach(model)]
-    for step in steps if order == "hook first" else reversed(steps):
-        step()
-    attention.attach(model)
-    calls = hidden_calls(monkeypatch)
-    models.output(model)
-    count = len(calls)
-    remove_hook_from_module(block)
-    models.output(model)
-    assert count and len(calls) == 2 * count
-    attention.detach(model)
-    assert torch.equal(models.output(model), before) and len(calls) == 2 * count
-
-
-@torch.no_grad()
-def test_a_switch_below_someone_elses_forward_can_be_turned_off_and_on(monkeypatch):
-    model = zoo.build(PIXART, dtype=torch.bfloat16)
-    before, block = models.output(model), model.transformer_blocks[0].attn1
-    attention.attach(model)
-    inner = block.forward
-    block.forward = lambda *args, **kwargs: inner(*args, **kwargs)
-    attention.detach(model)
-    assert torch.equal(models.output(model), before)
-    calls = hidden_calls(monkeypatch)
-    attention.attach(model)
-    models.output(model)
-    assert len(calls) == len(attention.attached(model))
-
-
-class Custom(nn.Module):
-    """Attention of nobody's library: through a method, from a plain forward."""
-
-    def forward(self, x):
-        return self.mix(x) + x
-
-    def mix(self, x):
-        return F.scaled_dot_product_attention(x, x, x)
-
-
-class Plain(nn.Linear):
-    """Mentions attention only where forward never goes."""
-
-    def other(self, x):
-        return F.scaled_dot_product_attention(x, x, x)
-
-
-def test_attention_is_found_by_what_forward_reaches():
-    model = nn.Sequential(Custom(), Plain(4, 4), nn.MultiheadAttention(8, 2))
-    assert attention.attach(model) == ["0"]
-
-
-@PRECISIONS
-@pytest.mark.parametrize("name", [PIXART, FLUX, UNET])
-@torch.no_grad()
-def test_compiled_models_use_the_kernel_in_one_graph(name, int8):
-    model = zoo.build(name, dtype=torch.bfloat16, init="own")
-    attention.attach(model, int8)
-    expected, graphs = models.output(model), []
-
-    def backend(graph, inputs):
-        graphs.append(str(graph.graph))
-        return graph.forward
-
-    torch._dynamo.reset()
-    found = models.output(torch.compile(model, fullgraph=True, backend=backend))
-    torch._dynamo.reset()
-    assert len(graphs) == 1 and graphs[0].count("torch.ops.dq.cpu_attention") >= 1
-    assert relative(found, expected.double()) < 0.01

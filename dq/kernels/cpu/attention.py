@@ -2,10 +2,14 @@
 
     o = softmax(q k^T scale + mask) v        q (batch, heads, rows, width), k and v (batch, heads, keys, width)
 
-Two precisions: products in bf16 with fp32 sums, as exact as torch's own bf16 attention (native/attention_rows.h), and
-products of bytes, with the mean key taken off first (SageAttention, arXiv 2410.02367) and values scaled per column.
-The second rounds p to 8 bits under the largest score of each 512 keys, where the paper keeps p in 16: 1 to 2 %
-relative error of the output on random normal data. Rows whose keys are all masked by -inf give zeros.
+Two kinds of products: of floats, as exact as torch's own attention in the dtype of the inputs, and of integers, with
+the mean key taken off first (SageAttention, arXiv 2410.02367) and values scaled per column.
+
+    floats     in fp32; bf16 inputs in bf16 with fp32 sums, where the processor has units for it
+    integers   8-bit codes, multiplied as bytes, or with plain AVX2 in 16 bits, 1.2 to 1.6 times as fast as fp32
+
+Integers round p to 8 bits under the largest score of each 512 keys, where the paper keeps p in 16: 1 to 2 % relative
+error of the output on random normal data. Rows whose keys are all masked by -inf give zeros.
 """
 
 from __future__ import annotations
@@ -15,16 +19,31 @@ import ctypes
 import torch
 import torch.nn.functional as F
 
-from dq.kernels.cpu.library import level, missing
+from dq.kernels.cpu.library import LEVELS, level, missing
 from dq.kernels.cpu.ops import DTYPES, call, structure
 
 WIDEST = 256  # columns of a head
+# Where torch's attention is faster, measured in one thread. Our call begins with 14 us in Python, torch's takes 4 in
+# all: with AVX2, 8 heads of 32 with 64 x 64 tokens in fp32 run at 1.05 of torch's speed, 4 heads at 0.81. Vectors of
+# 512 bits, and dtypes of 16, which torch converts, halve the size from which ours is faster.
+FEWEST_PRODUCTS = 1 << 20  # batch x heads x rows x keys x width
+# Keys are packed before the first row: with AVX2, 1024 fp32 keys of 64 run at 0.40 for one row and 0.77 for 8, 2048 of
+# 40 at 0.95 for 12; with AVX512 at 0.53 for one and 1.0 from 2 on. Int8, which rounds keys too: with AVX512 at 0.37
+# for one, 1.04 for 8. Without int8, 16-bit inputs are as fast as torch's at any number of rows.
+FEWEST_ROWS = {False: 24, True: 8}  # by whether vectors have 512 bits
 PROBLEMS = {1: "the dtype", 2: "the shape", 3: "the mask's strides", 4: "the size: no memory"}
 
 
 @torch.compiler.assume_constant_result
 def _missing() -> str | None:
-    return missing("avx512")
+    return missing()
+
+
+def unit(dtype: torch.dtype, int8: bool) -> str:
+    """What the kernel of this machine multiplies for inputs of a dtype: "int8", "bf16" or "fp32"."""
+    if int8:
+        return "int8"
+    return "bf16" if dtype is torch.bfloat16 and level() == LEVELS[-1] else "fp32"
 
 
 def why_not(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, enable_gqa=False, int8=False):
@@ -34,18 +53,19 @@ def why_not(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, e
         return f"dq's CPU attention does not run on {query.device.type}"
     if query.dtype != key.dtype or query.dtype != value.dtype:
         return "query, key and value differ in dtype"
-    if query.dtype not in (DTYPES if int8 else (torch.bfloat16,)):
-        return f"dq's CPU attention computes in bf16, not in {query.dtype}"
+    if query.dtype not in DTYPES:
+        return f"dq's CPU attention computes in fp32, bf16 and fp16, not in {query.dtype}"
     if dropout_p or is_causal:
         return "dq's CPU attention has no dropout" if dropout_p else "dq's CPU attention has no causal mask"
     reason = _why_not_shapes(query, key, value) or _why_not_mask(query, attn_mask, key)
+    reason = reason or _missing() or _why_not_sizes(query, key, int8)
     if (
         reason is None
         and torch.is_grad_enabled()
         and any(t is not None and t.requires_grad for t in (*tensors, attn_mask))
     ):
         return "dq's CPU attention has no gradient"
-    return reason or _missing()
+    return reason
 
 
 def _why_not_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
@@ -69,12 +89,26 @@ def _why_not_mask(query: torch.Tensor, mask: torch.Tensor | None, key: torch.Ten
     return None
 
 
+@torch.compiler.assume_constant_result
+def _wide() -> bool:
+    return level().startswith("avx512")
+
+
+def _why_not_sizes(query: torch.Tensor, key: torch.Tensor, int8: bool) -> str | None:
+    """Torch's attention is faster here, and as exact."""
+    wide, single = _wide(), query.dtype is torch.float32
+    if query.numel() * key.shape[2] < FEWEST_PRODUCTS >> wide + (not single):
+        return "attention this small is faster on torch's"
+    rows = FEWEST_ROWS[wide] if single or int8 else 1
+    return f"attention of fewer than {rows} rows is faster on torch's" if query.shape[2] < rows else None
+
+
 def sdpa(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *, int8=False
 ) -> torch.Tensor:
     """F.scaled_dot_product_attention on dq's kernel where it can, else torch's own.
 
-    int8  products of bytes; otherwise of bf16, which needs bf16 inputs
+    int8  products of integers, otherwise of floats
     """
     if why_not(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, int8) is None:
         scale = query.shape[-1] ** -0.5 if scale is None else scale

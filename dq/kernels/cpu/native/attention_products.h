@@ -41,9 +41,8 @@ DQ_INLINE Floats power(Floats t, const float (&fit)[TERMS]) {
   return times_floor_power(p, t);
 }
 
-// relative errors 7.5e-5, for results of 8 bits, 2.6e-6, and 1.5e-7 with the rounding of every step
+// relative errors 7.5e-5, for results of 8 bits, and 1.5e-7 with the rounding of every step
 constexpr float kCubic[] = {0.0780245511f, 0.226067143f, 0.695833528f, 0.999925219f};
-constexpr float kQuartic[] = {0.0135347405f, 0.0520103037f, 0.241443477f, 0.693003704f, 1.00000259f};
 constexpr float kQuintic[] = {0.00187757937f, 0.00898933969f, 0.0558263101f, 0.240153626f, 0.693153083f, 0.99999994f};
 
 // --- quantization ---------------------------------------------------------------------------------------------------

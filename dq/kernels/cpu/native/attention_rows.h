@@ -133,7 +133,7 @@ inline void apply(const Bias& bias, float* score, long first, long keys, long pa
 // --- softmax --------------------------------------------------------------------------------------------------------
 
 // Exponents (s - m) f + top of a vector of scores. Small: m f was rounded once for the row, which saves an operation
-// here and moves every exponent by up to an ulp of it.
+// here and moves every exponent of a block of keys by up to an ulp of it: too much for sums in fp32 alone.
 struct Exponent {
   Floats factor, shift, top, product;
   Exponent(float f, float m, float top)
@@ -192,7 +192,7 @@ void softmax(Block& b, long rows, long keys) {
   for (long i = 0; i < rows; i++) {
     const float* score = b.score + i * kScoreStride;
     char* weight = b.weights<T>() + i * weight_step_of<T>(keys);
-    float total = is_small(b.after[i], b.shift[i])
+    float total = T::kWord > 1 && is_small(b.after[i], b.shift[i])
                       ? exponentials<T, true>(score, keys, b.after[i], b.shift[i], weight)
                       : exponentials<T, false>(score, keys, b.after[i], b.shift[i], weight);
     b.total[i] = b.total[i] * b.keep[i] + total * b.worth[i];
