@@ -12,6 +12,7 @@ seen are rounded to nearest, not set to 0; a row that GPTQ makes worse than near
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -112,7 +113,8 @@ def mse_scales(
 
 def _search(part: torch.Tensor, spec: Format, grain: Granularity, weights: torch.Tensor, shrink: int) -> Scales:
     if grain.two_level and isinstance(spec, Integer):
-        return spec.fit_two_level(part, grain, weights)
+        free = _search(part, spec, replace(grain, two_level=False), weights, shrink)
+        return spec.two_level(free.scale)
     start = spec.fit(part, grain)
     uniform = bool((spec.grid().diff().diff() == 0).all())
     factors = [*torch.linspace(1.0, SMALLEST, shrink).tolist(), *(() if uniform else LARGER)]

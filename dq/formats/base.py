@@ -188,10 +188,7 @@ class Format(ABC):
 
     @abstractmethod
     def fit(self, x, granularity=None, scale_global=None) -> Scales:
-        """Scales of x (rows, K) that cover its range: absmax, or min-max with 0 inside for affine integers.
-
-        Two-level scales have the least squared error instead, see `Integer.fit_two_level`.
-        """
+        """Scales of x (rows, K) that cover its range: absmax, or min-max with 0 inside for affine integers."""
 
     @abstractmethod
     def codes_of(self, units: torch.Tensor) -> torch.Tensor:
