@@ -14,7 +14,8 @@ from dq.kernels.triton.ops import Codes
 from dq.layers import hadamard
 from eval.gpu import block, launches
 from eval.gpu.launches import Gate, Modulation, Norm, Rotation
-from tests.kernels.triton.operands import SMALL, codes, exact, near, positive, randn, ulps
+from eval.gpu.tiles import ulps
+from tests.kernels.triton.operands import SMALL, codes, exact, near, positive, randn
 
 pytestmark = pytest.mark.interpreted
 

@@ -15,8 +15,9 @@ from dq.kernels import reference
 from dq.kernels import triton as backend
 from dq.kernels.triton import ops
 from dq.kernels.triton.ops import Blocks, Codes, Epilogue, RowFormat
+from eval.gpu.tiles import split_order, ulps
 from tests.kernels.test_kernels import plan, tensors, truth_and_torch, within_twice_torch
-from tests.kernels.triton.operands import SMALL, codes, exact, positive, randn, ulps
+from tests.kernels.triton.operands import SMALL, codes, exact, positive, randn
 
 pytestmark = pytest.mark.interpreted
 
@@ -25,12 +26,6 @@ INT8 = get("int8")
 
 def quantize(x, given=None, sums=False, **rows):
     return ops.quant_rows(x, RowFormat(**rows), given=given, sums=sums)
-
-
-def split_order(k, block):
-    """Input column of each stored column, as the kernels define it."""
-    order = torch.arange(k).reshape(-1, block // 2, 2).transpose(1, 2)
-    return order.reshape(-1)
 
 
 # --- quantization ----------------------------------------------------------------------------------------------------
