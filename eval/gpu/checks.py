@@ -141,7 +141,8 @@ def check_linear(plan: LayerPlan, t: Tensors, x: Tensor) -> str:
     """
     truth = reference.build("linear", plan, None)(x.float(), t).double()
     rounded = reference.input_rounder(plan, -1)(x.float(), t.act_scale).to(x.dtype)
-    theirs = F.linear(rounded, reference.weight_decoder(plan)(t).to(x.dtype), t.bias) + dense.low_rank(x, t, plan, None)
+    theirs = F.linear(rounded, reference.weight_decoder(plan)(t).to(x.dtype), t.bias)
+    theirs = theirs + dense.low_rank(x, t, plan, None)
     with poisoned():
         ours = triton.build("linear", plan, None)(x, t)
     mine, other = ours.double() - truth, theirs.double() - truth

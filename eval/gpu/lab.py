@@ -102,7 +102,7 @@ def quantized_heads(q: Tensor, k: Tensor, v: Tensor, eight: bool):
 
 
 def check_attention(heads: tuple[int, int, int, int], eight: bool, tile: configs.Config, device: str) -> str:
-    """Next to attention on the same rounded queries, keys and values: what is left is the rounding of probabilities."""
+    """Next to attention on the same rounded operands: what is left is the rounding of probabilities."""
     batch, count, length, size = heads
     q, k, v = randn(device, 3, batch, length, count, size)
     with poisoned():
@@ -121,4 +121,3 @@ def _far_from_own(codes: Codes, x: Tensor, factor: float) -> str:
     """Whether codes of heads (B * H, L, D) are those of x (B, L, H, D)."""
     rows = x.float().transpose(1, 2).reshape(-1, x.shape[-1])
     return near(Codes(codes.q.reshape(rows.shape), codes.scale.reshape(-1, 1) / factor), rows)
-

@@ -186,7 +186,9 @@ def _check_zeros(p: Problem, codes: tuple, scaled: tuple, end: tuple) -> str:
     rows = _launch(p, x._replace(zero=zx.int()), y._replace(sums=w.sum(1).int()), epilogue)
     columns = _launch(p, x._replace(sums=q.sum(1).int()), y._replace(zero=zw.to(torch.int8)), epilogue)
     a, b = q.double() - zx[:, None].double(), w.double() - zw[:, None].double()
-    return far(rows, ending(a @ w.double().t() * scales), most) or far(columns, ending(q.double() @ b.t() * scales), most)
+    return far(rows, ending(a @ w.double().t() * scales), most) or far(
+        columns, ending(q.double() @ b.t() * scales), most
+    )
 
 
 def _stored(p: Problem, q: Tensor) -> Tensor:

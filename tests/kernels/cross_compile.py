@@ -312,7 +312,9 @@ def main() -> None:
     """Compile everything and print a line each; the exit code is 1 when something is wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.kernels.cross_compile", description=main.__doc__)
     parser.add_argument("chips", nargs="*", metavar="CHIP", help=f"of {', '.join(CHIPS)}; without any: all")
-    parser.add_argument("--triton", help="folder of another release: pip install --no-deps --target FOLDER triton==3.7.1")
+    parser.add_argument(
+        "--triton", help="folder of another release: pip install --no-deps --target FOLDER triton==3.7.1"
+    )
     parser.add_argument("--lab", action="store_true", help="the kernels of eval.gpu, too")
     parser.add_argument("--first", action="store_true", help="the first configuration of each kernel alone")
     options = parser.parse_args()

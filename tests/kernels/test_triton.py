@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from dq import kernels
 from dq.errors import DQError
@@ -52,6 +53,43 @@ def test_refusals_are_one_line_each(monkeypatch):
     assert backend.why_not("linear", ours, "cuda") == "triton is not installed"
 
 
+def test_tensors_that_are_not_on_one_gpu_are_refused_in_words():
+    """An offloaded weight reaches the operator of a backend that was forced, or one chosen for another device."""
+    pytest.importorskip("triton.language")
+    from dq.kernels.triton import ops
+
+    code, scale = torch.zeros(16, 64, dtype=torch.int8), torch.ones(16)
+    with pytest.raises(DQError, match=r"dq::triton_w8a8_gemm: got tensors on cpu, expected all on one GPU"):
+        torch.ops.dq.triton_w8a8_gemm(code, code, scale, scale, dtype=torch.float32)
+    with pytest.raises(DQError, match=r"got tensors on cpu, meta, expected all on one GPU.*set_backend"):
+        ops.on_one_gpu("dq::it", code, code.to("meta"))
+
+
+def test_launches_are_made_on_the_card_of_the_tensors(monkeypatch):
+    """cuda:1: Triton launches on the current card, and tile sizes and multiprocessors are asked of it."""
+    pytest.importorskip("triton.language")
+    from dq.kernels.triton import ops
+
+    inside, seen = [], []
+    monkeypatch.setattr(ops, "on_one_gpu", lambda *args: None)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: Guard(inside, tensor))
+    monkeypatch.setattr(ops, "launch_gemm", lambda x, *rest, **more: seen.append(inside[:]) or x.q.new_empty(16, 16))
+    code, scale = torch.zeros(16, 64, dtype=torch.int8), torch.ones(16)
+    torch.ops.dq.triton_w8a8_gemm(code, code, scale, scale, dtype=torch.float32)
+    assert len(seen) == 1 and [each.data_ptr() for each in seen[0]] == [code.data_ptr()] and inside == []
+
+
+class Guard:
+    def __init__(self, inside, tensor):
+        self.inside, self.tensor = inside, tensor
+
+    def __enter__(self):
+        self.inside.append(self.tensor)
+
+    def __exit__(self, *error):
+        self.inside.pop()
+
+
 UNITS = {"int8": ("int8/channel", "int8/token"), "fp8": ("fp8", "fp8/token"), "nvfp4": ("nvfp4", "nvfp4")}
 
 
@@ -78,9 +116,11 @@ def test_matrix_units_decide(arch, refused):
     assert all(arch in reason for reason in reasons.values() if reason)
 
 
-@pytest.mark.parametrize("version, refused", [("3.6.0", "int8"), ("3.7.1+gitd1f7", "int8"), ("3.8.0", ""), ("3.9.0", "")])
+@pytest.mark.parametrize(
+    "version, refused", [("3.6.0", "int8"), ("3.7.1+gitd1f7", "int8"), ("3.8.0", ""), ("3.9.0", "")]
+)
 def test_a_release_of_triton_that_does_not_reach_a_unit_is_refused(monkeypatch, version, refused):
-    """sm_100: it would multiply int8 with the instruction of sm_80, slower than bf16. Weight-only layers need no unit."""
+    """sm_100: it would multiply int8 with the instruction of sm_80, slower than bf16; weight-only layers need none."""
     monkeypatch.setattr(kernels, "architecture", lambda: "sm_100")
     monkeypatch.setattr(backend, "_missing_triton", lambda: None)
     monkeypatch.setattr(backend, "_version", lambda: version)
@@ -150,7 +190,9 @@ def test_installing_dq_installs_no_triton_over_that_of_torch():
     """On ROCm another build of it has the same folder, and torch pins its own release elsewhere."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert not [line for line in project["dependencies"] if "triton" in line]
-    assert [line for line in project["optional-dependencies"]["dev"] if line.startswith("triton")], "CI compiles kernels"
+    assert [line for line in project["optional-dependencies"]["dev"] if line.startswith("triton")], (
+        "CI compiles kernels"
+    )
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def _groups(plan: LayerPlan, gelu: bool) -> Run:
 
 
 def exact_sums() -> bool:
-    """Whether DQ_FP8_SUMS asks for fp32 sums of fp8 products on Hopper, whose units keep 14 bits. DQError for others."""
+    """Whether DQ_FP8_SUMS asks for fp32 sums of fp8 products on Hopper, whose units keep 14 bits."""
     wanted = os.environ.get("DQ_FP8_SUMS", "fast")
     if wanted not in ("fast", "exact"):
         raise DQError(f"DQ_FP8_SUMS: got {wanted!r}, expected 'fast' or 'exact'")
