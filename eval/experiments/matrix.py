@@ -51,10 +51,11 @@ class Processor:
 PROCESSORS = (
     Processor("CPU, AVX512-VNNI and bf16", Machine()),
     Processor("x86 with AVX2", Machine(vnni=False, level="avx2")),
-    *(Processor(gpu, Machine(gpu)) for gpu in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")),
+    *(Processor(gpu, Machine(gpu)) for gpu in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")),
+    *(Processor(gpu, Machine(gpu)) for gpu in ("gfx942", "gfx950")),
 )
-GPUS = {"sm_80": "A100", "sm_86": "RTX 30", "sm_89": "RTX 40, L4", "sm_90": "H100", "sm_100": "B200"}
-GPUS |= {"sm_120": "RTX 50", "gfx942": "ROCm: MI300"}
+GPUS = {"sm_80": "A100", "sm_86": "RTX 30", "sm_87": "Orin", "sm_89": "RTX 40, L4", "sm_90": "H100", "sm_100": "B200"}
+GPUS |= {"sm_103": "B300", "sm_120": "RTX 50", "sm_121": "DGX Spark", "gfx942": "MI300", "gfx950": "MI350"}
 
 
 def pairs(kind: str) -> list[Pair]:

@@ -11,8 +11,7 @@ import re
 from functools import cache
 
 from dq import cookbook, kernels, methods
-from dq.kernels import triton
-from dq.kernels.triton import configs
+from dq.kernels.triton import chips, configs
 from dq.plan import Recipe
 from eval.experiments import matrix, rows
 from eval.markdown import table
@@ -92,16 +91,21 @@ def _measured(name: str) -> set[str]:
 def gpus() -> list[str]:
     """Markdown lines: the GPUs that kernels are compiled for, and whether anything was timed on one."""
     lines = []
-    for arch in configs.ARCHITECTURES:
-        units = [unit for unit in UNITS if arch not in triton.WITHOUT.get(unit, ())]
-        names = ", ".join(filter(None, [matrix.GPUS.get(arch, ""), *(f"also {chip}" for chip in _alike(arch))]))
+    for arch in sorted({*configs.ARCHITECTURES, *configs.NEAREST}, key=_by_maker):
+        units = [_unit(unit, arch) for unit in UNITS if chips.missing(unit, arch) is None]
         timed = f"{len(configs.shipped(arch)['best'])} problems" if configs.measured(arch) else "no"
-        lines.append([f"`{arch}`", names, ", ".join(units), timed])
-    return table(["architecture", "for example", "matrix units that kernels use", "tile sizes timed"], lines)
+        lines.append([f"`{arch}`", matrix.GPUS.get(arch, ""), ", ".join(units), f"`{configs.nearest(arch)}`", timed])
+    return table(["architecture", "for example", "matrix units that kernels use", "tile sizes of", "timed"], lines)
 
 
-def _alike(arch: str) -> list[str]:
-    return [f"`{chip}`" for chip, taken in configs.NEAREST.items() if taken == arch]
+def _by_maker(arch: str) -> tuple[bool, int]:
+    """NVIDIA's chips first, older ones first."""
+    return arch.startswith("gfx"), int(re.sub(r"\D", "", arch))
+
+
+def _unit(unit: str, arch: str) -> str:
+    since = chips.SINCE.get((arch, unit))
+    return unit if since is None else f"{unit} (Triton {chips.dotted(since)})"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ A row holds its figures and the keys of `stamp`. Rows are written one by one, so
 
 import os
 import subprocess
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from dq.disk import write_json
@@ -33,9 +34,21 @@ def add(path: Path, row: dict, keys: tuple[str, ...]) -> None:
 
 
 def stamp(device: str = "cpu") -> dict:
-    """Commit (with `+` when files differ from it), versions and machine of the rows measured now on a device type."""
+    """Commit (with `+` when files differ from it), versions and machine of the rows measured now on a device type.
+
+    A machine with a card may have a copy of the files and little else: without git or a repository the commit is
+    "unknown+", and packages that are not installed have no version.
+    """
     machine = _gpu() if device == "cuda" else _machine()
-    return {"commit": _commit(), "versions": {name: version(name) for name in PACKAGES}, "machine": machine}
+    return {"commit": _commit(), "versions": _versions(), "machine": machine}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _gpu() -> str:
@@ -49,10 +62,14 @@ def _gpu() -> str:
 
 def _commit() -> str:
     def git(*args: str) -> str:
-        found = subprocess.run(["git", *args], capture_output=True, text=True, cwd=FOLDER.parent, check=False)
+        try:
+            found = subprocess.run(["git", *args], capture_output=True, text=True, cwd=FOLDER.parent, check=False)
+        except OSError:  # not installed
+            return ""
         return found.stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "../dq") else "")
+    head = git("rev-parse", "--short", "HEAD")
+    return head + ("+" if git("status", "--porcelain", "--", "../dq") else "") if head else "unknown+"
 
 
 def _machine() -> str:

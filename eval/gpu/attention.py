@@ -6,7 +6,8 @@ q8, k8: int8 after RMSNorm and rotary embedding, one fp32 scale a token and head
 the kernel works in powers of two. A constant vector taken off every key of a head changes no softmax: `k_sums` gives
 the mean key, which is most of what keys have in common. Probabilities and values are multiplied in fp16, or in e4m3
 with probabilities times 448 and one scale per channel of v, whose transpose is stored (8-bit products want both
-operands contiguous along the sum). Head sizes that are no power of two are padded by masks.
+operands contiguous along the sum). Head sizes that are no power of two are padded by masks. Grids have one axis, along
+which the heads follow one another: the others end at 65535, and temporal attention of a video has more heads.
 """
 
 import triton
@@ -14,6 +15,13 @@ import triton.language as tl
 
 from dq.kernels.triton.elements import E4M3_MAX, clip, dot16, narrow, rne, to_e4m3
 from dq.kernels.triton.quantize import scale_zero, span
+
+
+@triton.jit
+def place_of(rows, BM: tl.constexpr):
+    """-> (head, block of BM rows) of a program."""
+    blocks = tl.cdiv(rows, BM)
+    return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
 
 
 @triton.jit
@@ -50,12 +58,12 @@ def k_sums(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Sums over BM tokens of normed and rotated keys: x (B, L, H, D) -> out (B * H, ceil(L / BM), D) fp32."""
-    bh, t = tl.program_id(1), tl.program_id(0) * BM + tl.arange(0, BM)
-    d = tl.arange(0, BD)
-    row = (bh // H).to(tl.int64) * batch_pitch + t.to(tl.int64) * token_pitch + bh % H * D
+    bh, part = place_of(L, BM)
+    t, d = part * BM + tl.arange(0, BM), tl.arange(0, BD)
+    row = bh // H * batch_pitch + t.to(tl.int64) * token_pitch + bh % H * D
     inside = (t < L)[:, None] & (d < D)[None, :]
     x = rotated(x_p, weight_p, cos_p, sin_p, row, t, inside, d, D, eps, HALF)
-    place = (bh.to(tl.int64) * tl.cdiv(L, BM) + tl.program_id(0)) * D
+    place = (bh * tl.cdiv(L, BM) + part) * D
     tl.store(out_p + place + d, tl.sum(tl.where(inside, x, 0.0), 0), mask=d < D)
 
 
@@ -65,8 +73,8 @@ def qk_norm_rope_quant(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """x (B, L, H, D), any pitches -> q (B * H, L, D) int8, s (B * H, L) fp32 times factor; mean (B * H, D) off."""
-    bh, t = tl.program_id(1).to(tl.int64), tl.program_id(0) * BM + tl.arange(0, BM)
-    d = tl.arange(0, BD)
+    bh, part = place_of(L, BM)
+    t, d = part * BM + tl.arange(0, BM), tl.arange(0, BD)
     row = bh // H * batch_pitch + t.to(tl.int64) * token_pitch + bh % H * D
     inside = (t < L)[:, None] & (d < D)[None, :]
     x = rotated(x_p, weight_p, cos_p, sin_p, row, t, inside, d, D, eps, HALF)
@@ -86,8 +94,8 @@ def v_fp8(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """x (B, L, H, D) -> e4m3 of x / s, transposed: out (B * H, D, LP), 0 from L on. s (B * H, D)."""
-    bh, t = tl.program_id(1).to(tl.int64), tl.program_id(0) * BM + tl.arange(0, BM)
-    d = tl.arange(0, BD)
+    bh, part = place_of(LP, BM)
+    t, d = part * BM + tl.arange(0, BM), tl.arange(0, BD)
     row = bh // H * batch_pitch + t.to(tl.int64) * token_pitch + bh % H * D
     x = tl.load(x_p + row[:, None] + d[None, :], mask=(t < L)[:, None] & (d < D)[None, :], other=0.0)
     s = tl.load(s_p + bh * D + d, mask=d < D, other=1.0)
@@ -105,12 +113,8 @@ def attn_i8(
 
     v: fp16 (B * H, LK, D), or with PV8 e4m3 (B * H, D, LP) and sv (B * H, D). Keys from LK on do not count.
     """
-    bh, m, d, j = (
-        tl.program_id(1).to(tl.int64),
-        tl.program_id(0) * BM + tl.arange(0, BM),
-        tl.arange(0, BD),
-        tl.arange(0, BN),
-    )
+    bh, part = place_of(L, BM)
+    m, d, j = part * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BN)
     q_in = (m < L)[:, None] & (d < D)[None, :] if D < BD else (m < L)[:, None]
     q = tl.load(q_p + (bh * L + m)[:, None] * D + d[None, :], mask=q_in, other=0)
     sq = tl.load(sq_p + bh * L + m, mask=m < L, other=0.0)

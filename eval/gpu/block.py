@@ -117,6 +117,7 @@ class Fused:
         self.eight, self.kind = form == "fp8", attention
         self.rows = RowFormat(FP8_TOP if self.eight else INT8_TOP)
         self.turn = launches.Rotation(block.cos, block.sin)
+        self.by_torch = torch.compile(self._by_torch) if self.size.device == "cuda" else self._by_torch
         self.weights = [[self._weight(linear, form) for linear in stream.linears] for stream in block.streams]
 
     def _weight(self, linear: nn.Linear, form: str) -> tuple[Codes, Tensor]:
@@ -143,9 +144,7 @@ class Fused:
     def attention(self, streams: list[Stream], qkvs: list[Tensor]) -> Tensor:
         """qkv (tokens, 3 width) of each stream -> (tokens, width)."""
         if self.kind == "torch":
-            block = self.block
-            heads = [block.heads(stream, qkv) for stream, qkv in zip(streams, qkvs, strict=True)]
-            return block.attention(torch.cat(heads, 1))
+            return self.by_torch(streams, qkvs)
         stream = streams[0]  # one norm weight for both streams: a bench needs no second launch
         qkv = qkvs[0] if len(qkvs) == 1 else torch.cat(qkvs)
         q, k, v = qkv[None].unflatten(-1, (3, self.size.heads, self.size.head)).unbind(2)
@@ -154,6 +153,11 @@ class Fused:
         k8 = launches.qk_norm_rope_quant(k, **k_how, mean=launches.k_mean(k, **k_how))
         values = launches.v_fp8(v) if self.kind == "fp8" else v[0].transpose(0, 1).half().contiguous()
         return launches.attn_i8(q8, k8, values, self.size.heads, torch.bfloat16)[0].flatten(1)
+
+    def _by_torch(self, streams: list[Stream], qkvs: list[Tensor]) -> Tensor:
+        """`attention` as the block computes it; compiled, because its norms and rotations are ten passes otherwise."""
+        heads = [self.block.heads(stream, qkv) for stream, qkv in zip(streams, qkvs, strict=True)]
+        return self.block.attention(torch.cat(heads, 1))
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:

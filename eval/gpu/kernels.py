@@ -140,7 +140,7 @@ def gated_gemm(
     """`gemm.gemm` with a gate and a residual."""
     pm, pn = grouped(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     m, n = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
-    acc = pointed_sums(a_p, b_p, m, n, M, N, K, pitch, BM, BN, BK, RAGGED, FP8)
+    acc = pointed_sums(a_p, b_p, m, n, M, N, K, pitch, BM, BN, BK, RAGGED, FP8, None)
     gated(acc, m, n, M, N, tokens, gate_pitch, sx_p, sw_p, bias_p, gate_p, res_p, out_p)
 
 
@@ -154,6 +154,6 @@ def gated_gemm_tma(
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
     for t in tl.range(tl.program_id(0), rows * columns, PROGRAMS, flatten=False):
         pm, pn = grouped(t, rows, columns, GROUP)
-        acc = described_sums(a, b, pm, pn, K, BM, BN, BK, FP8)
+        acc = described_sums(a, b, pm, pn, K, BM, BN, BK, FP8, None)
         m, n = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
         gated(acc, m, n, M, N, tokens, gate_pitch, sx_p, sw_p, bias_p, gate_p, res_p, out_p)

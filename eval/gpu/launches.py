@@ -14,11 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dq.errors import DQError
 from dq.kernels.triton import configs, ops
 from dq.kernels.triton.elements import INTERPRETED
 from dq.kernels.triton.ops import E4M3, FP8_TOP, INT8_TOP, Codes
 from eval.gpu import attention, kernels
 
+LARGEST_HEAD = 128  # channels; wider ones would not fit in registers beside their keys
+SMALLEST_DOT = 32  # channels that an 8-bit product sums at least
 ATTENTION_TILES = json.loads(Path(__file__).with_name("attention.json").read_text())  # per architecture, largest first
 SMALL = {"warps": 4, "stages": 1}  # of kernels without a product
 
@@ -167,7 +170,7 @@ def qk_norm_rope_quant(
     b, n, h, d = x.shape
     (cos, sin), half = _turn(rotation)
     q, s = x.new_empty(b * h, n, d, dtype=torch.int8), x.new_empty(b * h, n, dtype=torch.float32)
-    attention.qk_norm_rope_quant[(-(-n // 32), b * h)](
+    attention.qk_norm_rope_quant[(-(-n // 32) * b * h,)](
         x, weight, cos, sin, *ops.flat(mean), q, s, n, h, x.stride(0), x.stride(1), eps, factor, d, ops.power(d), 32,
         half, **ops.options(SMALL),
     )  # fmt: skip
@@ -179,7 +182,7 @@ def k_mean(x: Tensor, *, weight: Tensor | None = None, rotation: Rotation | None
     (b, n, h, d), rows = x.shape, 32
     (cos, sin), half = _turn(rotation)
     parts = x.new_empty(b * h, -(-n // rows), d, dtype=torch.float32)
-    attention.k_sums[(parts.shape[1], b * h)](
+    attention.k_sums[(parts.shape[1] * b * h,)](
         x, weight, cos, sin, parts, n, h, x.stride(0), x.stride(1), eps, d, ops.power(d), rows, half,
         **ops.options(SMALL),
     )  # fmt: skip
@@ -192,30 +195,42 @@ def v_fp8(x: Tensor) -> Codes:
     length = ops.up_to(n, 16)
     v = x.new_empty(b * h, d, length, dtype=E4M3)
     s = (x.abs().amax(1).float() / float(FP8_TOP)).clamp_(min=1e-12).reshape(b * h, d).contiguous()
-    attention.v_fp8[(-(-length // 32), b * h)](
+    attention.v_fp8[(-(-length // 32) * b * h,)](
         x, s, v, n, length, h, x.stride(0), x.stride(1), d, ops.power(d), 32, **ops.options(SMALL)
     )
     return Codes(v, s)
 
 
-def attention_tile(rows: int, heads: int, size: int, arch: str) -> configs.Config:
-    """The largest tile with a program a multiprocessor, else the smallest. heads: of all batch entries."""
+def attention_tiles(size: int, arch: str) -> list[configs.Config]:
+    """Tile sizes for heads of `size` channels, largest first. DQError for heads of more than 128."""
+    if size > LARGEST_HEAD:
+        raise DQError(f"attention on 8-bit queries and keys: heads have {size} channels, at most {LARGEST_HEAD} fit")
     block = ops.power(size)
     name = f"attention_{max(block, 64)}" + ("_masked" if block == 128 > size else "")  # masks cost registers
-    choices = ATTENTION_TILES[arch][name]
+    return ATTENTION_TILES[arch][name]
+
+
+def attention_tile(rows: int, heads: int, size: int, arch: str) -> configs.Config:
+    """The largest tile with a program a multiprocessor, else the smallest. heads: of all batch entries."""
+    choices = attention_tiles(size, arch)
     enough = (c for c in choices if -(-rows // c["BM"]) * heads >= configs.multiprocessors())
     return next(enough, choices[-1])
 
 
-def attn_i8(q: Codes, k: Codes, v: Tensor | Codes, heads: int, dtype: torch.dtype) -> Tensor:
-    """q (B * H, L, D), k (B * H, LK, D) int8, v fp16 (B * H, LK, D) or from `v_fp8` -> (B, L, H, D) in dtype."""
+def attn_i8(
+    q: Codes, k: Codes, v: Tensor | Codes, heads: int, dtype: torch.dtype, config: configs.Config | None = None
+) -> Tensor:
+    """q (B * H, L, D), k (B * H, LK, D) int8, v fp16 (B * H, LK, D) or from `v_fp8` -> (B, L, H, D) in dtype.
+
+    config: tile sizes, None chooses them.
+    """
     eight = isinstance(v, Codes)
     values, sv = v[:2] if eight else (v.contiguous(), None)  # of one sample, heads taken apart are no copy
     (bh, n, d), length = q.q.shape, values.shape[2] if eight else 0
     out = q.q.new_empty(bh // heads, n, heads, d, dtype=dtype)
-    config = attention_tile(n, bh, d, configs.architecture())
-    attention.attn_i8[(-(-n // config["BM"]), bh)](
-        q.q, k.q, values, q.scale, k.scale, sv, out, n, k.q.shape[1], length, heads, d, ops.power(d), config["BM"],
-        config["BN"], eight, **ops.options(config),
+    config = config or attention_tile(n, bh, d, configs.architecture())
+    attention.attn_i8[(-(-n // config["BM"]) * bh,)](
+        q.q, k.q, values, q.scale, k.scale, sv, out, n, k.q.shape[1], length, heads, d,
+        max(ops.power(d), SMALLEST_DOT), config["BM"], config["BN"], eight, **ops.options(config),
     )  # fmt: skip
     return out

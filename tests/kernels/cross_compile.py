@@ -6,23 +6,30 @@ configurations; `build` compiles one, `judge` says what is wrong with it.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dq.kernels.triton import configs
+from dq.kernels.triton import chips, configs
 
-SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}
-SHARED |= {"gfx942": 65536, "gfx950": 163840}
+CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950")
+SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_103": 232448}
+SHARED |= {"sm_120": 101376, "gfx942": 65536, "gfx950": 163840}
+NEWEST = (3, 9)  # release whose kernels spill nothing
+SPILLED = 32  # bytes that others may: a few registers once a tile, right and hardly slower
 TENSOR_COLUMNS = 512  # of tensor memory, sm_100
 FEWEST = 100  # opcodes of a kernel that does something; a failed compilation can leave an empty one behind
-INT8 = {"sm_80": "IMMA", "sm_89": "IMMA", "sm_90": "IGMMA", "sm_100": "UTCIMMA", "sm_120": "IMMA"}
-FP8 = {"sm_89": "QMMA", "sm_90": "QGMMA", "sm_100": "UTCQMMA", "sm_120": "QMMA"}
-FP4 = {"sm_100": "UTCOMMA", "sm_120": "OMMA"}
+INT8 = {"sm_80": "IMMA", "sm_86": "IMMA", "sm_89": "IMMA", "sm_90": "IGMMA", "sm_120": "IMMA"}
+INT8 |= {"sm_100": "UTCIMMA", "sm_103": "UTCIMMA"}
+FP8 = {"sm_89": "QMMA", "sm_90": "QGMMA", "sm_100": "UTCQMMA", "sm_103": "UTCQMMA", "sm_120": "QMMA"}
+FP4 = {"sm_100": "UTCOMMA", "sm_103": "UTCOMMA", "sm_120": "OMMA"}
 INT8 |= {"gfx942": "v_mfma_i32", "gfx950": "v_mfma_i32"}
 FP8 |= {"gfx950": "v_mfma_f32_32x32x64_f8f6f4"}
 BARE = {"bias_p": "*bf16", "xd_p": None, "up_p": None, "out_p": "*bf16", "GELU": True, "CHUNKS": 0, "CHUNK": 16}
@@ -38,6 +45,7 @@ class Specimen:
     """One kernel to compile. values: argument -> type of a tensor or descriptor, None, or a compile-time constant.
 
     label: name without tile sizes, tile: those. opcode: what must appear, None where there is no matrix product.
+    unit: matrix unit of the product, as `chips.missing` knows it, "" without one.
     """
 
     label: str
@@ -47,6 +55,7 @@ class Specimen:
     warps: int = 4
     stages: int = 3
     tile: str = ""
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,11 +105,20 @@ def _size(name: str) -> str:
     return "fp32"
 
 
-def disassembler() -> Path:
-    """Triton's own cuobjdump."""
+def release() -> chips.Release:
+    """Of the Triton that compiles."""
     import triton
 
-    return Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return chips.release(triton.__version__)
+
+
+def disassembler() -> Path:
+    """Triton's own cuobjdump; with several releases on the path that of the last, which knows the newest chips."""
+    import triton
+
+    inside = "backends/nvidia/bin/cuobjdump"
+    found = [path for path in (Path(place) / "triton" / inside for place in sys.path) if path.exists()]
+    return found[-1] if found else Path(triton.__file__).parent / inside
 
 
 def _read_nvidia(compiled) -> Found:
@@ -125,8 +143,8 @@ def _read_amd(compiled) -> Found:
 
 def judge(specimen: Specimen, arch: str, found: Found) -> list[str]:
     """What is wrong with a compiled kernel, [] if nothing is."""
-    wrong = []
-    if found.stack or any(found.opcodes.get(name) for name in ("LDL", "STL")):
+    wrong, some = [], release() < NEWEST and found.stack <= SPILLED
+    if (found.stack or any(found.opcodes.get(name) for name in ("LDL", "STL"))) and not some:
         wrong.append(f"registers spill: {found.stack} bytes of stack")
     if found.shared > SHARED[arch]:
         wrong.append(f"{found.shared} bytes of shared memory, {SHARED[arch]} are there")
@@ -146,9 +164,9 @@ def judge(specimen: Specimen, arch: str, found: Found) -> list[str]:
 
 def specimens(arch: str, every: bool = False) -> list[Specimen]:
     """The kernels as an architecture runs them; with `every`, each of its shipped configurations, else the first."""
-    made = [*_elementwise(arch), *_unpacking()]
-    for name in configs.shipped(arch)["candidates"]:
-        for config in configs.candidates(name, arch)[: None if every else 1]:
+    made, tiles = [*_elementwise(arch), *_unpacking()], configs.nearest(arch)
+    for name in configs.shipped(tiles)["candidates"]:
+        for config in configs.candidates(name, tiles)[: None if every else 1]:
             made += _products(name, config, arch)
     return made
 
@@ -156,7 +174,8 @@ def specimens(arch: str, every: bool = False) -> list[Specimen]:
 def _products(name: str, config: configs.Config, arch: str) -> list[Specimen]:
     """The kernel of a table of configurations, with int8 and where the chip has it fp8 operands."""
     if name.startswith("gemm"):
-        return [_gemm(name, config, arch, kind) for kind in (["i8", "fp8e4nv"] if arch in FP8 else ["i8"])]
+        made = [_gemm(name, config, arch, kind) for kind in (["i8", "fp8e4nv"] if arch in FP8 else ["i8"])]
+        return made + _promoted(made[-1], config, arch)
     return [_w4a8(name, config, arch) if name.startswith("w4a8") else _nvfp4(config, arch)]
 
 
@@ -168,7 +187,7 @@ def launched(config: configs.Config) -> tuple[int, int, str]:
 
 def tiled(name: str, config: configs.Config, arch: str, kind: str) -> tuple[dict, str, str]:
     """Operands and tiles of an 8-bit product (named gemm_tma... or gemm...), its instruction and its label."""
-    values = {key: config[key] for key in ("BM", "BN", "BK", "GROUP")} | {"FP8": kind != "i8"}
+    values = {key: config[key] for key in ("BM", "BN", "BK", "GROUP")} | {"FP8": kind != "i8", "SHORT": None}
     if "_tma" in name:
         a, b = (f"tensordesc<{kind}[{config[rows]}, {config['BK']}]>" for rows in ("BM", "BN"))
         values |= {"a": a, "b": b, "PROGRAMS": 132}
@@ -177,13 +196,27 @@ def tiled(name: str, config: configs.Config, arch: str, kind: str) -> tuple[dict
     return values | {"sx_p": "*fp32", "sw_p": "*fp32"}, (INT8 if kind == "i8" else FP8)[arch], f"{name}-{kind}"
 
 
+def unit(kind: str) -> str:
+    """The matrix unit that multiplies operands of a type."""
+    return "int8" if kind == "i8" else "fp8"
+
+
 def _gemm(name: str, config: configs.Config, arch: str, kind: str) -> Specimen:
     from dq.kernels.triton import gemm
 
     values, opcode, label = tiled(name, config, arch, kind)
     values |= {**PLAIN, **(WHOLE if name.endswith("_branch") else BARE)}
     kernel = gemm.gemm_tma if "_tma" in name else gemm.gemm
-    return Specimen(label, kernel, values, opcode, *launched(config))
+    return Specimen(label, kernel, values, opcode, *launched(config), unit(kind))
+
+
+def _promoted(fp8: Specimen, config: configs.Config, arch: str) -> list[Specimen]:
+    """With exact sums, where they take a second accumulator."""
+    from dq.kernels.triton import ops
+
+    if arch != "sm_90" or config["BM"] * config["BN"] > ops.PROMOTED_TILE:
+        return []
+    return [replace(fp8, label=f"{fp8.label}-exact", values=fp8.values | {"SHORT": ops.PROMOTED})]
 
 
 def _w4a8(name: str, config: configs.Config, arch: str) -> Specimen:
@@ -195,7 +228,7 @@ def _w4a8(name: str, config: configs.Config, arch: str) -> Specimen:
         kernel, values = packed.w4a8_groups, values | {"G": 64, "TOKEN": True}
     else:
         kernel = packed.w4a8
-    return Specimen(name, kernel, values, INT8[arch], *launched(config))
+    return Specimen(name, kernel, values, INT8[arch], *launched(config), "int8")
 
 
 def _nvfp4(config: configs.Config, arch: str) -> Specimen:
@@ -205,7 +238,7 @@ def _nvfp4(config: configs.Config, arch: str) -> Specimen:
     values = {"gx_p": "*fp32", "gw_p": "*fp32", **WHOLE, "BM": bm, "BN": bn, "BK": bk, "GROUP": 8, "PROGRAMS": 148}
     values |= {"a": f"tensordesc<u8[{bm}, {bk // 2}]>", "b": f"tensordesc<u8[{bn}, {bk // 2}]>"}
     values |= {f"{x}_scale": f"tensordesc<u8[1, {b // 128}, {bk // 64}, 2, 256]>" for x, b in (("a", bm), ("b", bn))}
-    return Specimen("nvfp4", nvfp4.nvfp4_gemm, values, FP4[arch], *launched(config))
+    return Specimen("nvfp4", nvfp4.nvfp4_gemm, values, FP4[arch], *launched(config), "nvfp4")
 
 
 def _elementwise(arch: str) -> list[Specimen]:
@@ -250,19 +283,52 @@ def _unpacking() -> list[Specimen]:
     ]
 
 
-def main() -> None:
-    """Compile everything and print a line each: `python -m tests.kernels.cross_compile [sm_90 gfx950 ...]`."""
-    from tests.eval.gpu import specimens as lab
+def outcome(specimen: Specimen, arch: str) -> tuple[str, str]:
+    """-> ("ok" | "refused" | "WRONG", what there is to say) of one kernel.
 
-    for arch in sys.argv[1:] or configs.ARCHITECTURES:
-        for specimen in [*specimens(arch, every=True), *lab.specimens(arch, every=True)]:
-            try:
-                found = build(specimen, arch)
-                wrong = "; ".join(judge(specimen, arch, found)) or "ok"
-                size = f"{found.registers} registers, {found.shared} B shared"
-            except Exception as error:  # whatever the compiler raises is a finding
-                wrong, size = f"{type(error).__name__}: {str(error)[:200]!r}", "not compiled"
-            print(f"{arch} {specimen.label} {specimen.tile}: {size}: {wrong}", flush=True)
+    A kernel whose unit `chips.missing` refuses is compiled all the same: one that would pass is refused for nothing.
+    """
+    refusal = chips.missing(specimen.unit, arch, release())
+    try:
+        found = build(specimen, arch)
+        wrong = "; ".join(judge(specimen, arch, found))
+        size = f"{found.registers} registers, {found.stack} B stack, {found.shared} B shared"
+    except Exception as error:  # whatever the compiler raises is a finding
+        wrong, size = f"{type(error).__name__}: {str(error)[:200]!r}", "not compiled"
+    if refusal:
+        return ("refused", f"{refusal} ({wrong})") if wrong else ("WRONG", f"{size}: refused, and it would pass")
+    return ("WRONG", f"{size}: {wrong}") if wrong else ("ok", size)
+
+
+def listed(arch: str, lab: bool, first: bool) -> Iterator[Specimen]:
+    yield from specimens(arch, every=not first)
+    if lab:
+        from tests.eval.gpu import specimens as more
+
+        yield from more.specimens(arch, every=not first)
+
+
+def main() -> None:
+    """Compile everything and print a line each; the exit code is 1 when something is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tests.kernels.cross_compile", description=main.__doc__)
+    parser.add_argument("chips", nargs="*", metavar="CHIP", help=f"of {', '.join(CHIPS)}; without any: all")
+    parser.add_argument(
+        "--triton", help="folder of another release: pip install --no-deps --target FOLDER triton==3.7.1"
+    )
+    parser.add_argument("--lab", action="store_true", help="the kernels of eval.gpu, too")
+    parser.add_argument("--first", action="store_true", help="the first configuration of each kernel alone")
+    options = parser.parse_args()
+    if options.triton:
+        sys.path.insert(0, options.triton)  # before triton is imported
+    began, counts = time.monotonic(), collections.Counter()
+    for arch in options.chips or CHIPS:
+        for specimen in listed(arch, options.lab, options.first):
+            word, said = outcome(specimen, arch)
+            counts[word] += 1
+            print(f"{word} {arch} {specimen.label} {specimen.tile}: {said}", flush=True)
+    seconds = time.monotonic() - began
+    print(f"triton {chips.dotted(release())}: {dict(counts)} in {seconds:.0f} s", flush=True)
+    raise SystemExit(1 if counts["WRONG"] else 0)
 
 
 if __name__ == "__main__":

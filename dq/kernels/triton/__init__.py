@@ -6,6 +6,7 @@ device. A CPU says no, unless TRITON_INTERPRET=1 asks for Triton's interpreter (
     elements  rounding and minifloats      quantize  activations -> codes     gemm    8-bit products, their epilogue
     packed    4-bit weights                nvfp4     block-scaled products    ops     torch.library operators
     configs   tile sizes per architecture  routes    which layers             linear  a layer from its kernels
+    chips     matrix units, and which release of Triton reaches them
 """
 
 from __future__ import annotations
@@ -13,23 +14,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 import torch
 
 from dq import kernels
 from dq.kernels import Conv, Tensors
+from dq.kernels.triton import chips
 from dq.kernels.triton.routes import Route, route
 from dq.plan import LayerPlan
 
 RANK = 30
 STATUS = "experimental"  # no GPU was at hand
-OLDEST = (3, 6)  # of triton
-# gfx942 has an fp8 of its own, and gfx950 block scales that are powers of two
-WITHOUT = {
-    "fp8": ("sm_80", "sm_86", "sm_87", "gfx942"),
-    "nvfp4": ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "gfx942", "gfx950"),
-}
 
 
 def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> str | None:
@@ -52,25 +48,38 @@ def _missing_device(device: str) -> str | None:
 
 
 @cache
+def _version() -> str | None:
+    """Of the module: wheels of several names bring it (triton-rocm, triton-windows). None without one.
+
+    Raises whatever a broken one raises.
+    """
+    if find_spec("triton") is None:
+        return None
+    import triton
+
+    return getattr(triton, "__version__", None)  # a folder of that name has none
+
+
+@cache
 def _missing_triton() -> str | None:
     try:
-        found = version("triton")
-    except PackageNotFoundError:
-        return "triton is not installed"
-    numbers = tuple(int(part) for part in found.split(".")[:2])
-    return None if numbers >= OLDEST else f"triton {found} is older than {'.'.join(map(str, OLDEST))}"
+        found = _version()
+    except Exception as error:  # a build for another Python or driver: dq does without
+        return f"triton does not load: {' '.join(str(error).split())[:120]}"
+    return "triton is not installed" if found is None else chips.too_old(found)
 
 
 def _missing_unit(found: Route, device: str) -> str | None:
-    """Whether the GPU has the matrix unit of a route; the interpreter has them all."""
+    """Whether the GPU has the matrix unit of a route and this Triton reaches it; the interpreter has them all."""
     if device == "cpu":
         return None
     from dq.kernels.triton import configs
 
     arch = kernels.architecture()
-    if configs.architecture() not in configs.ARCHITECTURES:
+    if configs.nearest(arch) not in configs.ARCHITECTURES:
         return f"no Triton tile sizes for {arch}, only for {', '.join(configs.ARCHITECTURES)}"
-    return f"{arch} has no {found.unit} matrix unit" if arch in WITHOUT.get(found.unit, ()) else None
+    release = chips.release(_version() or "") if kernels.machine() is None else None
+    return chips.missing(found.unit, arch, release)
 
 
 def label(op: str, plan: LayerPlan) -> str:

@@ -2,14 +2,17 @@
 
 A file `configs/<arch>.json` holds for each kernel the candidates that compile there without register spills, largest
 tile first, and `best`: the fastest one per problem where somebody has measured it. A file of the same form in the
-user's cache folder ($DQ_CACHE, else $XDG_CACHE_HOME/dq, else ~/.cache/dq) comes first; `tune` writes it. A problem
-without a measured entry takes the largest candidate that still gives every multiprocessor a tile.
+user's cache folder ($DQ_CACHE, else $XDG_CACHE_HOME/dq, else ~/.cache/dq) comes first; `tune` writes it, one for each
+model of card and release of Triton, because neither an H20 nor another compiler has an H100's fastest tiles. A problem
+without a measured entry takes the largest candidate that still gives every multiprocessor a tile. A kernel that is
+timed apart by its operands has a name of its own behind a colon, "gemm:fp8", and the candidates of "gemm".
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -19,6 +22,7 @@ import torch
 from dq import kernels
 from dq.disk import write_json
 from dq.errors import DQError
+from dq.kernels.triton import chips
 
 FOLDER = Path(__file__).parent / "configs"
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
@@ -37,14 +41,31 @@ def cache_folder() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "dq"
 
 
+def card() -> str:
+    """Model of the current GPU as a part of a file's name: "nvidia-h100-80gb-hbm3"; "no-gpu" without one."""
+    return _card(torch.cuda.current_device()) if torch.cuda.is_available() else "no-gpu"
+
+
+@cache
+def _card(device: int) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
 def cache_file(arch: str) -> Path:
-    return cache_folder() / f"triton_{arch}.json"
+    """Of the current GPU and the Triton at hand."""
+    import triton  # here: the plain data of this module needs none
+
+    return cache_folder() / f"triton_{arch}_{card()}_{chips.dotted(chips.release(triton.__version__))}.json"
+
+
+def nearest(chip: str) -> str:
+    """Whose tile sizes a chip takes: its own, or those of the nearest one that has a file."""
+    return NEAREST.get(chip, chip)
 
 
 def architecture() -> str:
     """Whose tile sizes the running GPU takes; without one (interpreter) those of "sm_100", which has every kernel."""
-    name = kernels.architecture() or "sm_100"
-    return NEAREST.get(name, name)
+    return nearest(kernels.architecture() or "sm_100")
 
 
 def multiprocessors() -> int:
@@ -66,10 +87,13 @@ def measured(arch: str) -> bool:
     return arch in ARCHITECTURES and shipped(arch)["measured"]
 
 
-@cache
 def kept(arch: str) -> dict[str, Config]:
     """The user's fastest configurations by problem, {} without a readable file."""
-    path = cache_file(arch)
+    return _kept(cache_file(arch))
+
+
+@cache
+def _kept(path: Path) -> dict[str, Config]:
     try:
         return json.loads(path.read_text())["best"]
     except FileNotFoundError:
@@ -80,7 +104,7 @@ def kept(arch: str) -> dict[str, Config]:
 
 def candidates(kernel: str, arch: str) -> list[Config]:
     """Configurations of a kernel on an architecture, [] when it does not run there."""
-    return shipped(arch)["candidates"].get(kernel, [])
+    return shipped(arch)["candidates"].get(kernel.partition(":")[0], [])
 
 
 def problem(kernel: str, m: int, n: int, k: int) -> str:
@@ -130,4 +154,4 @@ def keep(arch: str, best: Mapping[str, Config]) -> None:
     """Add entries to the user's cache file, whole or not at all."""
     path = cache_file(arch)
     write_json(path, {"arch": arch, "best": {**kept(arch), **best}})
-    kept.cache_clear()
+    _kept.cache_clear()

@@ -5,6 +5,8 @@
 
 q (M, K) row-major with rows `pitch` apart; w (N, K) row-major (8-bit tensor cores want both operands contiguous along
 K); sums of int8 in int32 (exact up to K = 131072), of e4m3 in fp32. Optional operands are None and cost nothing.
+Hopper's units sum e4m3 products in 14 bits of mantissa, as `torch._scaled_mm` does with use_fast_accum; with SHORT
+they hand over to fp32 every SHORT products, for which a second accumulator must fit into registers.
 `gemm` reads through pointers and takes any shape; `gemm_tma` reads through tensor descriptors (sm_90 and later, rows
 of 16-byte multiples) with one resident program per multiprocessor that walks the tiles.
 """
@@ -101,6 +103,7 @@ def epilogues(
 def pointed_sums(
     a_p, b_p, m, n, M, N, K, pitch,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RAGGED: tl.constexpr, FP8: tl.constexpr,
+    SHORT: tl.constexpr,
 ):  # fmt: skip
     """Sums of one tile (BM, BN), read through pointers: int32, of e4m3 fp32. RAGGED: K is no multiple of BK."""
     k = tl.arange(0, BK)
@@ -115,7 +118,7 @@ def pointed_sums(
             b = tl.load(b_at, mask=k[:, None] < K - start, other=0.0)
         else:
             a, b = tl.load(a_at), tl.load(b_at)
-        acc = tl.dot(a, b, acc, out_dtype=kind)
+        acc = tl.dot(a, b, acc, max_num_imprecise_acc=SHORT, out_dtype=kind)
         a_at += BK
         b_at += BK
     return acc
@@ -123,13 +126,15 @@ def pointed_sums(
 
 @triton.jit
 def described_sums(
-    a, b, pm, pn, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FP8: tl.constexpr
+    a, b, pm, pn, K,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FP8: tl.constexpr, SHORT: tl.constexpr,
 ):  # fmt: skip
     """The same through tensor descriptors, which read 0 outside of the matrices."""
     kind: tl.constexpr = tl.float32 if FP8 else tl.int32
     acc = tl.zeros((BM, BN), dtype=kind)
     for start in range(0, K, BK):
-        acc = tl.dot(a.load([pm * BM, start]), b.load([pn * BN, start]).T, acc, out_dtype=kind)
+        q, w = a.load([pm * BM, start]), b.load([pn * BN, start])
+        acc = tl.dot(q, w.T, acc, max_num_imprecise_acc=SHORT, out_dtype=kind)
     return acc
 
 
@@ -137,12 +142,12 @@ def described_sums(
 def gemm(
     a_p, b_p, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p, bias_p, xd_p, up_p, out_p, M, N, K, R, pitch,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, RAGGED: tl.constexpr,
-    FP8: tl.constexpr, GELU: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+    FP8: tl.constexpr, SHORT: tl.constexpr, GELU: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """See the module."""
     pm, pn = grouped(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     m, n = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
-    acc = pointed_sums(a_p, b_p, m, n, M, N, K, pitch, BM, BN, BK, RAGGED, FP8)
+    acc = pointed_sums(a_p, b_p, m, n, M, N, K, pitch, BM, BN, BK, RAGGED, FP8, SHORT)
     epilogues(
         acc, m, pn, M, N, R, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p, bias_p, xd_p, up_p, out_p,
         BM, BN, GELU, CHUNKS, CHUNK,
@@ -153,13 +158,13 @@ def gemm(
 def gemm_tma(
     a, b, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p, bias_p, xd_p, up_p, out_p, M, N, K, R,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    FP8: tl.constexpr, GELU: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+    FP8: tl.constexpr, SHORT: tl.constexpr, GELU: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """a, b: descriptors of q and w with blocks (BM, BK) and (BN, BK)."""
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
     for t in tl.range(tl.program_id(0), rows * columns, PROGRAMS, flatten=False):
         pm, pn = grouped(t, rows, columns, GROUP)
-        acc = described_sums(a, b, pm, pn, K, BM, BN, BK, FP8)
+        acc = described_sums(a, b, pm, pn, K, BM, BN, BK, FP8, SHORT)
         epilogues(
             acc, pm * BM + tl.arange(0, BM), pn, M, N, R, sx_p, sw_p, zx_p, wsum_p, zw_p, qsum_p,
             bias_p, xd_p, up_p, out_p, BM, BN, GELU, CHUNKS, CHUNK,

@@ -10,12 +10,14 @@ Under autograd a layer whose input needs gradients runs `dense`, which is differ
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
+from dq.errors import DQError
 from dq.kernels import Tensors, dense
 from dq.kernels.triton import ops
 from dq.kernels.triton.ops import Blocks, Codes, Epilogue, RowFormat
@@ -121,12 +123,20 @@ def _groups(plan: LayerPlan, gelu: bool) -> Run:
     return run
 
 
+def exact_sums() -> bool:
+    """Whether DQ_FP8_SUMS asks for fp32 sums of fp8 products on Hopper, whose units keep 14 bits."""
+    wanted = os.environ.get("DQ_FP8_SUMS", "fast")
+    if wanted not in ("fast", "exact"):
+        raise DQError(f"DQ_FP8_SUMS: got {wanted!r}, expected 'fast' or 'exact'")
+    return wanted == "exact"
+
+
 def _fp8(plan: LayerPlan, gelu: bool) -> Run:
-    rows = RowFormat(top=ops.FP8_TOP)
+    rows, exact = RowFormat(top=ops.FP8_TOP), exact_sums()
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         weight = Codes(t.weight.view(ops.E4M3), _column_scale(plan, t))
-        return ops.w8a8_gemm(ops.quant_rows(x, rows), weight, _epilogue(x, t, t.bias, gelu))
+        return ops.w8a8_gemm(ops.quant_rows(x, rows), weight, _epilogue(x, t, t.bias, gelu), exact)
 
     return run
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dq.errors import DQError
 from dq.kernels import Tensors
 from dq.kernels.triton import configs, gemm, nvfp4, packed, quantize
 from dq.kernels.triton.elements import INTERPRETED
@@ -20,6 +21,8 @@ _library = torch.library.Library("dq", "FRAGMENT")
 E4M3 = torch.float8_e4m3fn
 INT8_TOP, FP8_TOP = 127, 448  # largest codes
 LONGEST = 16384  # columns that a quantization kernel holds in registers
+PROMOTED = 128  # e4m3 products that Hopper sums in 14 bits at a time when exact sums are asked for
+PROMOTED_TILE = 128 * 128  # largest tile whose two accumulators fit in registers
 FORMATS = {"int4": 0, "nvfp4": 1, "mxfp4": 2}
 
 
@@ -92,6 +95,7 @@ def operator(fake: Callable) -> Callable[[Callable], Callable]:
         name = f"triton_{function.__name__.lstrip('_')}"
 
         def on_its_device(first: Tensor, *args, **kwargs):
+            on_one_gpu(name, first, *args, *kwargs.values())
             with torch.cuda.device_of(first):  # triton launches on the current device, wherever the tensors are
                 return function(first, *args, **kwargs)
 
@@ -101,6 +105,17 @@ def operator(fake: Callable) -> Callable[[Callable], Callable]:
         return getattr(torch.ops.dq, name).default
 
     return register
+
+
+def on_one_gpu(name: str, *values) -> None:
+    """DQError unless all tensors among the values are on one GPU (in the interpreter: on one device)."""
+    devices = {value.device for value in values if isinstance(value, Tensor)}
+    if len(devices) > 1 or not (INTERPRETED.value or all(device.type == "cuda" for device in devices)):
+        found = ", ".join(sorted(map(str, devices)))
+        raise DQError(
+            f"dq::{name}: got tensors on {found}, expected all on one GPU, where Triton kernels run. "
+            'Move the layer and its input to one, or take dq.set_backend("auto")'
+        )
 
 
 def up_to(value: int, step: int) -> int:
@@ -122,6 +137,11 @@ def options(config: configs.Config) -> dict:
 def flat(*tensors: Tensor | None) -> list[Tensor | None]:
     """Contiguous tensors, None where there is none."""
     return [None if t is None else t.contiguous() for t in tensors]
+
+
+def rowed(x: Tensor) -> Tensor:
+    """With the columns of a row side by side; rows may lie apart."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # --- activations -> codes --------------------------------------------------------------------------------------------
@@ -155,7 +175,7 @@ def _quant_rows(
     sums: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`quant_rows`; outputs that were not asked for are empty."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = rowed(x)
     (m, k), width = x.shape, group or x.shape[1]
     out = _fake_quant_rows(x, top=top, affine=affine, group=group, split=split, sums=sums)
     if m == 0:
@@ -215,34 +235,50 @@ def descriptor(t: Tensor, shape: tuple[int, ...], block: list[int]):
     return TensorDescriptor(t, list(shape), strides, block)
 
 
+def promoted(x: Tensor, exact: bool, arch: str) -> bool:
+    """Whether sums of a product have to be moved to fp32 now and then: only Hopper's e4m3 products are not exact."""
+    return exact and x.dtype == E4M3 and arch == "sm_90"
+
+
+def gemm_config(name: str, m: int, n: int, k: int, fp8: bool, within: int | None = None) -> configs.Config:
+    """Tile sizes of an 8-bit product, of at most `within` elements if it is given."""
+    if within is None:
+        return configs.pick(name + (":fp8" if fp8 else ""), m, n, k)
+    small = [c for c in configs.candidates(name, configs.architecture()) if c["BM"] * c["BN"] <= within]
+    return configs.suited(small, m, n, configs.multiprocessors())
+
+
 def launch_gemm(
-    x: Codes, w: Codes, epilogue: Epilogue, tma: bool | None = None, config: configs.Config | None = None
+    x: Codes,
+    w: Codes,
+    epilogue: Epilogue,
+    tma: bool | None = None,
+    config: configs.Config | None = None,
+    exact: bool = False,
 ) -> Tensor:
     """`w8a8_gemm` with the kernel (descriptors or pointers) and its tile sizes fixed by the caller; None chooses."""
-    (n, k), m, arch = w.q.shape, x.q.shape[0], configs.architecture()
+    x, w = x._replace(q=rowed(x.q)), w._replace(q=w.q.contiguous())
+    (n, k), m, arch, fp8 = w.q.shape, x.q.shape[0], configs.architecture(), x.q.dtype == E4M3
     out = x.q.new_empty(m, n, dtype=epilogue.dtype)
     if m == 0:
         return out
     tma = takes_tma(x.q, w.q, arch) and not INTERPRETED.value if tma is None else tma
     name = ("gemm_tma" if tma else "gemm") + ("" if epilogue.down_x is None else "_branch")
-    config = config or configs.pick(name, m, n, k, arch)
+    short = promoted(x.q, exact, arch)
+    config = config or gemm_config(name, m, n, k, fp8, PROMOTED_TILE if short else None)
     rank, *chunks = _chunks(epilogue)
     tile = (config["BM"], config["BN"], config["BK"], config["GROUP"])
     tiles = -(-m // tile[0]) * -(-n // tile[1])
-    tensors = (x.scale, w.scale, *flat(*_zeros(x, w).values(), epilogue.bias, epilogue.down_x, epilogue.up), out)
-    fp8 = x.q.dtype == E4M3
+    ends = (*_zeros(x, w).values(), epilogue.bias, epilogue.down_x, epilogue.up)
+    rest = (*flat(x.scale, w.scale, *ends), out, m, n, k, rank)
+    last = (fp8, min(PROMOTED, tile[2]) if short else None, epilogue.gelu, *chunks)
     if tma:
         a, b = descriptor(x.q, (m, k), [tile[0], tile[2]]), descriptor(w.q, (n, k), [tile[1], tile[2]])
         programs = configs.multiprocessors()
-        gemm.gemm_tma[(min(tiles, programs),)](
-            a, b, *tensors, m, n, k, rank, *tile, programs, fp8, epilogue.gelu, *chunks, **options(config)
-        )
+        gemm.gemm_tma[(min(tiles, programs),)](a, b, *rest, *tile, programs, *last, **options(config))
     else:
         ragged = bool(k % tile[2])
-        gemm.gemm[(tiles,)](
-            x.q, w.q, *tensors, m, n, k, rank, x.q.stride(0), *tile, ragged, fp8, epilogue.gelu, *chunks,
-            **options(config),
-        )  # fmt: skip
+        gemm.gemm[(tiles,)](x.q, w.q, *rest, x.q.stride(0), *tile, ragged, *last, **options(config))
     return out
 
 
@@ -266,19 +302,25 @@ def _w8a8_gemm(
     down_x: Tensor | None = None,
     up: Tensor | None = None,
     gelu: bool = False,
+    exact: bool = False,
 ) -> Tensor:
-    return launch_gemm(Codes(q, sx, zx, qsum), Codes(w, sw, zw, wsum), Epilogue(dtype, bias, down_x, up, gelu))
+    end = Epilogue(dtype, bias, down_x, up, gelu)
+    return launch_gemm(Codes(q, sx, zx, qsum), Codes(w, sw, zw, wsum), end, exact=exact)
 
 
-def w8a8_gemm(x: Codes, w: Codes, epilogue: Epilogue) -> Tensor:
-    """x (M, >= K), w (N, K), both int8 or both e4m3, one scale a row -> (M, N). See `gemm`."""
-    return _w8a8_gemm(x.q, w.q, x.scale, w.scale, **_zeros(x, w), **epilogue._asdict())
+def w8a8_gemm(x: Codes, w: Codes, epilogue: Epilogue, exact: bool = False) -> Tensor:
+    """x (M, >= K), w (N, K), both int8 or both e4m3, one scale a row -> (M, N). See `gemm`.
+
+    exact  sums of e4m3 in fp32 on Hopper, too, whose units keep 14 bits; slower there, and no difference elsewhere
+    """
+    return _w8a8_gemm(x.q, w.q, x.scale, w.scale, **_zeros(x, w), **epilogue._asdict(), exact=exact)
 
 
 def launch_w4a8(
     x: Codes, w: Codes, epilogue: Epilogue, group: int = 0, config: configs.Config | None = None
 ) -> Tensor:
     """`w4a8_gemm`, with a group `w4a8_groups_gemm`, with tile sizes fixed by the caller; None chooses them."""
+    x, w = Codes(*flat(*x)), Codes(*flat(*w))
     (n, bytes_), (m, k) = w.q.shape, x.q.shape
     out = x.q.new_empty(m, n, dtype=epilogue.dtype)
     if m == 0:
@@ -297,7 +339,7 @@ def launch_w4a8(
     else:
         ragged, swap = bool(bytes_ % 64), bool(config["SWAP"])
         packed.w4a8[grid](
-            x.q, w.q, x.scale, w.scale, *flat(*_zeros(x, w).values()), *rest, config["GROUP"], ragged, asm, swap,
+            x.q, w.q, x.scale, w.scale, *_zeros(x, w).values(), *rest, config["GROUP"], ragged, asm, swap,
             epilogue.gelu, *chunks, **options(config),
         )  # fmt: skip
     return out
@@ -372,7 +414,8 @@ def w4_to_s8(w: Tensor, *, k: int, times: Tensor | None = None, group: int = 1) 
 
     times (N, groups) int8: multipliers of two-level scales, each of `group` columns; products fit int8
     """
-    out, c, groups = _fake_w4_to_s8(w, k=k), UNPACK, 0 if times is None else times.shape[1]
+    w, out, c = w.contiguous(), _fake_w4_to_s8(w, k=k), UNPACK
+    groups = 0 if times is None else times.shape[1]
     packed.w4_to_s8[_unpack_grid(w)](
         w, times, out, w.shape[0], k, w.shape[1], groups, group, c["BN"], c["BB"], **options(c)
     )
@@ -395,6 +438,7 @@ def _w4_to_float(
     group: int = 0,
     dtype: torch.dtype,
 ) -> Tensor:
+    w, scale, zero = flat(w, scale, zero)
     out, c = _fake_w4_to_float(w, scale, k=k, dtype=dtype), UNPACK
     pitch = 0 if scale.shape[0] == 1 and w.shape[0] > 1 else scale.shape[1]
     packed.w4_to_float[_unpack_grid(w)](
@@ -423,6 +467,7 @@ def weight_sums(w: Tensor, *, k: int, bits: int, scale: Tensor | None = None, gr
 
     w is (N, k) int8 for 8 bits, (N, ceil(k / 2)) bytes of two codes for 4. group: columns that share a scale.
     """
+    w, scale = flat(w, scale)
     out, c = _fake_weight_sums(w, scale=scale), UNPACK
     packed.weight_sums[_unpack_grid(w)[:1]](
         w, scale, out, w.shape[0], k, w.shape[1], -(-k // (group or k)), bits, group or k, c["BN"], c["BB"],
@@ -442,7 +487,7 @@ def _fake_nvfp4_quant(x):
 
 @operator(_fake_nvfp4_quant)
 def _nvfp4_quant(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = rowed(x)
     q, scales, g = _fake_nvfp4_quant(x)
     quads = -(-x.shape[1] // 64)
     config = rows_config(64 * quads)
@@ -468,13 +513,14 @@ def tile_scales(scale: Tensor) -> Tensor:
     (n, blocks), out = scale.shape, _fake_tile_scales(scale)
     quads, config = -(-blocks // 4), {"warps": 4, "stages": 1}
     nvfp4.tile_scales[(-(-n // 128), -(-quads // 8))](
-        scale.view(torch.uint8), out, n, blocks, quads, 128, 32, **options(config)
+        scale.contiguous().view(torch.uint8), out, n, blocks, quads, 128, 32, **options(config)
     )
     return out
 
 
 def launch_nvfp4(x: Blocks, w: Blocks, epilogue: Epilogue, config: configs.Config | None = None) -> Tensor:
     """`nvfp4_gemm` with tile sizes fixed by the caller; None chooses them."""
+    x, w = Blocks(*flat(*x)), Blocks(*flat(*w))
     (n, half), m = w.q.shape, x.q.shape[0]
     out = x.q.new_empty(m, n, dtype=epilogue.dtype)
     if m == 0:

@@ -19,12 +19,14 @@ from dq.formats.integer import Integer
 from dq.plan import LayerPlan
 
 GROUPS = (64, 128)  # columns that share a scale: half of them is a step of an 8-bit product, which takes 32 or more
+LONGEST_BLOCKS = 16384  # columns of a row that nvfp4 activations are rounded from in registers
+LONGEST_SUM = 131072  # 8-bit products that an int32 holds the sum of
 DECODED = ("int4", "int4a", "nvfp4", "mxfp4")
 
 
 @dataclass(frozen=True)
 class Route:
-    """kind: row of the table. unit: matrix unit it needs. label: shown by `dq.explain`."""
+    """kind: row of the table. unit: matrix unit it needs, "" without one. label: shown by `dq.explain`."""
 
     kind: str
     unit: str
@@ -41,7 +43,7 @@ def route(plan: LayerPlan) -> Route | str:
     if act is None:
         if weight.format not in DECODED:
             return f"weight-only {weight.format}: torch decodes it as fast"
-        return Route("decode", "int8", f"Triton decode {weight.format} + F.linear")
+        return Route("decode", "", f"Triton decode {weight.format} + F.linear")
     pair = f"{weight.format} x {act.format}"
     if weight.format == act.format == "fp8":
         return _fp8(plan) or Route("fp8", "fp8", f"Triton gemm {pair}")
@@ -63,6 +65,8 @@ def _fp8(plan: LayerPlan) -> str | None:
 def _nvfp4(plan: LayerPlan) -> str | None:
     if plan.columns % 32:
         return f"block-scaled products need inputs in multiples of 32, got {plan.columns}"
+    if plan.columns > LONGEST_BLOCKS:
+        return f"rows of nvfp4 activations have at most {LONGEST_BLOCKS} columns, got {plan.columns}"
     if plan.act.scale != "dynamic" or plan.act.shift:
         return "block-scaled products take dynamic activation scales without a shift"
     return None
@@ -70,6 +74,8 @@ def _nvfp4(plan: LayerPlan) -> str | None:
 
 def _integer(plan: LayerPlan, pair: str) -> Route | str:
     weight, act = plan.weight, plan.act
+    if plan.columns > LONGEST_SUM:
+        return f"sums of more than {LONGEST_SUM} products of 8 bits may not fit in an int32, got {plan.columns}"
     if act.scale != "dynamic" and act.spec.affine:
         return "stored activation scales come without zero points"
     if weight.spec.affine and act.spec.affine and act.spec.bits == 8:

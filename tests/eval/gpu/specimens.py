@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dq.kernels.triton import configs
-from tests.kernels.cross_compile import FP8, INT8, Specimen, launched, tiled
+from tests.kernels.cross_compile import FP8, INT8, Specimen, launched, tiled, unit
 
 HADAMARD = {"gfx942": "v_mfma_f32", "gfx950": "v_mfma_f32"}  # NVIDIA: HMMA, tiles of 32 rows are below wgmma's 64
 GATED = {"bias_p": "*bf16", "gate_p": "*bf16", "res_p": "*bf16", "out_p": "*bf16"}
@@ -14,10 +14,11 @@ def specimens(arch: str, every: bool = False) -> list[Specimen]:
     from eval.gpu.launches import ATTENTION_TILES
 
     made, kinds = [*_rows(arch), *_heads(arch)], ["i8", "fp8e4nv"] if arch in FP8 else ["i8"]
+    tiles = configs.nearest(arch)
     for name in ("gemm_branch", "gemm_tma_branch"):
-        for config in configs.candidates(name, arch)[: None if every else 1]:
+        for config in configs.candidates(name, tiles)[: None if every else 1]:
             made += [_gated(name, config, arch, kind) for kind in kinds]
-    for name, choices in ATTENTION_TILES[arch].items():
+    for name, choices in ATTENTION_TILES[tiles].items():
         for config in choices[: None if every else 1]:
             made += [_attention(name, config, arch, eight) for eight in ([False, True] if arch in FP8 else [False])]
     return made
@@ -28,7 +29,7 @@ def _gated(name: str, config: configs.Config, arch: str, kind: str) -> Specimen:
 
     name = name.replace("gemm", "gated_gemm").removesuffix("_branch")
     values, opcode, label = tiled(name, config, arch, kind)
-    return Specimen(label, getattr(kernels, name), values | GATED, opcode, *launched(config))
+    return Specimen(label, getattr(kernels, name), values | GATED, opcode, *launched(config), unit(kind))
 
 
 def _attention(name: str, config: configs.Config, arch: str, eight: bool) -> Specimen:
@@ -38,7 +39,7 @@ def _attention(name: str, config: configs.Config, arch: str, eight: bool) -> Spe
     values = {"q_p": "*i8", "k_p": "*i8", "v_p": "*fp8e4nv" if eight else "*fp16", "sq_p": "*fp32", "sk_p": "*fp32"}
     values |= {"sv_p": "*fp32" if eight else None, "o_p": "*bf16", "D": size, "BD": block, "PV8": eight}
     values |= {key: config[key] for key in ("BM", "BN")}
-    return Specimen(name + ("-pv8" if eight else ""), attention.attn_i8, values, INT8[arch], *launched(config))
+    return Specimen(name + ("-pv8" if eight else ""), attention.attn_i8, values, INT8[arch], *launched(config), "int8")
 
 
 def _rows(arch: str) -> list[Specimen]:

@@ -9,12 +9,14 @@ pytest.importorskip("triton.language")
 import torch
 import torch.nn.functional as F
 
+from dq.errors import DQError
 from dq.kernels.triton import ops
 from dq.kernels.triton.ops import Codes
 from dq.layers import hadamard
 from eval.gpu import block, launches
 from eval.gpu.launches import Gate, Modulation, Norm, Rotation
-from tests.kernels.triton.operands import SMALL, codes, exact, near, positive, randn, ulps
+from eval.gpu.tiles import ulps
+from tests.kernels.triton.operands import SMALL, codes, exact, near, positive, randn
 
 pytestmark = pytest.mark.interpreted
 
@@ -128,6 +130,45 @@ def test_heads_are_normed_rotated_and_rounded(size, half):
     q, s, *_ = launches.qk_norm_rope_quant(x, mean=mean, factor=0.5, **how)
     rows = (truth - mean.reshape(batch, 1, heads, size)).transpose(1, 2).reshape(-1, size)
     near(Codes(q.reshape(-1, size), 2 * s.reshape(-1, 1)), rows)
+
+
+class Launched:
+    """In place of a kernel: keeps its grid and arguments."""
+
+    def __getitem__(self, grid):
+        self.grid = grid
+        return lambda *args, **options: setattr(self, "args", args)
+
+
+def test_more_heads_than_a_second_axis_of_a_grid_has(monkeypatch):
+    """Temporal attention of a video: a batch entry a pixel. Axes but the first end at 65535."""
+    batch, heads, tokens, size = 9000, 8, 3, 32
+    x = torch.zeros(batch, tokens, heads, size, dtype=torch.bfloat16)
+    codes = Codes(torch.zeros(batch * heads, tokens, size, dtype=torch.int8), torch.ones(batch * heads, tokens))
+    calls = {
+        "qk_norm_rope_quant": lambda: launches.qk_norm_rope_quant(x),
+        "k_sums": lambda: launches.k_mean(x),
+        "v_fp8": lambda: launches.v_fp8(x),
+        "attn_i8": lambda: launches.attn_i8(codes, codes, codes.q.half(), heads, torch.bfloat16),
+    }
+    for name, call in calls.items():
+        kernel = Launched()
+        monkeypatch.setattr(launches.attention, name, kernel)
+        call()
+        assert kernel.grid == (batch * heads,), name
+
+
+def test_heads_narrower_than_a_product_are_padded_and_wide_ones_refused(monkeypatch):
+    kernel = Launched()
+    monkeypatch.setattr(launches.attention, "attn_i8", kernel)
+    for size in (16, 24, 128):
+        codes = Codes(torch.zeros(2, 3, size, dtype=torch.int8), torch.ones(2, 3))
+        launches.attn_i8(codes, codes, codes.q.half(), 2, torch.bfloat16)
+        numbers = [value for value in kernel.args if isinstance(value, int)]  # ..., D, BD, BM, BN, PV8
+        assert numbers[-5:-3] == [size, max(size, 32)], "8-bit products sum at least 32 columns"
+    codes = Codes(torch.zeros(2, 3, 256, dtype=torch.int8), torch.ones(2, 3))
+    with pytest.raises(DQError, match="heads have 256 channels, at most 128 fit"):
+        launches.attn_i8(codes, codes, codes.q.half(), 2, torch.bfloat16)
 
 
 @pytest.mark.parametrize("eight", [False, True])

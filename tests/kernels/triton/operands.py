@@ -34,14 +34,3 @@ def near(found, truth):
     off = (found.q[:, : truth.shape[1]].int() - expected.codes.int()).abs()
     assert off.max() <= 1 and (off > 0).float().mean() < 0.01
     torch.testing.assert_close(found.scale, expected.scale, rtol=1e-5, atol=0)
-
-
-def ulps(y, truth):
-    """Largest distance of bf16 values from the rounded truth, in units of the last place of the truth.
-
-    A result that cancels is as exact as its terms are: there the last place is that of the largest value.
-    """
-    truth, rounded = truth.double(), truth.bfloat16().double()
-    unit = torch.exp2(torch.floor(torch.log2(truth.abs().clamp(min=2.0**-126))) - 7)
-    distance = (y.double() - rounded).abs()
-    return torch.where(distance <= truth.abs().max() * 2**-20, 0.0, distance / unit).max()

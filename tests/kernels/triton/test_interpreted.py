@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from dq import kernels, layers
+from dq.errors import DQError
 from dq.formats import get
 from dq.kernels import reference
 from dq.kernels import triton as backend
 from dq.kernels.triton import ops
 from dq.kernels.triton.ops import Blocks, Codes, Epilogue, RowFormat
+from eval.gpu.tiles import split_order, ulps
 from tests.kernels.test_kernels import plan, tensors, truth_and_torch, within_twice_torch
-from tests.kernels.triton.operands import SMALL, codes, exact, positive, randn, ulps
+from tests.kernels.triton.operands import SMALL, codes, exact, positive, randn
 
 pytestmark = pytest.mark.interpreted
 
@@ -25,12 +27,6 @@ INT8 = get("int8")
 
 def quantize(x, given=None, sums=False, **rows):
     return ops.quant_rows(x, RowFormat(**rows), given=given, sums=sums)
-
-
-def split_order(k, block):
-    """Input column of each stored column, as the kernels define it."""
-    order = torch.arange(k).reshape(-1, block // 2, 2).transpose(1, 2)
-    return order.reshape(-1)
 
 
 # --- quantization ----------------------------------------------------------------------------------------------------
@@ -161,6 +157,70 @@ def test_epilogues_are_within_a_bf16_ulp(what, tma):
     if what in ("gelu", "everything"):
         truth, epilogue = F.gelu(truth, approximate="tanh"), epilogue | {"gelu": True}
     assert ulps(gemm(x, w, torch.bfloat16, tma, **epilogue), truth) <= (2 if "gelu" in epilogue else 1)
+
+
+@pytest.mark.parametrize("tma", [False, True])
+def test_operands_that_are_not_contiguous_are_read_as_they_are(tma):
+    """Pointers take K as the pitch of a weight's rows, descriptors its stride."""
+    q, w = codes(64, 20).t(), codes(64, 24, 1).t()
+    wide = codes(24, 96, 1)
+    apart = Codes(q, torch.ones(20, 3)[:, 0]), Codes(w, torch.arange(48.0)[::2])
+    assert torch.equal(gemm(*apart, tma=tma), exact(q, w) * torch.arange(24.0) * 2)
+    assert torch.equal(gemm(unscaled(q), unscaled(wide[:, :64]), tma=tma), exact(q, wide[:, :64]))
+
+
+def test_4_bit_weights_that_are_not_contiguous_are_read_as_they_are():
+    w = codes(21, 64, low=-8, high=7)
+    bytes_ = F.pad(get("int4").pack(w), (0, 5))[:, :32]
+    assert torch.equal(ops.w4_to_s8(bytes_, k=64), w)
+    assert torch.equal(ops.weight_sums(bytes_, k=64, bits=4), w.sum(1, dtype=torch.int32))
+    x = codes(5, 128)
+    config = {"BM": 32, "BN": 32, "GROUP": 2, "ASM": 1, "SWAP": 0, "warps": 4, "stages": 2}
+    stored = F.pad(x[:, :64], (0, 64))[:, split_order(128, 128)]
+    sums = ops.launch_w4a8(unscaled(stored), unscaled(bytes_), Epilogue(torch.float32), config=config)
+    assert torch.equal(sums, exact(x[:, :64], w))
+
+
+class Launched:
+    """In place of a kernel: keeps the arguments of a launch."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: setattr(self, "args", args)
+
+
+@pytest.mark.parametrize("arch, short", [("sm_89", None), ("sm_90", ops.PROMOTED), ("sm_100", None)])
+def test_exact_sums_of_fp8_are_asked_of_the_chip_that_has_others(monkeypatch, arch, short):
+    monkeypatch.setattr(ops.configs, "architecture", lambda: arch)
+    x, w = (Codes(randn(size, 256, seed=size).to(ops.E4M3), positive(size)) for size in (4096, 4096))
+    for exact_sums in (False, True):
+        kernel = Launched()
+        monkeypatch.setattr(ops.gemm, "gemm", kernel)
+        ops.w8a8_gemm(x, w, Epilogue(torch.float32), exact_sums)
+        flag, found = kernel.args[-5:-3]  # before GELU and chunks
+        assert flag is True and found == (short if exact_sums else None)
+        bm, bn = kernel.args[-10:-8]
+        assert bm * bn <= ops.PROMOTED_TILE or not found, "two accumulators would spill"
+
+
+def test_exact_sums_are_the_same_product():
+    x, w = (Codes(randn(size, 160, seed=size).to(ops.E4M3), positive(size)) for size in (20, 24))
+    truth = (x.q.double() @ w.q.double().t()) * x.scale[:, None] * w.scale
+    y = ops.launch_gemm(x, w, Epilogue(torch.float32), False, SMALL, exact=True)
+    torch.testing.assert_close(y.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", ["exact", "fast", None])
+def test_a_layer_takes_exact_sums_from_the_environment(monkeypatch, wanted):
+    seen, product = [], ops.w8a8_gemm
+    monkeypatch.setattr(ops, "w8a8_gemm", lambda *args: seen.append(args[3]) or product(*args))
+    if wanted:
+        monkeypatch.setenv("DQ_FP8_SUMS", wanted)
+    p = plan("linear", (8, 64), "fp8/channel", "fp8/token")
+    backend.build("linear", p, None)(randn(3, 64), tensors(p))
+    assert seen == [wanted == "exact"]
+    monkeypatch.setenv("DQ_FP8_SUMS", "precise")
+    with pytest.raises(DQError, match="got 'precise', expected 'fast' or 'exact'"):
+        backend.build("linear", p, None)
 
 
 def test_zero_points_of_rows_and_of_columns():
