@@ -1,10 +1,12 @@
-"""dq's own CPU kernels: int8 and int4 weights on integer dot products, C++ behind a plain C interface.
+"""dq's own CPU kernels for weights of 2 to 8 bits, symmetric and affine: C++ behind a plain C interface.
 
-    y[m, n] = sum_g sx[m, g] sw[n, g] sum_{k in g} (q[m, k] - z[m, g]) w[n, k] + low-rank branch + bias
+    y[m, n] = sum_g sx[m, g] sw[n, g] sum_{k in g} (q[m, k] - z[m, g]) (w[n, k] - zw[n, g]) + low-rank branch + bias
 
-Rounding of the activations, product, scales, branch and bias are one call. Weights are read from their stored rows and
-laid out in cache while they are used (native/panel.h). Under autograd, and for dtypes other than fp32, bf16 and fp16,
-a layer runs on `dense`. Linears run from AVX2 on, the rest from AVX512 with VNNI and bf16 on (library.py: levels).
+Rounding of the activations, integer product, scales, branch and bias are one call. Weights are read from their packed
+rows and laid out in cache while they are used (native/panel.h). Weight-only linears are one call as well, their weights
+decoded in cache (native/weightonly.h); weight-only convolutions decode theirs first. Under autograd, and for dtypes
+other than fp32, bf16 and fp16, a layer runs on `dense`. Linears and weight-only layers run from AVX2 on, the rest from
+AVX512 with VNNI and bf16 on (library.py: levels).
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ import torch.nn.functional as F
 from dq.formats.integer import Integer
 from dq.kernels import Conv, Tensors, dense
 from dq.kernels.cpu.library import UNITS, level, missing
+from dq.kernels.reference import CONVS
 from dq.plan import LayerPlan
 
 RANK = 20
 STATUS = "stable"
 MOST_COLUMNS = 65_000  # sums of that many products of 255 x 127 fit 31 bits
-THIN = 16  # rows up to which a weight-only linear is bound by reading its weight
-NATIVE_BITS = (4, 8)  # other widths are unpacked by torch first
+CONV_BITS = (4, 8)  # other widths are unpacked by torch before an integer convolution
 
 
 def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> str | None:
@@ -31,37 +33,26 @@ def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> 
     if device != "cpu":
         return f"dq's CPU kernels do not run on {device}"
     weight = plan.weight
-    if not _integer(weight.spec):
-        return f"dq's CPU kernels multiply symmetric integers, not {weight.format}"
+    if not isinstance(weight.spec, Integer):
+        return f"dq's CPU kernels multiply integers, not {weight.format}"
     if plan.splits:
         return "an input split needs one product per part"
-    if plan.columns > MOST_COLUMNS:
-        return f"sums over {plan.columns} columns may overflow 32 bits"
     if weight.grain.kind == "group" and weight.grain.size % 4:
         return f"groups of {weight.grain.size} columns are no multiple of 4"
-    reason = (_why_not_weight_only if plan.act is None else _why_not_integer)(op, plan, conv)
+    reason = None if plan.act is None else _why_not_integer(op, plan, conv)
     return reason or missing(_least(op, plan))
 
 
 def _least(op: str, plan: LayerPlan) -> str:
     """The lowest level that has the layer's kernel."""
-    product = plan.act is not None and (op == "linear" or plan.act.granularity == "token")
-    return "avx2" if product else "avx512"
-
-
-def _integer(spec) -> bool:
-    return isinstance(spec, Integer) and not spec.affine
-
-
-def _why_not_weight_only(op: str, plan: LayerPlan, conv: Conv | None) -> str | None:
-    if op != "linear" or plan.weight.spec.bits not in NATIVE_BITS or plan.rank:
-        return "weight-only: activations stay in floating point"
-    return None
+    return "avx512" if op == "conv" and plan.act is not None and plan.act.granularity != "token" else "avx2"
 
 
 def _why_not_integer(op: str, plan: LayerPlan, conv: Conv | None) -> str | None:
     act, weight = plan.act, plan.weight
     assert act is not None
+    if plan.columns > MOST_COLUMNS:
+        return f"sums over {plan.columns} columns may overflow 32 bits"
     if not isinstance(act.spec, Integer):
         return f"dq's CPU kernels round activations to integers, not to {act.format}"
     if act.scale != "dynamic" and act.spec.affine:
@@ -69,6 +60,8 @@ def _why_not_integer(op: str, plan: LayerPlan, conv: Conv | None) -> str | None:
     if op == "conv" and act.granularity != "token":
         if weight.grain.kind == "group":
             return "dq's int8 convolution takes one weight scale per output channel, not per group"
+        if weight.spec.affine:
+            return "dq's int8 convolution takes symmetric weights"
         if conv is not None and conv.groups > 1:
             return "a grouped convolution is one small product per group"
         return "a convolution has no fixed activation shift here" if act.shift else None
@@ -81,19 +74,20 @@ def _why_not_integer(op: str, plan: LayerPlan, conv: Conv | None) -> str | None:
 
 
 def label(op: str, plan: LayerPlan) -> str:
-    if plan.act is None:
-        return f"dq cpu {plan.weight.format} weight-only up to {THIN} rows, else {dense.label(op, plan)}"
     lower = "" if level() in ("avx512", "none") else f" on {UNITS[level()]}"
+    if plan.act is None:
+        what = "weight-only" if op == "linear" else f"decoded + F.conv{len(plan.shape) - 2}d"
+        return f"dq cpu {plan.weight.format} {what}{lower}"
     return f"dq cpu {plan.weight.format} x {plan.act.format}{' conv' if op == 'conv' else ''}{lower}"
 
 
 def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
     """See the package docstring of dq.kernels."""
-    from dq.kernels.cpu import ops
+    from dq.kernels.cpu import ops, weightonly  # noqa: F401  defines the ops
 
     plain = dense.build(op, plan, conv)
     if plan.act is None:
-        fast = _thin(plan, plain)
+        fast = _weight_only(plan) if op == "linear" else _decoded(plan, conv)
     elif op == "linear":
         fast = _linear(plan)
     else:
@@ -109,7 +103,9 @@ def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor
 
 def build_gelu(plan: LayerPlan) -> Callable[[torch.Tensor, Tensors], torch.Tensor] | None:
     """See the package docstring of dq.kernels; the branch, where it is not fused, would come after the GELU."""
-    if plan.act is None or plan.rank % 2:
+    if plan.act is None:
+        return _weight_only(plan, gelu=True)
+    if plan.rank % 2:
         return None
     fast, plain = _linear(plan, gelu=True), _linear(plan)
 
@@ -119,14 +115,6 @@ def build_gelu(plan: LayerPlan) -> Callable[[torch.Tensor, Tensors], torch.Tenso
         return fast(x, t)
 
     return run
-
-
-def _codes(plan: LayerPlan) -> tuple[Callable[[Tensors], torch.Tensor], int]:
-    """-> codes(tensors) -> the weight the kernel reads, and its bits."""
-    spec, columns = plan.weight.spec, plan.columns
-    if spec.bits in NATIVE_BITS:
-        return lambda t: t.weight, spec.bits
-    return lambda t: spec.unpack(t.weight, columns), 8
 
 
 def _group(grain) -> int:
@@ -146,9 +134,8 @@ def _act(plan: LayerPlan) -> dict[str, int | bool]:
 
 def _linear(plan: LayerPlan, gelu: bool = False) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
     assert plan.act is not None
-    codes, bits = _codes(plan)
     groups = {"weight_group": _group(plan.weight.grain), "act_group": _group(plan.act.grain)}
-    fixed = {"weight_bits": bits, "shift": plan.act.shift, "gelu": gelu} | groups | _act(plan)
+    fixed = {"weight_bits": plan.weight.spec.bits, "shift": plan.act.shift, "gelu": gelu} | groups | _act(plan)
     columns, outputs = plan.columns, plan.shape[0]
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
@@ -156,8 +143,8 @@ def _linear(plan: LayerPlan, gelu: bool = False) -> Callable[[torch.Tensor, Tens
         fused = t.down is not None and t.up is not None and x.dtype is torch.bfloat16 and t.up.shape[1] % 2 == 0
         if fused:
             low, up = F.linear(rows, _matching(t.down, x)), _matching(t.up, x)
-        bias = _matching(t.bias, x)
-        y = torch.ops.dq.cpu_linear(rows, codes(t), t.scale, act_scale=t.act_scale, bias=bias, low=low, up=up, **fixed)
+        given = {"act_scale": t.act_scale, "zero": t.zero, "bias": _matching(t.bias, x), "low": low, "up": up}
+        y = torch.ops.dq.cpu_linear(rows, t.weight, t.scale, **given, **fixed)
         y = y.reshape(*x.shape[:-1], outputs)
         return y if t.down is None or fused else y + dense.low_rank(x, t, plan, None)
 
@@ -176,27 +163,48 @@ def _pixelwise(plan: LayerPlan) -> Callable[[torch.Tensor, Tensors], torch.Tenso
 
 
 def _convolution(plan: LayerPlan, conv: Conv) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
-    codes, bits = _codes(plan)
-    fixed = {"weight_bits": bits, "kernel_size": list(plan.shape[2:])} | _act(plan)
+    spec, columns = plan.weight.spec, plan.columns
+    native = spec.bits in CONV_BITS
+    fixed = {"weight_bits": spec.bits if native else 8, "kernel_size": list(plan.shape[2:])} | _act(plan)
     fixed |= {"stride": list(conv.stride), "padding": list(conv.padding), "dilation": list(conv.dilation)}
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         bias = _matching(t.bias, x)
-        y = torch.ops.dq.cpu_conv(x, codes(t), t.scale, act_scale=t.act_scale, bias=bias, **fixed)
+        codes = t.weight if native else spec.unpack(t.weight, columns)
+        y = torch.ops.dq.cpu_conv(x, codes, t.scale, act_scale=t.act_scale, bias=bias, **fixed)
         return y if t.down is None else y + dense.low_rank(x, t, plan, conv)
 
     return run
 
 
-def _thin(plan: LayerPlan, plain: Callable) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
-    fixed = {"weight_bits": plan.weight.spec.bits, "weight_group": _group(plan.weight.grain)}
-    columns, outputs = plan.columns, plan.shape[0]
+def _stored(plan: LayerPlan) -> dict[str, int]:
+    """How a weight is packed, as the ops take it."""
+    return {"weight_bits": plan.weight.spec.bits, "weight_group": _group(plan.weight.grain)}
+
+
+def _weight_only(plan: LayerPlan, gelu: bool = False) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
+    fixed, columns, outputs = _stored(plan), plan.columns, plan.shape[0]
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
-        if x.numel() > THIN * columns:
-            return plain(x, t)
-        rows, bias = x.reshape(-1, columns), _matching(t.bias, x)
-        y = torch.ops.dq.cpu_thin(rows, t.weight, t.scale, bias=bias, **fixed)
+        rows, low, up = x.reshape(-1, columns), None, None
+        if t.down is not None:
+            down, up = dense.factors(t, x.dtype)
+            low = F.linear(rows, down)
+        given = {"zero": t.zero, "bias": _matching(t.bias, x), "low": low, "up": up, "gelu": gelu}
+        y = torch.ops.dq.cpu_weight_only(rows, t.weight, t.scale, **given, **fixed)
         return y.reshape(*x.shape[:-1], outputs)
+
+    return run
+
+
+def _decoded(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
+    assert conv is not None
+    fixed, shape, columns = _stored(plan), plan.shape, plan.columns
+    convolve = CONVS[len(shape) - 2]
+
+    def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+        weight = torch.ops.dq.cpu_decode(t.weight, t.scale, zero=t.zero, columns=columns, dtype=x.dtype, **fixed)
+        y = convolve(x, weight.reshape(shape), _matching(t.bias, x), *conv)
+        return y if t.down is None else y + dense.low_rank(x, t, plan, conv)
 
     return run

@@ -1,4 +1,4 @@
-// Arguments of a quantized linear, the same for every level; mirrored field by field in ops.py.
+// Arguments of quantized linears, the same for every level; mirrored field by field in ops.py and weightonly.py.
 #pragma once
 #include "common.h"
 
@@ -9,6 +9,7 @@ struct DqLinear {
   const float* act_scale;  // one stored scale of the activations, or null: measured
   const int8_t* weight;
   const float* weight_scale;
+  const int8_t* weight_zero;  // zero points of affine weights, as weight_scale; or null
   const void* bias;
   const void* low;  // the low-rank branch: (rows, rank) bf16, or null
   const void* up;   // (outputs, rank) bf16
@@ -19,5 +20,31 @@ struct DqLinear {
   dq::Dtype dtype;
   int32_t weight_bits, act_bits, act_affine, gelu;
   float shift;
+};
+
+struct DqWeightOnly {
+  const void* x;  // (rows, columns)
+  const int8_t* weight;
+  const float* weight_scale;
+  const int8_t* weight_zero;
+  const void* bias;
+  const void* low;  // the low-rank branch: (rows, rank), or null
+  const void* up;   // (outputs, rank)
+  void* y;          // (rows, outputs); x, bias, low, up and y are of `dtype`
+  int64_t rows, columns, outputs, row_bytes, rank;
+  int64_t weight_group;  // 0: the whole row
+  int64_t weight_scale_stride;
+  dq::Dtype dtype;
+  int32_t weight_bits, gelu;
+};
+
+struct DqDecode {
+  const int8_t* weight;
+  const float* weight_scale;
+  const int8_t* weight_zero;
+  void* y;  // (rows, columns) of `dtype`
+  int64_t rows, columns, row_bytes, weight_group, weight_scale_stride;
+  dq::Dtype dtype;
+  int32_t weight_bits;
 };
 }

@@ -19,7 +19,15 @@ extern "C" int dq_cpu_levels() {
 // Which sources this was built from; library.py refuses a library of others.
 extern "C" const char* dq_fingerprint() { return DQ_FINGERPRINT; }
 
-DQ_FIELDS(DqLinear, dq_linear_fields, FIELD(x), FIELD(act_scale), FIELD(weight), FIELD(weight_scale), FIELD(bias),
-          FIELD(low), FIELD(up), FIELD(y), FIELD(rows), FIELD(columns), FIELD(outputs), FIELD(row_bytes), FIELD(rank),
-          FIELD(weight_group), FIELD(act_group), FIELD(weight_scale_stride), FIELD(dtype), FIELD(weight_bits),
-          FIELD(act_bits), FIELD(act_affine), FIELD(gelu), FIELD(shift))
+DQ_FIELDS(DqLinear, dq_linear_fields, FIELD(x), FIELD(act_scale), FIELD(weight), FIELD(weight_scale),
+          FIELD(weight_zero), FIELD(bias), FIELD(low), FIELD(up), FIELD(y), FIELD(rows), FIELD(columns), FIELD(outputs),
+          FIELD(row_bytes), FIELD(rank), FIELD(weight_group), FIELD(act_group), FIELD(weight_scale_stride),
+          FIELD(dtype), FIELD(weight_bits), FIELD(act_bits), FIELD(act_affine), FIELD(gelu), FIELD(shift))
+
+DQ_FIELDS(DqWeightOnly, dq_weightonly_fields, FIELD(x), FIELD(weight), FIELD(weight_scale), FIELD(weight_zero),
+          FIELD(bias), FIELD(low), FIELD(up), FIELD(y), FIELD(rows), FIELD(columns), FIELD(outputs), FIELD(row_bytes),
+          FIELD(rank), FIELD(weight_group), FIELD(weight_scale_stride), FIELD(dtype), FIELD(weight_bits), FIELD(gelu))
+
+DQ_FIELDS(DqDecode, dq_decode_fields, FIELD(weight), FIELD(weight_scale), FIELD(weight_zero), FIELD(y), FIELD(rows),
+          FIELD(columns), FIELD(row_bytes), FIELD(weight_group), FIELD(weight_scale_stride), FIELD(dtype),
+          FIELD(weight_bits))
