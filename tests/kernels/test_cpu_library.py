@@ -11,7 +11,7 @@ import types
 import pytest
 
 from dq import kernels
-from dq.kernels.cpu import attention, library, ops
+from dq.kernels.cpu import attention, library, ops, weightonly
 from dq.kernels.cpu import compile as source
 from dq.plan import DQError, LayerPlan, TensorPlan
 
@@ -107,7 +107,11 @@ class Field(ctypes.Structure):
 
 
 @built
-@pytest.mark.parametrize("structure", [ops.Linear, ops.Conv, ops.Thin, attention.Attention], ids=lambda s: s.__name__)
+@pytest.mark.parametrize(
+    "structure",
+    [ops.Linear, ops.Conv, weightonly.WeightOnly, weightonly.Decode, attention.Attention],
+    ids=lambda s: s.__name__,
+)
 def test_structures_have_the_fields_of_the_native_ones_in_their_places(structure):
     """A field added, swapped or widened on one side only shifts what the other reads."""
     fields = getattr(library.library(), f"dq_{structure.__name__.lower()}_fields")

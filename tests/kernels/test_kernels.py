@@ -258,7 +258,7 @@ def test_the_fast_kernel_is_chosen_and_every_refusal_has_a_reason():
     able = [name for name in ("cpu", "torchops") if not kernels.backends()[name].why_not(*INT8_HERE)]
     assert quick.backend == [*able, "dense"][0] and quick.emulated == (not able)
     assert able == [] or "int8 x int8" in quick.label
-    slow = kernels.choose("linear", plan("linear", (8, 8), "int5/channel", act=None), "cpu")
+    slow = kernels.choose("linear", plan("linear", (8, 8), "fp8/channel", act=None), "cpu")
     assert slow.backend == "dense" and ("torchops", "weight-only: activations stay in floating point") in slow.refusals
 
 

@@ -1,10 +1,12 @@
-"""dq's own CPU kernels: int8 and int4 weights on integer dot products, C++ behind a plain C interface.
+"""dq's own CPU kernels for weights of 2 to 8 bits, symmetric and affine: C++ behind a plain C interface.
 
-    y[m, n] = sum_g sx[m, g] sw[n, g] sum_{k in g} (q[m, k] - z[m, g]) w[n, k] + low-rank branch + bias
+    y[m, n] = sum_g sx[m, g] sw[n, g] sum_{k in g} (q[m, k] - z[m, g]) (w[n, k] - zw[n, g]) + low-rank branch + bias
 
-Rounding of the activations, product, scales, branch and bias are one call. Weights are read from their stored rows and
-laid out in cache while they are used (native/panel.h). Under autograd, and for dtypes other than fp32, bf16 and fp16,
-a layer runs on `dense`. Linears run from AVX2 on, the rest from AVX512 with VNNI and bf16 on (library.py: levels).
+Rounding of the activations, integer product, scales, branch and bias are one call. Weights are read from their packed
+rows and laid out in cache while they are used (native/panel.h). Weight-only linears are one call as well, their weights
+decoded in cache (native/weightonly.h); weight-only convolutions decode theirs first. Under autograd, and for dtypes
+other than fp32, bf16 and fp16, a layer runs on `dense`. Linears and weight-only layers run from AVX2 on, the rest from
+AVX512 with VNNI and bf16 on (library.py: levels).
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ import torch.nn.functional as F
 from dq.formats.integer import Integer
 from dq.kernels import Conv, Tensors, dense, reference
 from dq.kernels.cpu.library import UNITS, level, missing
+from dq.kernels.reference import CONVS
 from dq.plan import LayerPlan
 
 RANK = 20
 STATUS = "stable"
 MOST_COLUMNS = 65_000  # sums of that many products of 255 x 127 fit 31 bits
-THIN = 16  # rows up to which a weight-only linear is bound by reading its weight
-NATIVE_BITS = (4, 8)  # other widths are unpacked by torch first
+CONV_BITS = (4, 8)  # other widths are unpacked by torch before an integer convolution
 MULTIPLIER_STEP = 32  # columns that the kernel multiplies by one multiplier at least
 
 
@@ -32,36 +34,21 @@ def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> 
     if device != "cpu":
         return f"dq's CPU kernels do not run on {device}"
     weight = plan.weight
-    if not _integer(weight.spec):
-        return f"dq's CPU kernels multiply symmetric integers, not {weight.format}"
+    if not isinstance(weight.spec, Integer):
+        return f"dq's CPU kernels multiply integers, not {weight.format}"
     if plan.splits:
         return "an input split needs one product per part"
-    if plan.columns > MOST_COLUMNS:
-        return f"sums over {plan.columns} columns may overflow 32 bits"
-    if _group(weight.grain) % 4:
+    if (weight.grain.size or 0) % 4 and (plan.act is None or not weight.grain.two_level):
         return f"groups of {weight.grain.size} columns are no multiple of 4"
-    reason = (_why_not_weight_only if plan.act is None else _why_not_integer)(op, plan, conv)
-    return reason or missing(_least(op, plan))
-
-
-def _least(op: str, plan: LayerPlan) -> str:
-    """The lowest level that has the layer's kernel."""
-    return "avx512" if plan.act is None else "avx2"
-
-
-def _integer(spec) -> bool:
-    return isinstance(spec, Integer) and not spec.affine
-
-
-def _why_not_weight_only(op: str, plan: LayerPlan, conv: Conv | None) -> str | None:
-    if op != "linear" or plan.weight.spec.bits not in NATIVE_BITS or plan.rank:
-        return "weight-only: activations stay in floating point"
-    return None
+    reason = None if plan.act is None else _why_not_integer(op, plan, conv)
+    return reason or missing()
 
 
 def _why_not_integer(op: str, plan: LayerPlan, conv: Conv | None) -> str | None:
     act, weight = plan.act, plan.weight
     assert act is not None
+    if plan.columns > MOST_COLUMNS:
+        return f"sums over {plan.columns} columns may overflow 32 bits"
     if not isinstance(act.spec, Integer):
         return f"dq's CPU kernels round activations to integers, not to {act.format}"
     if act.scale != "dynamic" and act.spec.affine:
@@ -69,6 +56,8 @@ def _why_not_integer(op: str, plan: LayerPlan, conv: Conv | None) -> str | None:
     if op == "conv" and act.granularity != "token":
         if _group(weight.grain):
             return "dq's int8 convolution takes one weight scale per output channel, not per group"
+        if weight.spec.affine:
+            return "dq's int8 convolution takes symmetric weights"
         if conv is not None and conv.groups > 1:
             return "a grouped convolution is one small product per group"
         return "a convolution has no fixed activation shift here" if act.shift else None
@@ -81,19 +70,20 @@ def _why_not_integer(op: str, plan: LayerPlan, conv: Conv | None) -> str | None:
 
 
 def label(op: str, plan: LayerPlan) -> str:
-    if plan.act is None:
-        return f"dq cpu {plan.weight.format} weight-only up to {THIN} rows, else {dense.label(op, plan)}"
     lower = "" if level() in ("avx512", "none") else f" on {UNITS[level()]}"
+    if plan.act is None:
+        what = "weight-only" if op == "linear" else f"decoded + F.conv{len(plan.shape) - 2}d"
+        return f"dq cpu {plan.weight.format} {what}{lower}"
     return f"dq cpu {plan.weight.format} x {plan.act.format}{' conv' if op == 'conv' else ''}{lower}"
 
 
 def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
     """See the package docstring of dq.kernels."""
-    from dq.kernels.cpu import ops
+    from dq.kernels.cpu import ops, weightonly  # noqa: F401  defines the ops
 
     plain = dense.build(op, plan, conv)
     if plan.act is None:
-        fast = _thin(plan, plain)
+        fast = _weight_only(plan) if op == "linear" else _decoded(plan, conv)
     elif op == "linear":
         fast = _linear(plan)
     else:
@@ -109,7 +99,9 @@ def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor
 
 def build_gelu(plan: LayerPlan) -> Callable[[torch.Tensor, Tensors], torch.Tensor] | None:
     """See the package docstring of dq.kernels; the branch, where it is not fused, would come after the GELU."""
-    if plan.act is None or plan.rank % 2:
+    if plan.act is None:
+        return _weight_only(plan, gelu=True)
+    if plan.rank % 2:
         return None
     fast, plain = _linear(plan, gelu=True), _linear(plan)
 
@@ -121,19 +113,15 @@ def build_gelu(plan: LayerPlan) -> Callable[[torch.Tensor, Tensors], torch.Tenso
     return run
 
 
-def _multiplier_group(plan: LayerPlan, op: str = "linear") -> int:
-    """Columns that share a multiplier of two-level scales which the kernel reads; 0: it is in the codes already."""
+def _multiplier_group(plan: LayerPlan) -> int:
+    """Columns that share a multiplier of two-level scales which the kernel of linears reads; 0: there is none to read."""
     grain = plan.weight.grain
-    native = op == "linear" and plan.weight.spec.bits in NATIVE_BITS
-    return grain.size if native and grain.two_level and grain.size % MULTIPLIER_STEP == 0 else 0
+    return grain.size if grain.two_level and grain.size % MULTIPLIER_STEP == 0 else 0
 
 
-def _codes(plan: LayerPlan, op: str = "linear") -> tuple[Callable[[Tensors], torch.Tensor], int]:
-    """-> codes(tensors) -> the weight the kernel reads, and its bits."""
-    spec = plan.weight.spec
-    if spec.bits in NATIVE_BITS and bool(_multiplier_group(plan, op)) == plan.weight.grain.two_level:
-        return lambda t: t.weight, spec.bits
-    return reference.row_codes(plan), 8
+def _codes(plan: LayerPlan, native: bool) -> tuple[Callable[[Tensors], torch.Tensor], int]:
+    """-> codes(tensors) -> the weight the kernel reads, and its bits; bytes, multiplied, where it is not `native`."""
+    return (lambda t: t.weight, plan.weight.spec.bits) if native else (reference.row_codes(plan), 8)
 
 
 def _group(grain) -> int:
@@ -154,7 +142,8 @@ def _act(plan: LayerPlan) -> dict[str, int | bool]:
 
 def _linear(plan: LayerPlan, gelu: bool = False) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
     assert plan.act is not None
-    (codes, bits), scale, multiplied = _codes(plan), reference.row_scale(plan), _multiplier_group(plan)
+    multiplied, scale = _multiplier_group(plan), reference.row_scale(plan)
+    codes, bits = _codes(plan, native=bool(multiplied) == plan.weight.grain.two_level)
     groups = {"weight_group": _group(plan.weight.grain), "act_group": _group(plan.act.grain)}
     groups["multiplier_group"] = multiplied
     fixed = {"weight_bits": bits, "shift": plan.act.shift, "gelu": gelu} | groups | _act(plan)
@@ -165,10 +154,9 @@ def _linear(plan: LayerPlan, gelu: bool = False) -> Callable[[torch.Tensor, Tens
         fused = t.down is not None and t.up is not None and x.dtype is torch.bfloat16 and t.up.shape[1] % 2 == 0
         if fused:
             low, up = F.linear(rows, _matching(t.down, x)), _matching(t.up, x)
-        bias = _matching(t.bias, x)
-        more = {"act_scale": t.act_scale, "bias": bias, "low": low, "up": up}
-        more["multiplier"] = t.scale if multiplied else None
-        y = torch.ops.dq.cpu_linear(rows, codes(t), scale(t), **more, **fixed)
+        given = {"act_scale": t.act_scale, "zero": t.zero, "bias": _matching(t.bias, x), "low": low, "up": up}
+        given["multiplier"] = t.scale if multiplied else None
+        y = torch.ops.dq.cpu_linear(rows, codes(t), scale(t), **given, **fixed)
         y = y.reshape(*x.shape[:-1], outputs)
         return y if t.down is None or fused else y + dense.low_rank(x, t, plan, None)
 
@@ -194,7 +182,8 @@ def _pixelwise(plan: LayerPlan, conv: Conv) -> Callable[[torch.Tensor, Tensors],
 
 
 def _convolution(plan: LayerPlan, conv: Conv) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
-    (codes, bits), scale = _codes(plan, "conv"), reference.row_scale(plan)
+    codes, bits = _codes(plan, native=plan.weight.spec.bits in CONV_BITS and not plan.weight.grain.two_level)
+    scale = reference.row_scale(plan)
     fixed = {"weight_bits": bits, "kernel_size": list(plan.shape[2:])} | _act(plan)
     fixed["per_pixel"] = plan.act is not None and plan.act.granularity == "token"
     fixed |= {"stride": list(conv.stride), "padding": list(conv.padding), "dilation": list(conv.dilation)}
@@ -207,17 +196,35 @@ def _convolution(plan: LayerPlan, conv: Conv) -> Callable[[torch.Tensor, Tensors
     return run
 
 
-def _thin(plan: LayerPlan, plain: Callable) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
-    spec, grain = plan.weight.spec, plan.weight.grain
-    fixed = {"weight_bits": spec.bits, "weight_group": grain.size or 0}
-    columns, outputs = plan.columns, plan.shape[0]
+def _stored(plan: LayerPlan) -> tuple[dict[str, int], Callable[[Tensors], torch.Tensor]]:
+    """-> how a weight is packed, as the ops that decode take it, and scale(tensors), an element for a group."""
+    spec, size = plan.weight.spec, plan.weight.grain.size or 0
+    return {"weight_bits": spec.bits, "weight_group": size}, lambda t: spec.step(t.scale, t.scale_global)
+
+
+def _weight_only(plan: LayerPlan, gelu: bool = False) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
+    (fixed, scale), columns, outputs = _stored(plan), plan.columns, plan.shape[0]
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
-        if x.numel() > THIN * columns:
-            return plain(x, t)
-        rows, bias = x.reshape(-1, columns), _matching(t.bias, x)
-        scale = spec.step(t.scale, t.scale_global)  # two-level ones multiplied: an element for a group
-        y = torch.ops.dq.cpu_thin(rows, t.weight, scale, bias=bias, **fixed)
+        rows, low, up = x.reshape(-1, columns), None, None
+        if t.down is not None:
+            down, up = dense.factors(t, x.dtype)
+            low = F.linear(rows, down)
+        given = {"zero": t.zero, "bias": _matching(t.bias, x), "low": low, "up": up, "gelu": gelu}
+        y = torch.ops.dq.cpu_weight_only(rows, t.weight, scale(t), **given, **fixed)
         return y.reshape(*x.shape[:-1], outputs)
+
+    return run
+
+
+def _decoded(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
+    assert conv is not None
+    (fixed, scale), shape, columns = _stored(plan), plan.shape, plan.columns
+    convolve = CONVS[len(shape) - 2]
+
+    def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+        weight = torch.ops.dq.cpu_decode(t.weight, scale(t), zero=t.zero, columns=columns, dtype=x.dtype, **fixed)
+        y = convolve(x, weight.reshape(shape), _matching(t.bias, x), *conv)
+        return y if t.down is None else y + dense.low_rank(x, t, plan, conv)
 
     return run

@@ -2,9 +2,8 @@
 
     dq::cpu_linear   x (rows, columns) -> y (rows, outputs), integer dot products
     dq::cpu_conv     x (batch, channels, *space) -> y, integer dot products
-    dq::cpu_thin     x (few rows, columns) -> y, weight-only
 
-Everything after the weight and its scale is passed by name. Structures mirror native/*.cpp field by field.
+Weight-only layers have theirs in weightonly.py. Everything after the weight and its scale is passed by name. Structures mirror native/*.cpp field by field.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def structure(name: str, **fields: str) -> type[ctypes.Structure]:
 
 Linear = structure(
     "Linear",
-    pointer="x act_scale weight weight_scale multiplier bias low up y",
+    pointer="x act_scale weight weight_scale weight_zero multiplier bias low up y",
     int64="rows columns outputs row_bytes rank weight_group act_group multiplier_group weight_scale_stride",
     int32="dtype weight_bits act_bits act_affine gelu",
     float="shift",
@@ -43,12 +42,6 @@ Conv = structure(
     int64x3="size kernel step pad gap out",
     int32="dtype weight_bits act_bits act_affine channels_last per_pixel",
 )
-Thin = structure(
-    "Thin",
-    pointer="x weight weight_scale bias y",
-    int64="rows columns outputs row_bytes weight_group weight_scale_stride",
-    int32="dtype weight_bits",
-)
 
 
 def call(name: str, arguments: ctypes.Structure, tensors: Mapping[str, torch.Tensor | None]) -> int:
@@ -58,15 +51,15 @@ def call(name: str, arguments: ctypes.Structure, tensors: Mapping[str, torch.Ten
     return getattr(library(), name)(ctypes.byref(arguments))
 
 
-def _run(name: str, arguments: ctypes.Structure, tensors: Mapping[str, torch.Tensor | None]) -> None:
+def run(name: str, arguments: ctypes.Structure, tensors: Mapping[str, torch.Tensor | None]) -> None:
     if call(name, arguments, tensors):
         raise MemoryError(f"{name}: no memory for its workspace")
 
 
 _ops = torch.library.Library("dq", "FRAGMENT")
 _ops.define(
-    "cpu_linear(Tensor x, Tensor weight, Tensor scale, *, Tensor? act_scale=None, Tensor? bias=None, "
-    "Tensor? low=None, Tensor? up=None, Tensor? multiplier=None, int weight_bits, int act_bits, "
+    "cpu_linear(Tensor x, Tensor weight, Tensor scale, *, Tensor? act_scale=None, Tensor? zero=None, "
+    "Tensor? multiplier=None, Tensor? bias=None, Tensor? low=None, Tensor? up=None, int weight_bits, int act_bits, "
     "bool act_affine=False, int weight_group=0, int act_group=0, int multiplier_group=0, float shift=0, "
     "bool gelu=False) -> Tensor"
 )
@@ -75,21 +68,18 @@ _ops.define(
     "int act_bits, bool act_affine=False, bool per_pixel=False, int[] kernel_size, int[] stride, int[] padding, "
     "int[] dilation) -> Tensor"
 )
-_ops.define(
-    "cpu_thin(Tensor x, Tensor weight, Tensor scale, *, Tensor? bias=None, int weight_bits, int weight_group=0) "
-    "-> Tensor"
-)
 
 
 def _linear(
-    x, weight, scale, *, act_scale=None, bias=None, low=None, up=None, multiplier=None, weight_bits, act_bits,
-    act_affine=False, weight_group=0, act_group=0, multiplier_group=0, shift=0.0, gelu=False,
+    x, weight, scale, *, act_scale=None, zero=None, multiplier=None, bias=None, low=None, up=None, weight_bits,
+    act_bits, act_affine=False, weight_group=0, act_group=0, multiplier_group=0, shift=0.0, gelu=False,
 ):  # fmt: skip
     """y = f(Q(x + shift) W^T + low up^T + bias), f a tanh GELU or nothing.
 
     x           (rows, columns) fp32, bf16 or fp16; y (rows, outputs) has its dtype, and so has bias (outputs,)
-    weight      int8 (outputs, bytes): packed symmetric codes of `weight_bits`, 4 or 8
+    weight      int8 (outputs, bytes): packed codes of `weight_bits`, 2 to 8
     scale       fp32 (outputs | 1, groups): groups of `weight_group` columns, 0 for one group
+    zero        int8, as scale: zero points of affine codes
     act_scale   fp32 (1,): the stored scale of x; None: one is measured per row and group of `act_group` columns, 0 for
                 one group
     act_bits    of the codes of x, with a zero point where `act_affine`
@@ -102,16 +92,16 @@ def _linear(
     arguments = Linear(
         rows=x.shape[0], columns=x.shape[1], outputs=weight.shape[0], row_bytes=weight.shape[1],
         rank=0 if up is None else up.shape[1], weight_group=weight_group, act_group=act_group,
-        multiplier_group=multiplier_group, weight_scale_stride=_scale_stride(scale), dtype=DTYPES[x.dtype],
+        multiplier_group=multiplier_group, weight_scale_stride=scale_stride(scale), dtype=DTYPES[x.dtype],
         weight_bits=weight_bits, act_bits=act_bits, act_affine=act_affine, gelu=gelu, shift=shift,
     )  # fmt: skip
     tensors = {"x": x, "act_scale": act_scale, "weight": weight, "weight_scale": scale, "bias": bias, "y": y}
-    tensors["multiplier"] = multiplier
-    _run(f"dq_linear_{level()}", arguments, tensors | {"low": low, "up": up})
+    tensors |= {"weight_zero": zero, "multiplier": multiplier, "low": low, "up": up}
+    run(f"dq_linear_{level()}", arguments, tensors)
     return y
 
 
-def _scale_stride(scale: torch.Tensor) -> int:
+def scale_stride(scale: torch.Tensor) -> int:
     return 0 if scale.shape[0] == 1 else scale.shape[1]
 
 
@@ -135,13 +125,13 @@ def _conv(
     y = y.contiguous(memory_format=MEMORY[x.dim()]) if last else y
     arguments = Conv(
         batch=x.shape[0], channels=x.shape[1], outputs=weight.shape[0], row_bytes=weight.shape[1],
-        weight_scale_stride=_scale_stride(scale), size=_three(x.shape[2:]), kernel=_three(kernel_size),
+        weight_scale_stride=scale_stride(scale), size=_three(x.shape[2:]), kernel=_three(kernel_size),
         step=_three(stride), pad=_three(padding, 0), gap=_three(dilation), out=_three(out), dtype=DTYPES[x.dtype],
         weight_bits=weight_bits, act_bits=act_bits, act_affine=act_affine, channels_last=last,
         per_pixel=per_pixel,
     )  # fmt: skip
     tensors = {"x": x, "weight": weight, "weight_scale": scale, "bias": bias, "act_scale": act_scale, "y": y}
-    _run(f"dq_conv_{level()}", arguments, tensors)
+    run(f"dq_conv_{level()}", arguments, tensors)
     return y
 
 
@@ -152,19 +142,6 @@ def _three(values: Sequence[int], missing: int = 1) -> ctypes.Array:
 
 def _is_channels_last(x: torch.Tensor) -> bool:
     return x.dim() in MEMORY and not x.is_contiguous() and x.is_contiguous(memory_format=MEMORY[x.dim()])
-
-
-def _thin(x, weight, scale, *, bias=None, weight_bits, weight_group=0):
-    """y = x W^T + bias, x (rows, columns) in floating point; tensors as `_linear` has them."""
-    x = x.contiguous()
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    arguments = Thin(
-        rows=x.shape[0], columns=x.shape[1], outputs=weight.shape[0], row_bytes=weight.shape[1],
-        weight_group=weight_group, weight_scale_stride=_scale_stride(scale), dtype=DTYPES[x.dtype],
-        weight_bits=weight_bits,
-    )  # fmt: skip
-    _run("dq_thin", arguments, {"x": x, "weight": weight, "weight_scale": scale, "bias": bias, "y": y})
-    return y
 
 
 def _fake_rows(x, weight, scale, **rest):
@@ -179,7 +156,6 @@ def _fake_conv(x, weight, scale, *, kernel_size, stride, padding, dilation, **re
 for _name, _kernel, _fake in (
     ("cpu_linear", _linear, _fake_rows),
     ("cpu_conv", _conv, _fake_conv),
-    ("cpu_thin", _thin, _fake_rows),
 ):
     _ops.impl(_name, _kernel, "CPU")
     torch.library.register_fake(f"dq::{_name}", _fake, lib=_ops)

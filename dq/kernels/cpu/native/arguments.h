@@ -1,4 +1,4 @@
-// Arguments of the kernels that every level has; mirrored field by field in ops.py.
+// Arguments of the kernels that every level has; mirrored field by field in ops.py and weightonly.py.
 #pragma once
 #include "common.h"
 
@@ -9,7 +9,8 @@ struct DqLinear {
   const float* act_scale;  // one stored scale of the activations, or null: measured
   const int8_t* weight;
   const float* weight_scale;
-  const int8_t* multiplier;  // (outputs, groups of multiplier_group columns) of two-level scales, or null
+  const int8_t* weight_zero;  // zero points of affine weights, as weight_scale; or null
+  const int8_t* multiplier;   // (outputs, groups of multiplier_group columns) of two-level scales, or null
   const void* bias;
   const void* low;  // the low-rank branch: (rows, rank) bf16, or null
   const void* up;   // (outputs, rank) bf16
@@ -35,5 +36,31 @@ struct DqConv {
   dq::Dtype dtype;
   int32_t weight_bits, act_bits, act_affine, channels_last;
   int32_t per_pixel;  // a scale and zero point a pixel instead of one a sample; output pixels are input pixels then
+};
+
+struct DqWeightOnly {
+  const void* x;  // (rows, columns)
+  const int8_t* weight;
+  const float* weight_scale;
+  const int8_t* weight_zero;
+  const void* bias;
+  const void* low;  // the low-rank branch: (rows, rank), or null
+  const void* up;   // (outputs, rank)
+  void* y;          // (rows, outputs); x, bias, low, up and y are of `dtype`
+  int64_t rows, columns, outputs, row_bytes, rank;
+  int64_t weight_group;  // 0: the whole row
+  int64_t weight_scale_stride;
+  dq::Dtype dtype;
+  int32_t weight_bits, gelu;
+};
+
+struct DqDecode {
+  const int8_t* weight;
+  const float* weight_scale;
+  const int8_t* weight_zero;
+  void* y;  // (rows, columns) of `dtype`
+  int64_t rows, columns, row_bytes, weight_group, weight_scale_stride;
+  dq::Dtype dtype;
+  int32_t weight_bits;
 };
 }

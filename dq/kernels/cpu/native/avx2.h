@@ -2,7 +2,7 @@
 // ones take bytes, four products (vpmaddubsw). With AVX-VNNI bytes serve all, four products and their sum (vpdpbusd).
 // Every sum is exact.
 #pragma once
-#include "common.h"
+#include "codes.h"
 #ifdef DQ_AVXVNNI
 #pragma GCC target("avx2,fma,f16c,avxvnni")
 #define DQ_LEVEL avxvnni
@@ -100,6 +100,11 @@ DQ_INLINE Words sub(Words a, Words b) { return _mm256_sub_epi32(a, b); }
 DQ_INLINE Words mul(Words a, Words b) { return _mm256_mullo_epi32(a, b); }
 DQ_INLINE Words min(Words a, Words b) { return _mm256_min_epi32(a, b); }
 DQ_INLINE Words max(Words a, Words b) { return _mm256_max_epi32(a, b); }
+DQ_INLINE Floats as_floats(Words a) { return _mm256_castsi256_ps(a); }
+DQ_INLINE Words as_words(Floats a) { return _mm256_castps_si256(a); }
+DQ_INLINE Words sub_bytes(Words a, Words b) { return _mm256_sub_epi8(a, b); }
+DQ_INLINE Words sub_halves(Words a, Words b) { return _mm256_sub_epi16(a, b); }
+DQ_INLINE Words both(Words a, Words b) { return _mm256_and_si256(a, b); }
 DQ_INLINE Words times_128(Words a) { return _mm256_slli_epi32(a, 7); }
 DQ_INLINE Words round(Floats a) { return _mm256_cvtps_epi32(a); }
 DQ_INLINE Floats to_floats(Words a) { return _mm256_cvtepi32_ps(a); }
@@ -169,19 +174,70 @@ DQ_INLINE void transpose(Words r[kLanes]) {
   DQ_UNROLL for (int i = 0; i < 8; i++) r[i] = t[i];
 }
 
-// 32 codes of one row from column k on, as signed bytes; 0 beyond the end.
-DQ_INLINE Words row_codes(const int8_t* row, long k, long columns, int bits) {
-  const long left = columns - k;
-  if (bits == 8) return _mm256_set_m128i(read_bytes(row + k + 16, left - 16), read_bytes(row + k, left));
-  Words wide = _mm256_cvtepu8_epi16(read_bytes(row + k / 2, (left + 1) / 2));  // low nibble first
-  const Words low = _mm256_set1_epi16(0x0f), high = _mm256_set1_epi16(0xf0), eight = _mm256_set1_epi8(8);
-  Words both = _mm256_or_si256(_mm256_and_si256(wide, low), _mm256_slli_epi16(_mm256_and_si256(wide, high), 4));
-  Words codes = _mm256_sub_epi8(_mm256_xor_si256(both, eight), eight);
-  if (left >= 32) return codes;
-  alignas(32) int8_t bytes[32];  // a row of odd length ends in a nibble of nothing
+// Up to 16 bytes of a row of `length` from byte `at` on; 0 after its end.
+DQ_INLINE __m128i read_row(const int8_t* row, long at, long length) {
+  const long left = length - at;
+  if (left >= 16 || left <= 0 || length < 16) return read_bytes(row + at, left);
+  alignas(16) static constexpr int8_t kSlide[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                                    -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)(row + length - 16)),
+                          _mm_loadu_si128((const __m128i*)(kSlide + 16 - left)));
+}
+
+// 32 codes of a row from column k on, a multiple of 8, as signed bytes, all of them there. FORM: 8 and 4 bits, or 0: any.
+template <int FORM>
+DQ_INLINE Words whole_codes(const int8_t* row, long k, long columns, int bits) {
+  if constexpr (FORM == 8) return read((const void*)(row + k));
+  if constexpr (FORM == 4) {
+    const Words low = _mm256_set1_epi16(0x0f), high = _mm256_set1_epi16(0xf0), eight = _mm256_set1_epi8(8);
+    Words wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(row + k / 2)));  // low nibble first
+    Words both = _mm256_or_si256(_mm256_and_si256(wide, low), _mm256_slli_epi16(_mm256_and_si256(wide, high), 4));
+    return _mm256_sub_epi8(_mm256_xor_si256(both, eight), eight);
+  }
+  const Spread& s = spread(bits);
+  const long at = k * bits / 8, length = bytes_of(columns, bits);
+  const Words packed = _mm256_set_m128i(read_row(row, at + 2 * bits, length), read_row(row, at, length));
+  const __m128i down = _mm_cvtsi32_si128(16 - bits);
+  const Words raise = read(s.raise);
+  Words first = _mm256_mullo_epi16(_mm256_shuffle_epi8(packed, read(s.first)), raise);
+  Words second = _mm256_mullo_epi16(_mm256_shuffle_epi8(packed, read(s.second)), raise);
+  return _mm256_packs_epi16(_mm256_sra_epi16(first, down), _mm256_sra_epi16(second, down));
+}
+
+// The same of any width, with 0 beyond the end.
+static __attribute__((noinline)) Words last_codes(const int8_t* row, long k, long columns, int bits) {
+  alignas(32) int8_t bytes[64] = {};
+  memcpy(bytes, row + k * bits / 8, bytes_of(columns, bits) - k * bits / 8);
+  Words codes = bits == 8   ? whole_codes<8>(bytes, 0, 64, 8)
+                : bits == 4 ? whole_codes<4>(bytes, 0, 64, 4)
+                            : whole_codes<0>(bytes, 0, 64, bits);
   write(bytes, codes);
-  memset(bytes + left, 0, 32 - left);
-  return read(bytes);
+  memset(bytes + columns - k, 0, 32 - (columns - k));
+  return read((const void*)bytes);
+}
+
+DQ_INLINE Words row_codes(const int8_t* row, long k, long columns, int bits) {
+  if (columns - k < 32) return columns > k ? last_codes(row, k, columns, bits) : every(0);
+  if (bits == 8) return whole_codes<8>(row, k, columns, bits);
+  return bits == 4 ? whole_codes<4>(row, k, columns, bits) : whole_codes<0>(row, k, columns, bits);
+}
+
+// Quarter P of 32 signed bytes, and 8 of them from memory.
+template <int P>
+DQ_INLINE Words quarter(Words bytes) {
+  const __m128i half = P < 2 ? _mm256_castsi256_si128(bytes) : _mm256_extracti128_si256(bytes, 1);
+  return _mm256_cvtepi8_epi32(P % 2 ? _mm_unpackhi_epi64(half, half) : half);
+}
+DQ_INLINE Words read_codes(const int8_t* from) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)); }
+// Byte B of each word, with its sign.
+template <int B>
+DQ_INLINE Words byte_of(Words words) {
+  return _mm256_srai_epi32(_mm256_slli_epi32(words, 24 - 8 * B), 24);
+}
+DQ_INLINE float sum_of(Floats a) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 
 // --- dot products ---------------------------------------------------------------------------------------------------
@@ -202,19 +258,22 @@ struct Halves {
   static constexpr int kOnes = 0x00010001;
   static DQ_METHOD void dot(Words& sum, Words act, Words weight) { sum = add(sum, _mm256_madd_epi16(act, weight)); }
   static DQ_METHOD void dots(Words* sum, const void* act, const Words* weights) { DQ_STEP("vpmaddwd", "vpaddd"); }
-  static DQ_METHOD Words row_words(const int8_t* row, long k, long columns, int) {
-    return _mm256_cvtepi8_epi16(read_bytes(row + k, columns - k));
+  static DQ_METHOD Words row_words(const int8_t* row, long k, long columns, int bits) {
+    if (bits == 8) return _mm256_cvtepi8_epi16(read_bytes(row + k, columns - k));
+    return _mm256_cvtepi8_epi16(_mm256_castsi256_si128(row_codes(row, k, columns, bits)));
   }
 };
 
-// A word holds four codes: activations u8, code + 128, times weights of -8 to 7. A sum of 2 products is within 4,080 and
-// one of 16 within 32,640, so that vpmaddubsw never saturates and eight words may be added in 16 bits.
-struct Nibbles {
+// A word holds four codes: activations u8, code + 128, times weights of few bits. A sum of 2 products with -8 to 7 is
+// within 4,080 and one of 16 within 32,640, so that vpmaddubsw never saturates and eight words may be added in 16 bits;
+// with -16 to 15 it is four.
+template <long WORDS>
+struct Short {
   using Code = uint8_t;
   static constexpr long kCodes = 4;
   static constexpr int kOffset = 128;
   static constexpr int kOnes = 0x01010101;
-  static constexpr long kBlock = 8;  // words
+  static constexpr long kBlock = WORDS;
   static DQ_METHOD void short_dots(Words* sum, const void* act, const Words* weights) {
     DQ_STEP("vpmaddubsw", "vpaddw");
   }
@@ -232,6 +291,8 @@ struct Nibbles {
     return row_codes(row, k, columns, bits);
   }
 };
+
+using Nibbles = Short<8>;
 
 #ifdef DQ_AVXVNNI
 // A word holds four codes: activations u8, code + 128, times weights s8.
@@ -256,11 +317,13 @@ struct Bytes {
     return _mm256_shuffle_epi8(table, _mm256_and_si256(codes, _mm256_set1_epi8(15)));
   }
 };
-using Wide = Bytes;
-using Narrow = Bytes;
+using Wide = Bytes;      // weights of up to 8 bits
+using Narrow = Bytes;    // of up to 4
+using Between = Bytes;   // of up to 5
 #else
 using Wide = Halves;
 using Narrow = Nibbles;
+using Between = Short<4>;
 #endif
 
 // --- what attention needs -------------------------------------------------------------------------------------------
@@ -275,11 +338,6 @@ DQ_INLINE Words whole(HalfWords a) { return a; }
 
 DQ_INLINE Flags equal(Floats a, Floats b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
 DQ_INLINE Floats chosen(Floats a, Floats b, Flags flags) { return _mm256_blendv_ps(a, b, flags); }  // b where set
-DQ_INLINE float sum_of(Floats a) {
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
 DQ_INLINE int sum_of(Words a) {
   int lane[kLanes], sum = 0;
   write((void*)lane, a);

@@ -1,6 +1,6 @@
 // AVX512 with VNNI: 16 lanes, four products of bytes a lane and instruction, or two of bf16 where there are units.
 #pragma once
-#include "common.h"
+#include "codes.h"
 #define DQ_BYTE_PRODUCTS
 #ifdef DQ_WITHOUT_BF16
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
@@ -79,6 +79,9 @@ DQ_INLINE Floats read(const float* from, Mask lanes) { return _mm512_maskz_loadu
 DQ_INLINE Words read(const void* from) { return _mm512_loadu_si512(from); }
 DQ_INLINE void write(float* to, Floats value) { _mm512_storeu_ps(to, value); }
 DQ_INLINE void write(void* to, Words value) { _mm512_storeu_si512(to, value); }
+DQ_INLINE void write_codes(int16_t* to, Mask lanes, Words value) {
+  _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtepi32_epi16(value));
+}
 DQ_INLINE void write_codes(uint8_t* to, Mask lanes, Words value) {
   __m128i codes = _mm512_cvtepi32_epi8(value);
   if (lanes == all_lanes()) return _mm_storeu_si128((__m128i*)to, codes);
@@ -111,6 +114,11 @@ DQ_INLINE Words sub(Words a, Words b) { return _mm512_sub_epi32(a, b); }
 DQ_INLINE Words mul(Words a, Words b) { return _mm512_mullo_epi32(a, b); }
 DQ_INLINE Words min(Words a, Words b) { return _mm512_min_epi32(a, b); }
 DQ_INLINE Words max(Words a, Words b) { return _mm512_max_epi32(a, b); }
+DQ_INLINE Floats as_floats(Words a) { return _mm512_castsi512_ps(a); }
+DQ_INLINE Words as_words(Floats a) { return _mm512_castps_si512(a); }
+DQ_INLINE Words sub_bytes(Words a, Words b) { return _mm512_sub_epi8(a, b); }
+DQ_INLINE Words sub_halves(Words a, Words b) { return _mm512_sub_epi16(a, b); }
+DQ_INLINE Words both(Words a, Words b) { return _mm512_and_si512(a, b); }
 DQ_INLINE Words times_128(Words a) { return _mm512_slli_epi32(a, 7); }
 DQ_INLINE Words round(Floats a) { return _mm512_cvtps_epi32(a); }
 DQ_INLINE Floats to_floats(Words a) { return _mm512_cvtepi32_ps(a); }
@@ -150,17 +158,79 @@ DQ_INLINE void transpose16(__m512i r[16]) {
 
 DQ_INLINE void transpose(Words r[kLanes]) { transpose16(r); }
 
-// 64 codes of one row from column k on, as signed bytes; 0 beyond the end.
-DQ_INLINE __m512i row_codes(const int8_t* row, long k, long columns, int bits) {
-  if (bits == 8) return _mm512_maskz_loadu_epi8(first_bytes(columns - k), row + k);
-  long left = (columns - k + 1) / 2;
-  __m256i packed = _mm256_maskz_loadu_epi8((__mmask32)first_bytes(std::min(left, 32l)), row + k / 2);
-  __m512i wide = _mm512_cvtepu8_epi16(packed);  // low nibble first
-  __m512i both = _mm512_or_si512(_mm512_and_si512(wide, _mm512_set1_epi16(0x0f)),
-                                 _mm512_slli_epi16(_mm512_and_si512(wide, _mm512_set1_epi16(0xf0)), 4));
-  const __m512i eight = _mm512_set1_epi8(8);
-  return _mm512_maskz_sub_epi8(first_bytes(columns - k), _mm512_xor_si512(both, eight), eight);
+// The bytes of 64 codes of 2 to 7 bits, and what moves those a shuffle has paired to the top of 16 bits.
+DQ_INLINE Words packed_codes(const int8_t* row, long k, int bits) {
+  return _mm512_maskz_loadu_epi8((1ull << 8 * bits) - 1, row + k * bits / 8);
 }
+DQ_INLINE Words raised(Words packed, const uint8_t* pairs, const Spread& s) {
+  return _mm512_mullo_epi16(_mm512_shuffle_epi8(packed, read(pairs)), read(s.raise));
+}
+
+// 64 codes of a row from column k on, a multiple of 8, as signed bytes, all of them there. FORM: 8 and 4 bits, or 0: any.
+template <int FORM>
+DQ_INLINE Words whole_codes(const int8_t* row, long k, long, int bits) {
+  if constexpr (FORM == 8) return _mm512_loadu_si512(row + k);
+  if constexpr (FORM == 4) {
+    const Words low = _mm512_set1_epi16(0x0f), high = _mm512_set1_epi16(0xf0), eight = _mm512_set1_epi8(8);
+    Words wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(row + k / 2)));  // low nibble first
+    Words both = _mm512_or_si512(_mm512_and_si512(wide, low), _mm512_slli_epi16(_mm512_and_si512(wide, high), 4));
+    return _mm512_sub_epi8(_mm512_xor_si512(both, eight), eight);
+  }
+  const Spread& s = spread(bits);
+  const Words packed = _mm512_permutexvar_epi16(read(s.start), packed_codes(row, k, bits));
+  const __m128i down = _mm_cvtsi32_si128(16 - bits);
+  return _mm512_packs_epi16(_mm512_sra_epi16(raised(packed, s.first, s), down),
+                            _mm512_sra_epi16(raised(packed, s.second, s), down));
+}
+
+// The same of any width, with 0 beyond the end.
+static __attribute__((noinline)) Words last_codes(const int8_t* row, long k, long columns, int bits) {
+  alignas(64) int8_t bytes[64] = {};
+  memcpy(bytes, row + k * bits / 8, bytes_of(columns, bits) - k * bits / 8);
+  Words codes = bits == 8   ? whole_codes<8>(bytes, 0, 64, 8)
+                : bits == 4 ? whole_codes<4>(bytes, 0, 64, 4)
+                            : whole_codes<0>(bytes, 0, 64, bits);
+  return _mm512_maskz_mov_epi8(first_bytes(columns - k), codes);
+}
+
+DQ_INLINE Words row_codes(const int8_t* row, long k, long columns, int bits) {
+  if (columns - k < 64) return columns > k ? last_codes(row, k, columns, bits) : every(0);
+  if (bits == 8) return whole_codes<8>(row, k, columns, bits);
+  return bits == 4 ? whole_codes<4>(row, k, columns, bits) : whole_codes<0>(row, k, columns, bits);
+}
+
+// Quarter P of 64 signed bytes, and 16 of them from memory.
+template <int P>
+DQ_INLINE Words quarter(Words bytes) {
+  return _mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(bytes, P));
+}
+DQ_INLINE Words read_codes(const int8_t* from) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)); }
+// Byte B of each word, with its sign.
+template <int B>
+DQ_INLINE Words byte_of(Words words) {
+  return _mm512_srai_epi32(_mm512_slli_epi32(words, 24 - 8 * B), 24);
+}
+DQ_INLINE float sum_of(Floats a) { return _mm512_reduce_add_ps(a); }
+#ifdef DQ_BF16_UNITS
+// 64 codes of up to 7 bits as the bf16 numbers 128 + 2^(bits - 1) + code, in order.
+DQ_INLINE void raised_codes(const int8_t* row, long k, int bits, Words w[2]) {
+  const Spread& s = spread(bits);
+  const Words packed = packed_codes(row, k, bits);
+  const __m128i down = _mm_cvtsi32_si128(16 - bits);
+  const Words base = _mm512_set1_epi16(0x4300 | 1 << (bits - 1));  // the sign bit turned: code + half the range
+  DQ_UNROLL for (int j = 0; j < 2; j++) {
+    const Words here = _mm512_permutexvar_epi16(read(s.turn[j]), packed);
+    w[j] = _mm512_xor_si512(_mm512_srl_epi16(raised(here, s.ordered, s), down), base);
+  }
+}
+
+// 32 numbers of bf16, `first` before `second`; and 16 words, each with one of `even` below one of `odd`.
+DQ_INLINE Words in_order(Floats first, Floats second) { return (Words)_mm512_cvtne2ps_pbh(second, first); }
+DQ_INLINE Words in_pairs(Floats even, Floats odd) {
+  const Words in_turn = _mm512_add_epi32(_mm512_set1_epi32(16 << 16), _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), every(0x00010001)));
+  return _mm512_permutexvar_epi16(in_turn, in_order(even, odd));
+}
+#endif
 
 // --- the dot product ------------------------------------------------------------------------------------------------
 
@@ -185,8 +255,28 @@ struct Bytes {
     return _mm512_shuffle_epi8(table, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
   }
 };
-using Wide = Bytes;    // weights of up to 8 bits
-using Narrow = Bytes;  // weights of up to 4 bits
+
+// A word holds two codes of 16 bits: what affine weights of 8 bits take once their zero points are subtracted.
+struct Halves {
+  using Code = int16_t;
+  static constexpr long kCodes = 2;
+  static constexpr int kOffset = 0;
+  static constexpr int kOnes = 0x00010001;
+  static DQ_METHOD void dot(Words& sum, Words act, Words weight) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(act), "v"(weight));
+  }
+  static DQ_METHOD void dots(Words* sum, const void* act, const Words* weights) {
+    Words u = broadcast4(act);
+    DQ_UNROLL for (int j = 0; j < kRegisters; j++) dot(sum[j], u, weights[j]);
+  }
+  static DQ_METHOD Words row_words(const int8_t* row, long k, long columns, int bits) {
+    return _mm512_cvtepi8_epi16(_mm512_castsi512_si256(row_codes(row, k, columns, bits)));
+  }
+};
+
+using Wide = Bytes;     // weights of up to 8 bits
+using Narrow = Bytes;   // of up to 4
+using Between = Bytes;  // of up to 5
 
 // --- what attention needs -------------------------------------------------------------------------------------------
 
@@ -200,7 +290,6 @@ DQ_INLINE Words whole(HalfWords a) { return _mm512_castsi256_si512(a); }
 
 DQ_INLINE Flags equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 DQ_INLINE Floats chosen(Floats a, Floats b, Flags flags) { return _mm512_mask_mov_ps(a, flags, b); }  // b where set
-DQ_INLINE float sum_of(Floats a) { return _mm512_reduce_add_ps(a); }
 DQ_INLINE int sum_of(Words a) { return _mm512_reduce_add_epi32(a); }
 DQ_INLINE int largest(Words a) { return _mm512_reduce_max_epi32(a); }
 

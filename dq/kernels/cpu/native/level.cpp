@@ -20,11 +20,20 @@ extern "C" int dq_cpu_levels() {
 extern "C" const char* dq_fingerprint() { return DQ_FINGERPRINT; }
 
 DQ_FIELDS(DqLinear, dq_linear_fields, FIELD(x), FIELD(act_scale), FIELD(weight), FIELD(weight_scale),
-          FIELD(multiplier), FIELD(bias), FIELD(low), FIELD(up), FIELD(y), FIELD(rows), FIELD(columns), FIELD(outputs),
-          FIELD(row_bytes), FIELD(rank), FIELD(weight_group), FIELD(act_group), FIELD(multiplier_group),
-          FIELD(weight_scale_stride), FIELD(dtype), FIELD(weight_bits), FIELD(act_bits), FIELD(act_affine), FIELD(gelu),
-          FIELD(shift))
+          FIELD(weight_zero), FIELD(multiplier), FIELD(bias), FIELD(low), FIELD(up), FIELD(y), FIELD(rows),
+          FIELD(columns), FIELD(outputs), FIELD(row_bytes), FIELD(rank), FIELD(weight_group), FIELD(act_group),
+          FIELD(multiplier_group), FIELD(weight_scale_stride), FIELD(dtype), FIELD(weight_bits), FIELD(act_bits),
+          FIELD(act_affine), FIELD(gelu), FIELD(shift))
+
 DQ_FIELDS(DqConv, dq_conv_fields, FIELD(x), FIELD(weight), FIELD(weight_scale), FIELD(bias), FIELD(act_scale),
           FIELD(y), FIELD(batch), FIELD(channels), FIELD(outputs), FIELD(row_bytes), FIELD(weight_scale_stride),
           FIELD(size), FIELD(kernel), FIELD(step), FIELD(pad), FIELD(gap), FIELD(out), FIELD(dtype),
           FIELD(weight_bits), FIELD(act_bits), FIELD(act_affine), FIELD(channels_last), FIELD(per_pixel))
+
+DQ_FIELDS(DqWeightOnly, dq_weightonly_fields, FIELD(x), FIELD(weight), FIELD(weight_scale), FIELD(weight_zero),
+          FIELD(bias), FIELD(low), FIELD(up), FIELD(y), FIELD(rows), FIELD(columns), FIELD(outputs), FIELD(row_bytes),
+          FIELD(rank), FIELD(weight_group), FIELD(weight_scale_stride), FIELD(dtype), FIELD(weight_bits), FIELD(gelu))
+
+DQ_FIELDS(DqDecode, dq_decode_fields, FIELD(weight), FIELD(weight_scale), FIELD(weight_zero), FIELD(y), FIELD(rows),
+          FIELD(columns), FIELD(row_bytes), FIELD(weight_group), FIELD(weight_scale_stride), FIELD(dtype),
+          FIELD(weight_bits))

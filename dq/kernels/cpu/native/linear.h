@@ -95,6 +95,7 @@ Weight weight_of(const DqLinear& l, const Shape& s) {
   return {
       .codes = l.weight,
       .scale = l.weight_scale,
+      .zero = l.weight_zero,
       .bias = l.bias,
       .up = l.up,
       .outputs = l.outputs,
@@ -153,7 +154,12 @@ int run_linear(const DqLinear& l) {
   return failed;
 }
 
-int run_linear(const DqLinear& l) { return l.weight_bits == 4 ? run_linear<Narrow>(l) : run_linear<Wide>(l); }
+int run_linear(const DqLinear& l) {
+  const int bits = l.weight_bits + (l.weight_zero ? 1 : 0);  // of a code less its zero point
+  if (bits <= 4) return run_linear<Narrow>(l);
+  if (bits <= 5) return run_linear<Between>(l);
+  return bits <= 8 ? run_linear<Wide>(l) : run_linear<Halves>(l);
+}
 
 }  // namespace
 }  // namespace dq::inline DQ_LEVEL

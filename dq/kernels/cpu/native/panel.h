@@ -15,6 +15,7 @@ constexpr long kTile = kRegisters * kLanes;  // output channels of a tile
 struct Weight {
   const int8_t* codes;  // (outputs, row_bytes)
   const float* scale;   // (outputs, scale_groups), or one for all (scale_stride 0)
+  const int8_t* zero;   // as scale: zero points of affine codes, or null
   const void* bias;     // (outputs,) in `dtype`, or null
   const void* up;       // (outputs, rank) bf16 second factor of the low-rank branch, or null
   long outputs, columns, row_bytes, scale_stride, scale_groups, group, groups, rank;
@@ -104,6 +105,29 @@ static inline void lay_block(const int8_t* codes, long row_bytes, long there, lo
   }
 }
 
+// Affine codes less their zero points: a bit more than the codes have, which Dot must hold.
+template <class Dot>
+static inline void lay_zeros(const Panel& p, const Weight& w, long first) {
+  constexpr int bits = 8 * sizeof(typename Dot::Code);
+  for (long index = 0; index < w.groups * kWide; index += kLanes) {
+    const long g = index / kWide, n = index % kWide, last = std::min((g + 1) * w.group, w.columns);
+    unsigned zero[kLanes];
+    for (long i = 0; i < kLanes; i++) {
+      const long at = (first + n + i) * w.scale_stride + (w.scale_groups > 1 ? g : 0);
+      zero[i] = first + n + i < w.outputs ? (bits == 8 ? 0xffu : 0xffffu) & w.zero[at] : 0;
+      zero[i] *= Dot::kOnes;
+    }
+    const Words zeros = read((const void*)zero);
+    int8_t* codes = from(p, n).codes;
+    for (long k = g * w.group; k < last; k += Dot::kCodes) {
+      int8_t* word = codes + k / Dot::kCodes * 4 * kTile;
+      Words less = bits == 8 ? sub_bytes(read(word), zeros) : sub_halves(read(word), zeros);
+      if (k + Dot::kCodes > w.columns) less = both(less, every(int((1u << bits * (w.columns - k)) - 1)));
+      write(word, less);
+    }
+  }
+}
+
 // Sums of codes over each group of columns; `group` is a multiple of 4 or covers all columns.
 template <class Dot>
 static inline void lay_sums(const Panel& p, long columns, long group, long groups) {
@@ -179,6 +203,7 @@ static inline void lay_out(const Weight& w, long first, const Panel& p) {
   if constexpr (requires { Dot::kBlock; }) {
     if (w.multiplier) lay_times(p, w, first);
   }
+  if (w.zero) lay_zeros<Dot>(p, w, first);
   lay_sums<Dot>(p, w.columns, w.group, w.groups);
   lay_vectors(p, w, first);
 }
