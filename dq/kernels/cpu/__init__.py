@@ -4,7 +4,8 @@
 
 Rounding of the activations, product, scales, branch and bias are one call. Weights are read from their stored rows and
 laid out in cache while they are used (native/panel.h). Under autograd, and for dtypes other than fp32, bf16 and fp16,
-a layer runs on `dense`. Linears run from AVX2 on, the rest from AVX512 with VNNI and bf16 on (library.py: levels).
+a layer runs on `dense`. Integer linears and convolutions run from AVX2 on, the rest from AVX512 with VNNI and bf16 on
+(library.py: levels).
 """
 
 from __future__ import annotations
