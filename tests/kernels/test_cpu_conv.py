@@ -1,4 +1,4 @@
-"""dq's native convolutions at every CPU level: exact sums, the reference's codes, one to three dimensions, any memory."""
+"""dq's native convolutions at every CPU level: exact sums, the reference's codes, 1 to 3 dimensions, any memory."""
 
 from __future__ import annotations
 

@@ -5,8 +5,7 @@
 Rounding of the activations, integer product, scales, branch and bias are one call. Weights are read from their packed
 rows and laid out in cache while they are used (native/panel.h). Weight-only linears are one call as well, their weights
 decoded in cache (native/weightonly.h); weight-only convolutions decode theirs first. Under autograd, and for dtypes
-other than fp32, bf16 and fp16, a layer runs on `dense`. Linears and weight-only layers run from AVX2 on, the rest from
-AVX512 with VNNI and bf16 on (library.py: levels).
+other than fp32, bf16 and fp16, a layer runs on `dense`. All of it runs from AVX2 on (library.py: levels).
 """
 
 from __future__ import annotations
