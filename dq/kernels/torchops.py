@@ -7,6 +7,7 @@ z is the zero point of affine activations; sum_k w comes from one more row of on
 convolution is the product of its int8 patches (im2col) with its weight, one activation scale and zero point a sample;
 padding is the zero point. oneDNN's int8 convolution is 1.1-1.3 times as fast once its weight is laid out, but laying
 it out costs as much as the convolution, on every call or as a second copy of the weight.
+fp8 products are summed in fp32: `use_fast_accum`, with which Hopper keeps 14 bits, stays off.
 Under autograd a layer whose input needs gradients runs `dense`, which is differentiable.
 """
 
@@ -157,7 +158,8 @@ def _fp8_linear(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, T
         scale = (rows.abs().amax(-1, keepdim=True) / top).clamp_(min=SCALE_FLOOR)
         q = (rows / scale).clamp(-top, top).to(torch.float8_e4m3fn)
         w = t.weight.view(torch.float8_e4m3fn).t()
-        y = torch._scaled_mm(q, w, scale_a=scale, scale_b=t.scale.reshape(1, -1), out_dtype=torch.bfloat16)
+        scales = {"scale_a": scale, "scale_b": t.scale.reshape(1, -1)}
+        y = torch._scaled_mm(q, w, **scales, out_dtype=torch.bfloat16, use_fast_accum=False)
         y = y.to(x.dtype) if t.bias is None else y.to(x.dtype) + t.bias.to(x.dtype)
         return y.reshape(*x.shape[:-1], plan.shape[0])
 
