@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dq import cookbook, explaining, fusions, kernels, layers, planning
 from dq.errors import DQError, nearest
 from dq.host import mark, peft, ready
-from dq.layers import PackedStack, naming, packed_layers, parameter_bytes
+from dq.layers import PackedStack, naming, packed_layers, parameter_bytes, serving
 from dq.model import check_fit, install, to_dense
 from dq.plan import LayerPlan, Plan, Recipe
 from dq.report import Report
@@ -149,6 +149,7 @@ def set_backend(name: str, target=None) -> None:
     kernels.known(name)
     if target is None:
         kernels.select(name)
+        serving.choose_again()
         return
     for model in _quantized_models(target).values():
         for layer in packed_layers(model).values():
