@@ -37,7 +37,7 @@ MOST_MACS = 2**30  # of a timed call on one thread of a processor ...
 LEAST_ROWS = 128  # ... but as many rows, below which the time says nothing about many
 MARGIN = 1.05
 SECONDS = 0.12  # of taking turns for one problem
-MOST_ROUNDS = 25
+FIRST_ROUNDS, MOST_ROUNDS = 5, 25
 SECONDS_IN_ALL, SHARE = 10.0, 0.05
 FULL = "full"  # the full-precision layer among backends
 
@@ -98,6 +98,11 @@ def klass_of(x: torch.Tensor, op: str) -> int:
     return 0 if rows <= ENDS[0] else 1 if rows <= ENDS[1] else 2 if rows <= ENDS[2] else 3
 
 
+def typical_klass(plan: LayerPlan) -> int:
+    """Class of the rows that a layer sees in a typical call."""
+    return 0 if plan.role == "time" else 2
+
+
 def may_measure(x: torch.Tensor) -> bool:
     """Whether a call with x is an ordinary one, beside which something may be measured."""
     if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
@@ -129,7 +134,7 @@ def meet(problem: Problem, tensors: Tensors, backend: str | None = None) -> Choi
 
 def measures(device: str, backend: str | None = None) -> bool:
     """Whether measurements decide there: backends that the user named, and ranks, need none."""
-    if kernels.machine() is not None or device == "meta":
+    if kernels.machine() is not None or device == "meta" or (device == "cuda" and not torch.cuda.is_available()):
         return False
     return mode() == "measured" and (backend or kernels.selected()) == "auto"
 
@@ -212,8 +217,8 @@ def _time(problem: Problem, tensors: Tensors, names: list[str], table: times.Tab
 
 
 def clocked(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Median milliseconds of each; what takes more than twice as long as the fastest is called only twice."""
-    first = {name: found[0] for name, found in timing.in_turn(runs, 0.0, 1).items()}
+    """Median milliseconds of each; what takes more than twice as long as the fastest gets few calls."""
+    first = {name: min(found) for name, found in timing.in_turn(runs, SECONDS / 10, 2, FIRST_ROUNDS).items()}
     best = min(ms for name, ms in first.items() if name != FULL or len(first) == 1)
     near = {name: run for name, run in runs.items() if first[name] <= 2 * best}
     again = timing.in_turn(near, SECONDS, 3, MOST_ROUNDS)

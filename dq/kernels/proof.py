@@ -16,8 +16,9 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from dq import kernels
 from dq.formats.base import Granularity
-from dq.kernels import Conv, Tensors, backends, dense, reference
+from dq.kernels import Conv, Tensors, dense, reference
 from dq.plan import LayerPlan
 
 ROWS = (5, 37)  # of the inputs of a linear; kernels for few rows are others
@@ -33,13 +34,15 @@ ALONE: dict = {"smooth": False, "rotate": 0, "start": False, "steps": 1}  # what
 def why_wrong(name: str, op: str, plan: LayerPlan, conv: Conv | None, x: torch.Tensor) -> str | None:
     """Why a backend must not run layers of these formats; None if it is right. x: an empty tensor like the inputs."""
     small, geometry = miniature(plan, conv)
-    if backends()[name].why_not(op, small, x.device.type, geometry) is not None:  # then one of the layer's own size
+    if (
+        kernels.backends()[name].why_not(op, small, x.device.type, geometry) is not None
+    ):  # then one of the layer's own size
         small, geometry = replace(plan, **ALONE), conv
     for rows in ROWS if op == "linear" else ROWS[:1]:
         given, t = _problem(op, small, geometry, x, rows)
         truth, theirs = _truth_and_torch(op, small, geometry, given, t)
         try:
-            ours = backends()[name].build(op, small, geometry)(given, t)
+            ours = kernels.backends()[name].build(op, small, geometry)(given, t)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a kernel or its compiler raises

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from dq.kernels import Choice, Conv, Tensors, choice
 from dq.layers import hadamard
 from dq.plan import LayerPlan
 
-ONE_TOKEN, MANY = 0, 2  # classes of rows that layers see in a typical call
 _layers: weakref.WeakSet[Served] = weakref.WeakSet()
 _adding = threading.Lock()
 
@@ -41,21 +41,23 @@ class Served(nn.Module):
         self._choice: Any = None  # of the rows it met that are most, else by rank
         self._bound: Any = None  # (device type, wanted backend) that all the others are for
         self._turn: torch.Tensor | None = None
-        self._met: dict[tuple[torch.dtype, int], Choice] = {}
+        self._met: dict[tuple[torch.dtype, int], Choice] = {}  # by dtype and class of rows of the calls it had
+        self._known: dict[tuple[torch.dtype, int], Choice] = {}  # what was measured before, for calls that cannot
+        self._measures = False  # whether what was measured decides, and not `_choice` alone
 
     def bind(self, device: str) -> Choice:
         """Choose kernels for a device type, among those of the layer's backend if it has one of its own."""
         with _adding:
             _layers.add(self)
         self._turn = hadamard.hadamard(self.plan.rotate).to(device) if self.plan.rotate else None
-        self._met = {}
-        self._choice = found = choice.known(
-            self._problem(torch.device(device), self._dtype, self.typical), self.backend
-        )
-        for klass in range(len(choice.TYPICAL)):
-            problem = self._problem(torch.device(device), self._dtype, klass)
-            if choice.is_known(problem, self.backend):
-                self._met[self._dtype, klass] = choice.known(problem, self.backend)
+        self._met, self._measures = {}, choice.measures(device, self.backend)
+        classes = [self._problem(torch.device(device), self._dtype, klass) for klass in range(len(choice.TYPICAL))]
+        self._known = {
+            (problem.dtype, problem.klass): choice.known(problem, self.backend)
+            for problem in classes
+            if choice.is_known(problem, self.backend)
+        }
+        self._choice = found = choice.known(classes[choice.typical_klass(self.plan)], self.backend)
         self._bound = (device, self.backend or kernels.selected())  # last: another thread that reads it runs the rest
         return found
 
@@ -63,11 +65,6 @@ class Served(nn.Module):
     def _dtype(self) -> torch.dtype:
         """Of the inputs that a kernel gets in a typical call."""
         return torch.float32 if self.wide else self.compute_dtype
-
-    @property
-    def typical(self) -> int:
-        """Class of the rows that the layer sees in a typical call."""
-        return ONE_TOKEN if self.plan.role == "time" else MANY
 
     def ready(self, device: str) -> Choice:
         """The kernel of the layer's most rows; bound anew where the device or the wanted backend is another one."""
@@ -78,32 +75,54 @@ class Served(nn.Module):
     def serve(self, x: torch.Tensor) -> Choice:
         """The kernel for x, on its device."""
         found = self.ready(x.device.type)
-        klass = choice.klass_of(x, self.op)
-        met = self._met.get((x.dtype, klass))
-        if met is None and not torch.compiler.is_compiling() and choice.may_measure(x):
-            return self.meet(x.device, x.dtype, klass)
-        return found if met is None else met
+        if not self._measures:
+            return found
+        key = (x.dtype, choice.klass_of(x, self.op))
+        met = self._met.get(key)
+        if met is not None:
+            return met
+        if torch.compiler.is_compiling() or not choice.may_measure(x):
+            return self._known.get(key, found)
+        return self.meet(x.device, *key)
 
     def meet(self, device: torch.device, dtype: torch.dtype, klass: int) -> Choice:
         """The kernel for a class of rows, measured where it was not yet."""
         found = choice.meet(self._problem(device, dtype, klass), self.tensors(), self.backend)
-        if klass >= max((known for _, known in self._met), default=0):
-            self._choice = found
-        self._met[dtype, klass] = found
+        self._met = self._met | {(dtype, klass): found}  # a new one: another thread may be reading
+        self._choice = self._met[self.busiest]
         return found
 
     def meet_typical(self) -> Choice:
-        """The kernel of the layer where its weights are, measured if it never ran."""
-        device = self.stored.device
-        self.ready(device.type)
-        if self._met or not choice.may_measure(self.stored.data):
-            return self._choice
-        return self.meet(device, self._dtype, self.typical)
+        """The kernel of the layer where it runs, measured if it never did and its weights are there."""
+        found = self.ready(self.home)
+        if self._met or not self._measures or not choice.may_measure(self.stored.data):
+            return found
+        return self.meet(self.stored.device, *self.busiest)
+
+    def meet_as(self, plan: LayerPlan) -> Choice:
+        """What would serve the layer's weights under another plan, for the calls it has; measured if it never was."""
+        return choice.meet(replace(self.problem, plan=plan), self.tensors()._replace(act_scale=None), self.backend)
+
+    @property
+    def problem(self) -> choice.Problem:
+        """The layer and the busiest of its calls, where its weights are."""
+        return self._problem(self.stored.device, *self.busiest)
+
+    @property
+    def busiest(self) -> tuple[torch.dtype, int]:
+        """Dtype and class of the rows that are most in the calls it had, else those of a typical call."""
+        return max(self._met, key=lambda met: met[1], default=(self._dtype, choice.typical_klass(self.plan)))
+
+    @property
+    def home(self) -> str:
+        """Type of the device that the layer runs on: where it ran, while its weights are offloaded; else theirs."""
+        away = self._bound is not None and (self._met or self.stored.is_meta)
+        return self._bound[0] if away else self.stored.device.type
 
     @property
     def choice(self) -> Choice:
-        """The kernel that serves the layer where its weights are."""
-        return self.ready(self.stored.device.type)
+        """The kernel that serves the layer where it runs."""
+        return self.ready(self.home)
 
     def _problem(self, device: torch.device, dtype: torch.dtype, klass: int) -> choice.Problem:
         return choice.Problem(self.op, self.plan, self._conv(), device, dtype, klass)
@@ -120,7 +139,7 @@ class Served(nn.Module):
 
     def __getstate__(self) -> dict:
         """Without its kernels, which are chosen anew where it is used: a pickled layer goes to other machines."""
-        return super().__getstate__() | {"_choice": None, "_bound": None, "_turn": None, "_met": {}}
+        return super().__getstate__() | {"_choice": None, "_bound": None, "_turn": None, "_met": {}, "_known": {}}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
