@@ -1,4 +1,4 @@
-"""The fastest right backend serves: by proof, by time beside full precision, once for a machine, and never in a trace."""
+"""The fastest right backend serves: by proof, by time beside full precision, once for a machine, in no trace."""
 
 from __future__ import annotations
 
