@@ -12,7 +12,6 @@ then for a share of its time. DQ_CHOICE=static leaves everything to ranks, so th
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import threading
@@ -20,10 +19,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import prod
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from dq import kernels, timing
 from dq.errors import DQError, nearest
@@ -59,7 +59,7 @@ class Problem:
     dtype: torch.dtype
     klass: int
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Rows that are timed."""
         wanted = TYPICAL[self.klass]
@@ -68,20 +68,21 @@ class Problem:
         most = MOST_MACS * torch.get_num_threads() // (self.plan.rows * self.plan.columns)
         return min(wanted, max(most, LEAST_ROWS))
 
-    @property
+    @cached_property
     def formats(self) -> str:
         """What a backend's verdict is about."""
-        plan = self.plan
-        geometry = None if self.conv is None else (plan.shape[2:], *self.conv[:3], min(self.conv.groups, 4))
-        sizes = [plan.rows % 16, [(b - a) % proof.UNIT for a, b in plan.parts], min(plan.rank, proof.MOST_RANK)]
-        return json.dumps([self.op, str(plan.weight), str(plan.act), geometry, *sizes, str(self.dtype)])
+        plan, conv = self.plan, self.conv
+        sizes = plan.rows % 16, [(b - a) % proof.UNIT for a, b in plan.parts], min(plan.rank, proof.MOST_RANK)
+        geometry = None if conv is None else (plan.shape[2:], *conv[:3], min(conv.groups, 4))
+        return f"{self.op} {plan.weight} x {plan.act}, sizes {sizes}, {geometry}, {self.dtype}"
 
-    @property
+    @cached_property
     def key(self) -> str:
         """What milliseconds are about."""
         plan = self.plan
-        made = [str(plan.weight), str(plan.act), plan.shape, plan.splits, plan.rank]
-        return json.dumps([self.op, *made, self.conv, str(self.dtype), self.rows])
+        made = f"{self.op} {plan.weight} x {plan.act}, {plan.shape} split {plan.splits} rank {plan.rank}"
+        geometry = None if self.conv is None else tuple(self.conv)
+        return f"{made}, {geometry}, {self.dtype}, {self.rows} rows"
 
 
 def mode() -> str:
@@ -95,7 +96,7 @@ def mode() -> str:
 def klass_of(x: torch.Tensor, op: str) -> int:
     """Class of the rows of x (..., in), or of the pixels of x (batch, in, *space). Plain code that can be traced."""
     rows = x.numel() // max(1, x.shape[1 if op == "conv" else -1])
-    return 0 if rows <= ENDS[0] else 1 if rows <= ENDS[1] else 2 if rows <= ENDS[2] else 3
+    return 3 if rows > ENDS[2] else 2 if rows > ENDS[1] else 1 if rows > ENDS[0] else 0
 
 
 def typical_klass(plan: LayerPlan) -> int:
@@ -109,7 +110,7 @@ def may_measure(x: torch.Tensor) -> bool:
         return False
     if type(x) not in (torch.Tensor, torch.nn.Parameter) or x.is_meta or torch.jit.is_tracing():
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._len_torch_dispatch_stack() or functorch.peek_interpreter_stack() is not None:
         return False
     return kernels.machine() is None and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -250,7 +251,7 @@ def _full(problem: Problem, x: torch.Tensor) -> Callable[[], torch.Tensor]:
 def full_ms(problem: Problem, dtype: torch.dtype) -> float | None:
     """Milliseconds of the problem's full-precision layer in another dtype; None where they may not be measured."""
     asked, table = replace(problem, dtype=dtype), times.table(problem.device)
-    key = json.dumps([FULL, prod(problem.plan.shape[:1]), asked.key])
+    key = f"{FULL} {asked.key}"
     with _measuring, _plain(problem.device):
         if (key, FULL) not in table:
             if allowance() <= 0:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,8 @@ def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor
         wide = computed(x)
         weight = decode(t).reshape(plan.shape).to(wide.dtype)
         bias = None if t.bias is None else t.bias.to(wide.dtype)
-        y = CONVS[len(plan.shape) - 2](rounded(wide, t.act_scale), weight, bias, *conv)
+        run: Any = CONVS[len(plan.shape) - 2]
+        y = run(rounded(wide, t.act_scale), weight, bias, *(conv or ()))
         return (y if t.down is None else y + _low_rank(wide, t, plan, conv)).to(x.dtype)
 
     return linear if op == "linear" else convolve

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ def miniature(plan: LayerPlan, conv: Conv | None) -> tuple[LayerPlan, Conv | Non
     if conv is not None and conv.groups > 1:
         conv = conv._replace(groups=min(conv.groups, 4))
         rows = conv.groups * (OUTPUTS // 4 + 1)
-    sizes = [grain.size for each in (plan.weight, plan.act) if each and (grain := each.grain).kind == "group"]
+    sizes = [each.grain.size or 1 for each in (plan.weight, plan.act) if each and each.grain.kind == "group"]
     unit = math.lcm(*sizes) if sizes and plan.kind == "linear" else UNIT
     edges = [0, *plan.splits, plan.shape[1]]
     widths = [min(b - a, 2 * unit + (b - a) % unit) for a, b in pairwise(edges)]
@@ -96,8 +97,9 @@ def _problem(op: str, plan: LayerPlan, conv: Conv | None, like: torch.Tensor, ro
         act_scale = plan.act.spec.fit(x.reshape(1, -1), Granularity("tensor")).scale.reshape(1).repeat(len(plan.parts))
     bias = normal(plan.rows) * math.sqrt(plan.columns)
     floats = {"bias": bias, "down": down, "up": up}
-    t = Tensors(**packed, **{key: None if value is None else value.to(like.dtype) for key, value in floats.items()})
-    t = Tensors(*(None if value is None else value.to(like.device) for value in t._replace(act_scale=act_scale)))
+    given: dict = packed | {key: value.to(like.dtype) for key, value in floats.items() if value is not None}
+    given |= {} if act_scale is None else {"act_scale": act_scale}
+    t = Tensors(**{key: value.to(like.device) for key, value in given.items()})
     x = reference.input_rounder(plan, -1 if op == "linear" else 1)(x.to(like.device), t.act_scale)
     return x.to(like.dtype), t
 
@@ -107,7 +109,7 @@ def _truth_and_torch(op: str, plan: LayerPlan, conv: Conv | None, x: torch.Tenso
     truth = reference.build(op, plan, conv)(x.float(), t).float()
     rounded = reference.input_rounder(plan, -1 if op == "linear" else 1)(x.float(), t.act_scale).to(x.dtype)
     weight = reference.weight_decoder(plan)(t).reshape(plan.shape).to(x.dtype)
-    run = F.linear if op == "linear" else reference.CONVS[len(plan.shape) - 2]
+    run: Any = F.linear if op == "linear" else reference.CONVS[len(plan.shape) - 2]
     y = run(rounded, weight, t.bias, *(conv or ()))
     return truth, (y if t.down is None else y + dense.low_rank(x, t, plan, conv)).float()
 

@@ -24,7 +24,6 @@ from dq.disk import locked, read_json, write_json
 from dq.errors import DQError
 from dq.version import __version__
 
-_tables: dict[Path, Table] = {}
 _guard = threading.RLock()
 
 
@@ -80,18 +79,19 @@ class Table:
 
 def _merge(known: dict[str, dict], found: Mapping[str, Mapping]) -> None:
     for problem, values in found.items():
-        known[problem] = known.get(problem, {}) | values  # a new dict: readers take no lock
+        known[problem] = {**known.get(problem, {}), **values}  # a new dict: readers take no lock
 
 
 def table(device: torch.device) -> Table:
     """The table of a device as this process uses it now."""
-    what = _machine() | {"device": _name(device), "threads": torch.get_num_threads()}
-    home = Path(os.environ.get("DQ_CACHE") or Path.home() / ".cache" / "dq")
-    path = home / f"ms-{zlib.crc32(json.dumps(what, sort_keys=True).encode()):08x}.json"
-    with _guard:
-        if path not in _tables:
-            _tables[path] = Table(path, what)
-        return _tables[path]
+    return _table(device, torch.get_num_threads(), os.environ.get("DQ_CACHE"))
+
+
+@cache
+def _table(device: torch.device, threads: int, home: str | None) -> Table:
+    what = _machine() | {"device": _name(device), "threads": threads}
+    file = f"ms-{zlib.crc32(json.dumps(what, sort_keys=True).encode()):08x}.json"
+    return Table((Path(home) if home else Path.home() / ".cache" / "dq") / file, what)
 
 
 @cache

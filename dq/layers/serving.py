@@ -53,11 +53,13 @@ class Served(nn.Module):
         self._met, self._measures = {}, choice.measures(device, self.backend)
         classes = [self._problem(torch.device(device), self._dtype, klass) for klass in range(len(choice.TYPICAL))]
         self._known = {
-            (problem.dtype, problem.klass): choice.known(problem, self.backend)
-            for problem in classes
-            if choice.is_known(problem, self.backend)
+            (each.dtype, each.klass): choice.known(each, self.backend)
+            for each in classes
+            if choice.is_known(each, self.backend)
         }
-        self._choice = found = choice.known(classes[choice.typical_klass(self.plan)], self.backend)
+        typical = classes[choice.typical_klass(self.plan)]
+        found = self._known.get((typical.dtype, typical.klass)) or choice.known(typical, self.backend)
+        self._choice = found
         self._bound = (device, self.backend or kernels.selected())  # last: another thread that reads it runs the rest
         return found
 
@@ -69,7 +71,7 @@ class Served(nn.Module):
     def ready(self, device: str) -> Choice:
         """The kernel of the layer's most rows; bound anew where the device or the wanted backend is another one."""
         if self._bound != (device, self.backend or kernels.selected()):
-            return _outside(self, device) if torch.compiler.is_compiling() else self.bind(device)
+            return _outside(self, device) if torch.compiler.is_compiling() else self.bind(device)  # pyright: ignore[reportCallIssue]
         return self._choice
 
     def serve(self, x: torch.Tensor) -> Choice:
@@ -116,8 +118,8 @@ class Served(nn.Module):
     @property
     def home(self) -> str:
         """Type of the device that the layer runs on: where it ran, while its weights are offloaded; else theirs."""
-        away = self._bound is not None and (self._met or self.stored.is_meta)
-        return self._bound[0] if away else self.stored.device.type
+        bound = self._bound
+        return bound[0] if bound is not None and (self._met or self.stored.is_meta) else self.stored.device.type
 
     @property
     def choice(self) -> Choice:
