@@ -110,12 +110,15 @@ def kernel_table(report) -> pd.DataFrame:
     """Layers alike in formats and kernel as one row, most layers first; layers in full precision last."""
     groups: dict[tuple, list] = {}
     for row in report.layers:
-        refusals = "; ".join(f"{backend}: {reason}" for backend, reason in row.why_not if "slower here" not in reason)
-        kernel = row.kernel or "torch, full precision"
-        key = (row.weight is None, row.weight or "kept", row.act or "", kernel, refusals or row.reason)
+        refused = tuple(backend for backend, _ in row.why_not)
+        key = (row.weight is None, row.weight, row.act, row.kernel, refused or row.reason)
         groups.setdefault(key, []).append(row)
-    ordered = sorted(groups.items(), key=lambda item: (item[0][0], -len(item[1])))
-    rows = [[len(found), found[0].name, *key[1:3], with_speed(key[3], found), key[4]] for key, found in ordered]
+    ordered = sorted(groups.values(), key=lambda found: (found[0].weight is None, -len(found)))
+    rows = []
+    for found in ordered:
+        row, kernel = found[0], with_speed(found[0].kernel or "torch, full precision", found)
+        refusals = "; ".join(f"{backend}: {reason}" for backend, reason in row.why_not)
+        rows.append([len(found), row.name, row.weight or "kept", row.act or "", kernel, refusals or row.reason])
     return pd.DataFrame(rows, columns=KERNEL_COLUMNS)
 
 

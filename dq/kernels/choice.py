@@ -150,40 +150,44 @@ def _chosen(problem: Problem, backend: str | None, tensors: Tensors | None) -> C
     op, plan, conv, device = problem.op, problem.plan, problem.conv, problem.device
     said = kernels.asked(op, plan, device.type, conv, backend)
     if not measures(device.type, backend):
-        return kernels.built(*_decide(said, {}), op, plan, conv)
+        return kernels.built(*_decide(said, {}, {}), op, plan, conv)
     table, unmeasured = times.table(device), ""
     able = [name for name, reason in said.items() if reason is None and name != "reference"]
     if tensors is not None:
         unmeasured = _fill(problem, tensors, able, table)
-    verdicts = table.verdicts.get(problem.formats, {}) | table.verdicts.get(problem.key, {})
-    said |= {name: verdicts[name] for name in able if verdicts.get(name)}
+    wrong = {name: reason for name, reason in _verdicts(problem, table).items() if reason and name in able}
     ms = table.ms.get(problem.key, {})
-    name, refusals = _decide(said, ms)
+    name, refusals = _decide(said, wrong, ms)
     found = kernels.built(name, refusals, op, plan, conv)
     return replace(found, ms=ms.get(name), full_ms=ms.get(FULL), unmeasured=unmeasured)
 
 
-def _decide(said: Mapping[str, str | None], ms: Mapping[str, float]) -> tuple[str, kernels.Refusals]:
-    """The backend, and why none of the others: refusals of those preferred to it by rank and what was slower."""
-    able = [name for name, reason in said.items() if reason is None]
-    timed = [name for name in able if name in ms]
-    best = min((ms[name] for name in timed), default=0.0)
-    name = next((name for name in timed if ms[name] <= MARGIN * best), able[0])
-    refusals = []
-    for at, (other, reason) in enumerate(said.items()):
-        preferred = at < list(said).index(name)
-        if reason and (preferred or reason.startswith(("wrong", "failed"))):
-            refusals.append((other, reason))
-        elif preferred and other in ms:
-            refusals.append((other, f"slower here: {ms[other]:.3g} ms where {name} takes {ms[name]:.3g}"))
-    return name, tuple(refusals)
+def _verdicts(problem: Problem, table: times.Table) -> dict[str, str]:
+    """By backend, on the problem's formats and on its sizes."""
+    return {**table.verdicts.get(problem.formats, {}), **table.verdicts.get(problem.key, {})}
+
+
+def _decide(
+    said: Mapping[str, str | None], wrong: Mapping[str, str], ms: Mapping[str, float]
+) -> tuple[str, kernels.Refusals]:
+    """The backend, why each one preferred to it does not serve, and all that are wrong."""
+    able = [name for name, reason in said.items() if reason is None and name not in wrong]
+    best = min((ms[name] for name in able if name in ms), default=0.0)
+    name = next((name for name in able if name in ms and ms[name] <= MARGIN * best), able[0])
+    preferred = list(said)[: list(said).index(name)]
+    reasons = {other: reason for other, reason in said.items() if reason and other in preferred}
+    slower = {other: ms[other] for other in preferred if other in able and other in ms}
+    reasons |= {
+        other: f"slower here: {took:.3g} ms where {name} takes {ms[name]:.3g}" for other, took in slower.items()
+    }
+    reasons |= wrong
+    return name, tuple((other, reasons[other]) for other in said if other in reasons)
 
 
 def _fill(problem: Problem, tensors: Tensors, able: list[str], table: times.Table) -> str:
     """Judge and time what the table lacks; -> why not, "" where it lacks nothing now."""
-    verdicts = table.verdicts.get(problem.formats, {})
-    new = [name for name in able if name not in verdicts]
-    bad = {name for name, reason in (verdicts | table.verdicts.get(problem.key, {})).items() if reason}
+    new = [name for name in able if name not in table.verdicts.get(problem.formats, {})]
+    bad = {name for name, reason in _verdicts(problem, table).items() if reason}
     ms = table.ms.get(problem.key, {})
     if not new and all(name in ms for name in (*able, FULL) if name not in bad):
         return ""
