@@ -22,6 +22,7 @@ from demo.models import Shelf
 from demo.sessions import Sessions, told
 from dq import cookbook
 from dq.errors import DQError
+from dq.report import with_speed
 from eval import metrics
 from eval.metrics import psnr
 from pipelines import tiny
@@ -107,14 +108,17 @@ def perceptual(before: list[Image.Image], after: list[Image.Image]) -> tuple[str
 
 def kernel_table(report) -> pd.DataFrame:
     """Layers alike in formats and kernel as one row, most layers first; layers in full precision last."""
-    groups: dict[tuple, list[str]] = {}
+    groups: dict[tuple, list] = {}
     for row in report.layers:
+        refused = tuple(backend for backend, _ in row.why_not)
+        key = (row.weight is None, row.weight, row.act, row.kernel, refused or row.reason)
+        groups.setdefault(key, []).append(row)
+    ordered = sorted(groups.values(), key=lambda found: (found[0].weight is None, -len(found)))
+    rows = []
+    for found in ordered:
+        row, kernel = found[0], with_speed(found[0].kernel or "torch, full precision", found)
         refusals = "; ".join(f"{backend}: {reason}" for backend, reason in row.why_not)
-        kernel = row.kernel or "torch, full precision"
-        key = (row.weight is None, row.weight or "kept", row.act or "", kernel, refusals or row.reason)
-        groups.setdefault(key, []).append(row.name)
-    ordered = sorted(groups.items(), key=lambda item: (item[0][0], -len(item[1])))
-    rows = [[len(names), names[0], *key[1:]] for key, names in ordered]
+        rows.append([len(found), row.name, row.weight or "kept", row.act or "", kernel, refusals or row.reason])
     return pd.DataFrame(rows, columns=KERNEL_COLUMNS)
 
 

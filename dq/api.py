@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dq import cookbook, explaining, fusions, kernels, layers, planning
 from dq.errors import DQError, nearest
 from dq.host import mark, peft, ready
-from dq.layers import PackedStack, naming, packed_layers, parameter_bytes
+from dq.layers import PackedStack, naming, packed_layers, parameter_bytes, serving
 from dq.model import check_fit, install, to_dense
 from dq.plan import LayerPlan, Plan, Recipe
 from dq.report import Report
@@ -107,8 +107,9 @@ def recipes() -> list[str]:
 
 
 def explain(target) -> Report:
-    """Layer, plan, kernel and why no faster kernel serves it, for every quantized layer of a model or pipeline.
+    """Layer, plan, kernel, its speed, and why no faster kernel serves it, for every quantized layer of a target.
 
+    Layers that never ran are measured first as in a typical call: a few seconds, once for a machine.
     Raises DQError when nothing in the target is quantized.
     """
     models = _quantized_models(target)
@@ -119,12 +120,15 @@ def explain(target) -> Report:
             rows.append(explaining.row(part, name, layer.plan, parameter_bytes(layer), None, layer.plan.reason))
         kept = plan.kept if plan is not None else {}
         rows += [explaining.kept_row(part, model, name, reason) for name, reason in kept.items()]
+        explaining.measure(model)
     before = sum(explaining.dense_bytes(model) for model in models.values())
     recipe = ", ".join(dict.fromkeys(mark.plan_of(model).recipe for model in models.values()))
     plans = {part: mark.plan_of(model) for part, model in models.items()}
     report = Report(explaining.with_kernels(rows, models), before, parameter_bytes(*models.values()), 0.0, recipe)
     report.notes += _step_notes(plans)
-    report.notes += [f"{part or 'model'}: {line}" for part, model in models.items() for line in fusions.notes(model)]
+    for part, model in models.items():
+        lines = [*fusions.notes(model), *explaining.speed_notes(model)]
+        report.notes += [f"{part or 'model'}: {line}" for line in lines]
     return report
 
 
@@ -149,6 +153,7 @@ def set_backend(name: str, target=None) -> None:
     kernels.known(name)
     if target is None:
         kernels.select(name)
+        serving.choose_again()
         return
     for model in _quantized_models(target).values():
         for layer in packed_layers(model).values():

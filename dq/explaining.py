@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from dq.kernels import Choice
+from dq import kernels
+from dq.kernels import Choice, choice
 from dq.layers import PackedStack, kind_of, naming, packed_layers, parameter_bytes
-from dq.layers.memory import serving
-from dq.plan import LayerPlan, Plan
+from dq.plan import LayerPlan, Plan, TensorPlan
 from dq.report import Row
+
+SLOWER = MARGIN = 1.05  # times as long, from which on it is said
 
 
 def planned_rows(part: str, model: nn.Module, plan: Plan, packed: Mapping, errors: Mapping) -> list[Row]:
@@ -66,13 +69,85 @@ def _with_kernel(row: Row, layer: Any) -> Row:
         return row
     if isinstance(layer, PackedStack):
         return replace(row, backend="decode", kernel=f"decode {layer.plan.weight.format} when used")
-    return served(row, serving(layer))
+    return served(row, layer.choice)
 
 
-def served(row: Row, choice: Choice) -> Row:
+def served(row: Row, found: Choice) -> Row:
     """A row with the kernel that was chosen for its layer."""
-    facts = {"backend": choice.backend, "kernel": choice.label, "emulated": choice.emulated}
-    return replace(row, **facts, why_not=choice.refusals)
+    facts: dict[str, Any] = {"backend": found.backend, "kernel": found.label, "emulated": found.emulated}
+    if found.speedup is not None:
+        facts["speedup"] = round(found.speedup, 2)
+    return replace(row, **facts, why_not=found.refusals)
+
+
+def measure(model: nn.Module) -> None:
+    """Let every packed layer that never ran be measured as in a typical call, as long as that may take."""
+    for layer in _served_layers(model):
+        layer.meet_typical()
+
+
+def speed_notes(model: nn.Module) -> list[str]:
+    """What there is to say of layers not measured, slower than full precision, or in a dtype that is slow here."""
+    layers = _served_layers(model)
+    reasons = Counter(reason for layer in layers if (reason := layer.choice.unmeasured))
+    lines = [f"kernels of {count} layers were chosen by rank: {reason}" for reason, count in reasons.items()]
+    times = [(layer, found.ms, found.full_ms) for layer in layers if (found := layer.choice).speedup is not None]
+    ours, full = sum(ms for _, ms, _ in times), sum(ms for _, _, ms in times)
+    here = [layer for layer, _, _ in times if layer.stored.device.type == layer.home]
+    if ours > SLOWER * full:
+        lines.append(_slower(here, ours / full))
+    return lines + _slow_dtype(here)
+
+
+def _served_layers(model: nn.Module) -> list[Any]:
+    return [layer for layer in packed_layers(model).values() if not isinstance(layer, PackedStack)]
+
+
+def _slower(layers: list[Any], times: float) -> str:
+    """The line on layers that take so many times as long as in full precision, with the fastest of the same size."""
+    found = {"weight-only": _as(layers, _weight_only), "with 8-bit activations": _as(layers, _with_int8)}
+    known = {text: share for text, share in found.items() if share is not None and share < times / MARGIN}
+    said = f"quantized layers take {times:.2f} times as long here as in full precision"
+    if not known:
+        return f"{said}; no other plan of the same weights is faster"
+    best = min(known, key=lambda text: known[text])
+    return f"{said}; the fastest plan of the same size is the same weights {best}: {known[best]:.2f} times"
+
+
+def _as(layers: list[Any], other: Callable[[LayerPlan], LayerPlan]) -> float | None:
+    """Milliseconds of layers under other plans over those in full precision; None where they may not be measured."""
+    found = [layer.meet_as(other(layer.plan)) for layer in layers]
+    if any(each.speedup is None for each in found):
+        return None
+    return sum(each.ms for each in found) / sum(each.full_ms for each in found) if found else None
+
+
+def _weight_only(plan: LayerPlan) -> LayerPlan:
+    return replace(plan, act=None, steps=1)
+
+
+def _with_int8(plan: LayerPlan) -> LayerPlan:
+    if plan.role == "time":
+        return plan
+    grain = "token" if plan.kind == "linear" or plan.pointwise else "tensor"
+    return replace(plan, act=TensorPlan("int8", grain), steps=1)
+
+
+def _slow_dtype(layers: list[Any]) -> list[str]:
+    """A line on bf16 where the processor has no units for it: what fp32 gives, on the largest layer."""
+    if kernels.bf16():
+        return []
+    slow = [layer for layer in layers if layer.stored.device.type == "cpu" and layer.busiest[0] is torch.bfloat16]
+    if not slow:
+        return []
+    problem = max(slow, key=lambda layer: layer.plan.rows * layer.plan.columns).problem
+    wide, narrow = choice.full_ms(problem, torch.float32), choice.full_ms(problem, torch.bfloat16)
+    if wide is None or narrow is None or narrow < SLOWER * wide:
+        return []
+    said = (
+        f"this processor has no bf16 units: full precision takes {narrow / wide:.1f} times as long in bf16 as in fp32"
+    )
+    return [f"{said}; dq's layers compute in fp32, the rest of the pipeline does with dtype=torch.float32"]
 
 
 def dense_bytes(model: nn.Module) -> int:

@@ -228,6 +228,7 @@ TYPES: Mapping[str, Any] = {
     "error": dict[Literal["error"], list[Number]],
     "errors": dict[Literal["errors"], list[list[Number]]],
     "times": dict[str, dict[str, Number]],
+    "verdicts": dict[str, dict[str, str]],
 }
 
 

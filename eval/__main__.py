@@ -44,7 +44,9 @@ def run(
     from dq.trace.world import processes
     from eval import generate
     from eval import score as scoring
+    from eval.static import kernels_by_rank
 
+    kernels_by_rank()
     state = processes()
     scoring.check(asked)
     found = generate.generate(asked, out, chosen)

@@ -1,8 +1,9 @@
-"""No test reaches for a model hub, or for more cores than its worker has; `gpu` tests need a CUDA device."""
+"""No test reaches for a model hub, for more cores than its worker has, or for times; `gpu` tests need CUDA."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["DQ_CHOICE"] = "static"  # kernels by rank, the same ones however loaded the machine is
 
 import pytest
 import torch

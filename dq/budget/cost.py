@@ -1,37 +1,30 @@
 """Milliseconds of every layer under every choice, measured on this machine at the shapes the model really sees.
 
-Layers of the same shape share one measurement. Figures are kept per device, library versions and thread count in the
-user's cache (`DQ_CACHE`, else `~/.cache/dq`), so that a second search on the same machine measures nothing.
+Layers of the same shape share one measurement. Figures are kept in the table of `dq.kernels.times`, so that a second
+search on the same machine measures nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import platform
 import statistics
 import weakref
-import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from dq import kernels, schema, timing
+from dq import kernels, timing
 from dq.budget.choices import Choice, label
 from dq.budget.predictions import Predictions
 from dq.budget.sensitivity import packed
-from dq.disk import read_json, write_json
-from dq.errors import DQError
+from dq.kernels import choice as choosing
+from dq.kernels import times
 from dq.layers import naming
 from dq.plan import LayerPlan, Plan
 from dq.trace.units import replaced, tensors_in
-from dq.version import __version__
 
 SECONDS = 0.3  # spent on the choices of one shape, all in turn
 COPIES_BYTES = 2**27  # layers of the same shape that take turns, so that weights come from memory as in the model
@@ -65,11 +58,12 @@ def measure(
     dtype = plan.dtype
     args, kwargs = predictions.call(len(predictions.keys) // 2)
     inputs = _inputs(model, menus, args, kwargs)
-    table = _Table(next(model.parameters()).device, dtype)
+    table = times.table(next(model.parameters()).device)
+    how = f"budget {dtype} {kernels.selected()} {choosing.mode()}"
     ms = {}
     alike: dict[str, list[str]] = {}
     for name, shape in inputs.items():
-        alike.setdefault(_shape_key(naming.at(model, name), shape), []).append(name)
+        alike.setdefault(f"{how} {_shape_key(naming.at(model, name), shape)}", []).append(name)
     for key, names in tqdm(alike.items(), desc="time layers", disable=not progress, delay=2):
         choices = {label(choice): choice for name in names for choice in menus[name]}
         missing = {text: choice for text, choice in choices.items() if (key, text) not in table}
@@ -162,34 +156,3 @@ class _Held(TorchDispatchMode):
     def _freed(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.now -= size
-
-
-class _Table:
-    """Figures kept in the user's cache, by shape and choice."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        what = {"device": _device(device), "dtype": str(dtype), "threads": torch.get_num_threads()}
-        what |= {"torch": torch.__version__, "dq": __version__, "backend": kernels.selected()}
-        folder = Path(os.environ.get("DQ_CACHE") or Path.home() / ".cache" / "dq")
-        self.path = folder / f"ms-{zlib.crc32(json.dumps(what, sort_keys=True).encode()):08x}.json"
-        self.what, self.ms = what, dict[str, dict[str, float]]()
-        with contextlib.suppress(DQError):  # a damaged file of figures is measured anew
-            if self.path.exists():
-                found: Any = read_json(self.path).get("ms")
-                schema.check("times", found, f"file {str(self.path)!r}")
-                self.ms = found
-
-    def __contains__(self, key: tuple[str, str]) -> bool:
-        return key[1] in self.ms.get(key[0], {})
-
-    def __getitem__(self, key: tuple[str, str]) -> float:
-        return self.ms[key[0]][key[1]]
-
-    def add(self, shape: str, found: Mapping[str, float]) -> None:
-        self.ms.setdefault(shape, {}).update(found)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {"machine": self.what, "ms": self.ms})
-
-
-def _device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from dq.layers import PackedLinear, takeover
-from dq.layers.memory import serving
 
 PROBE_ROWS = 2
 ROLE = "gelu"
@@ -68,7 +67,7 @@ def _is_activation(module: nn.Module) -> bool:
 
 def _has_kernel(linear: PackedLinear | None) -> bool:
     """Whether the kernel of a linear ends in a GELU, and nothing comes between: a stored output has none yet."""
-    return linear is not None and linear.start_in is None and serving(linear).gelu is not None
+    return linear is not None and linear.start_in is None and linear.choice.gelu is not None
 
 
 def _can_fuse(linear: nn.Module, x: torch.Tensor) -> bool:

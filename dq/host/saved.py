@@ -133,7 +133,9 @@ def report(folder: str | Path, device: str | None = None) -> Report:
     for part, (home, plan) in found.items():
         tensors = _tensors(home)
         own = {name: {} for name in [*plan.layers, *plan.kept]} | _by_layer(tensors)
-        rows += [_row(part, name, layer, own[name], device) for name, layer in plan.layers.items()]
+        rows += [
+            _row(part, name, layer, own[name], (device, plan.compute_dtype)) for name, layer in plan.layers.items()
+        ]
         rows += [_kept(part, name, reason, own[name]) for name, reason in plan.kept.items()]
         stored = sum(entry.size for entry in tensors.values())
         after += stored
@@ -157,22 +159,27 @@ def _by_layer(tensors: dict[str, Entry]) -> dict[str, dict[str, Entry]]:
     return found
 
 
-def _row(part: str, name: str, plan: LayerPlan, own: dict[str, Entry], device: str | None) -> Row:
+def _row(part: str, name: str, plan: LayerPlan, own: dict[str, Entry], place: tuple[str | None, str | None]) -> Row:
     full, act = f"{part}.{name}" if part else name, str(plan.act) if plan.act else None
     size = sum(entry.size for entry in own.values())
     found = Row(full, plan.kind, str(plan.weight), act, plan.rank, size, None, plan.reason)
-    return found if device is None else _served(found, plan, device)
+    device, dtype = place
+    return found if device is None else _served(found, plan, device, dtype)
 
 
-def _served(row: Row, plan: LayerPlan, device: str) -> Row:
-    """A row with what would serve its layer on a device type, and the refusals of what is preferred to it."""
+def _served(row: Row, plan: LayerPlan, device: str, dtype: str | None) -> Row:
+    """A row with what would serve its layer in typical calls, by what was measured before, and why nothing else."""
+    import torch
+
     from dq import explaining, kernels
+    from dq.kernels import choice
 
     if plan.kind == "stack":
         return replace(row, backend="decode", kernel=f"decode {plan.weight.format} when used")
     space = len(plan.shape) - 2
     conv = kernels.Conv((1,) * space, (0,) * space, (1,) * space, 1) if plan.kind != "linear" else None
-    return explaining.served(row, kernels.choose("conv" if conv else "linear", plan, device, conv))
+    where = (torch.device(device), compute_dtype(dtype), choice.typical_klass(plan))
+    return explaining.served(row, choice.known(choice.Problem("conv" if conv else "linear", plan, conv, *where)))
 
 
 def _kept(part: str, name: str, reason: str, own: dict[str, Entry]) -> Row:

@@ -1,6 +1,7 @@
 """Which code runs a packed layer: backends found by listing this folder, chosen per layer with a reason for every no.
 
-A backend is one module (or package) here that exports
+Among those that accept a layer the fastest right one runs it, by what was measured on this machine (`choice`); ranks
+decide where nothing was. A backend is one module (or package) here that exports
     RANK                            smaller is preferred; `reference` is last and accepts everything
     STATUS                          "stable", or "experimental" for kernels that were never timed on what they are for
     why_not(op, plan, device, conv) None when it can run the layer on that device type, else the reason in one line
@@ -18,6 +19,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -71,8 +73,11 @@ class Choice:
     """The kernel of one layer.
 
     emulated   the arithmetic is not the format's own: no time of it says anything about the format
-    refusals   (backend, reason) of each preferred backend that said no
+    refusals   (backend, reason) of each preferred backend that said no, of wrong ones and of those that were slower
     gelu       as `build_gelu` gives it
+    ms         of the layer, None when it was not measured
+    full_ms    of the full-precision layer in the same dtype, beside it
+    unmeasured why ranks decided, "" where measurements did or nobody asked for them
     """
 
     backend: str
@@ -81,6 +86,14 @@ class Choice:
     run: Callable[[torch.Tensor, Tensors], torch.Tensor]
     refusals: Refusals
     gelu: Callable[[torch.Tensor, Tensors], torch.Tensor] | None = None
+    ms: float | None = None
+    full_ms: float | None = None
+    unmeasured: str = ""
+
+    @property
+    def speedup(self) -> float | None:
+        """Milliseconds of the full-precision layer over those of this one; None when not measured."""
+        return None if self.ms is None or self.full_ms is None else self.full_ms / self.ms
 
 
 @dataclass(frozen=True)
@@ -137,10 +150,22 @@ def vnni() -> bool:
     return torch.cpu._is_vnni_supported() and os.environ.get("DQ_CPU_LEVEL") not in ("none", "avx2")
 
 
+def bf16() -> bool:
+    """Whether the processor multiplies bf16; hidden by every DQ_CPU_LEVEL below avx512. Without, fp32 is faster."""
+    if os.environ.get("DQ_CPU_LEVEL", "avx512") != "avx512":
+        return False
+    if platform.machine().lower() in ("x86_64", "amd64"):  # oneDNN calls it supported where AVX512 emulates it
+        return torch.cpu._is_avx512_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @cache
 def backends() -> dict[str, ModuleType]:
     """Backend modules by name, preferred first."""
-    found = {item.name: importlib.import_module(f"{__name__}.{item.name}") for item in pkgutil.iter_modules(__path__)}
+    modules = {
+        item.name: importlib.import_module(f"{__name__}.{item.name}") for item in pkgutil.iter_modules(__path__)
+    }
+    found = {name: module for name, module in modules.items() if hasattr(module, "RANK")}
     return dict(sorted(found.items(), key=lambda item: item[1].RANK))
 
 
@@ -166,20 +191,25 @@ def selected() -> str:
     return _selected
 
 
+def asked(
+    op: str, plan: LayerPlan, device: str, conv: Conv | None = None, backend: str | None = None
+) -> dict[str, str | None]:
+    """What every backend says of a layer, preferred first: None to run it, else why not. Arguments as of `choose`."""
+    wanted = backend or _selected
+    other = f"backend {wanted!r} was selected with dq.set_backend"
+    return {
+        name: module.why_not(op, plan, device, conv) if wanted in ("auto", name) or name == "reference" else other
+        for name, module in backends().items()
+    }
+
+
 def chosen(
     op: str, plan: LayerPlan, device: str, conv: Conv | None = None, backend: str | None = None
 ) -> tuple[str, Refusals]:
-    """Name of the backend that `choose` takes, and what each one preferred to it said. Arguments as there."""
-    refusals, wanted = [], backend or _selected
-    for name, module in backends().items():
-        if wanted not in ("auto", name) and name != "reference":
-            refusals.append((name, f"backend {wanted!r} was selected with dq.set_backend"))
-            continue
-        reason = module.why_not(op, plan, device, conv)
-        if reason is None:
-            return name, tuple(refusals)
-        refusals.append((name, reason))
-    raise AssertionError("the reference backend accepts every layer")
+    """The backend preferred by rank, and what each one preferred to it said. Arguments as of `choose`."""
+    said = asked(op, plan, device, conv, backend)
+    name = next(name for name, reason in said.items() if reason is None)  # reference accepts every layer
+    return name, tuple((other, reason) for other, reason in said.items() if reason)[: list(said).index(name)]
 
 
 def emulates(backend: str, op: str, plan: LayerPlan) -> bool:
@@ -189,12 +219,16 @@ def emulates(backend: str, op: str, plan: LayerPlan) -> bool:
 
 
 def choose(op: str, plan: LayerPlan, device: str, conv: Conv | None = None, backend: str | None = None) -> Choice:
-    """The best backend that accepts the layer on a device type ("cpu", "cuda", "meta").
+    """The backend preferred by rank that accepts the layer on a device type ("cpu", "cuda", "meta").
 
     backend  the only one to take, "auto" for any; None: the process's default
     A wanted backend that refuses falls back to `reference`; the refusal stays visible in the choice.
     """
-    name, refusals = chosen(op, plan, device, conv, backend)
+    return built(*chosen(op, plan, device, conv, backend), op, plan, conv)
+
+
+def built(name: str, refusals: Refusals, op: str, plan: LayerPlan, conv: Conv | None) -> Choice:
+    """The choice of a backend by name."""
     module = backends()[name]
     gelu = module.build_gelu(plan) if op == "linear" and hasattr(module, "build_gelu") else None
     run = module.build(op, plan, conv)

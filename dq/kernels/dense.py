@@ -5,22 +5,27 @@ are rounded exactly as an integer kernel would and the label says `emulated`.
 
 fp16 ends at 65504, so there every product has the size of the layer's output or input: weights are scaled before the
 sum, and factors of a branch balanced. bf16 and fp32 have the range to do it afterwards, which saves time.
+A processor without bf16 units multiplies bf16 five times slower than fp32: there bf16 goes in and out, and the product
+is fp32's.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from dq import kernels
 from dq.kernels import Conv, Tensors
 from dq.kernels.reference import CONVS, input_rounder, weight_decoder
 from dq.plan import LayerPlan
 
 RANK = 90
 STATUS = "stable"
+HAS_BF16 = kernels.bf16()  # here, because the question cannot be traced
 
 
 def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> str | None:
@@ -46,8 +51,17 @@ def factors(t: Tensors, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]
     return (down / power[:, None]).to(dtype), (up * power).to(dtype)
 
 
+def computed(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that its device multiplies fastest without losing digits: fp32 for bf16 without units."""
+    return x.float() if x.dtype is torch.bfloat16 and x.device.type == "cpu" and not HAS_BF16 else x
+
+
 def low_rank(x: torch.Tensor, t: Tensors, plan: LayerPlan, conv: Conv | None) -> torch.Tensor:
     """The low-rank branch up(down(x)) of a linear or convolution, in the dtype of x."""
+    return _low_rank(computed(x), t, plan, conv).to(x.dtype)
+
+
+def _low_rank(x: torch.Tensor, t: Tensors, plan: LayerPlan, conv: Conv | None) -> torch.Tensor:
     down, up = factors(t, x.dtype)
     if conv is None:
         return F.linear(F.linear(x, down), up)
@@ -74,13 +88,16 @@ def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor
         return F.linear(x, decode(t).to(x.dtype), bias)
 
     def linear(x: torch.Tensor, t: Tensors) -> torch.Tensor:
-        y = matmul(rounded(x, t.act_scale), t)
-        return y if t.down is None else y + low_rank(x, t, plan, None)
+        wide = computed(x)
+        y = matmul(rounded(wide, t.act_scale), t)
+        return (y if t.down is None else y + _low_rank(wide, t, plan, None)).to(x.dtype)
 
     def convolve(x: torch.Tensor, t: Tensors) -> torch.Tensor:
-        weight = decode(t).reshape(plan.shape).to(x.dtype)
-        bias = None if t.bias is None else t.bias.to(x.dtype)
-        y = CONVS[len(plan.shape) - 2](rounded(x, t.act_scale), weight, bias, *conv)
-        return y if t.down is None else y + low_rank(x, t, plan, conv)
+        wide = computed(x)
+        weight = decode(t).reshape(plan.shape).to(wide.dtype)
+        bias = None if t.bias is None else t.bias.to(wide.dtype)
+        run: Any = CONVS[len(plan.shape) - 2]
+        y = run(rounded(wide, t.act_scale), weight, bias, *(conv or ()))
+        return (y if t.down is None else y + _low_rank(wide, t, plan, conv)).to(x.dtype)
 
     return linear if op == "linear" else convolve

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from dq.formats.base import Encoded, Granularity
+from dq.formats.base import Encoded, Granularity, Scales
 from dq.kernels import Conv, Tensors
 from dq.plan import LayerPlan, TensorPlan
 
@@ -45,6 +45,22 @@ def out_sizes(space: Sequence[int], kernel: Sequence[int], conv: Sequence) -> li
     """Sizes of a convolution's output. conv: stride, padding and dilation, and what may follow them."""
     sizes = zip(space, kernel, *conv[:3], strict=True)
     return [(size + 2 * pad - gap * (taps - 1) - 1) // step + 1 for size, taps, step, pad, gap in sizes]
+
+
+def encode(weight: torch.Tensor, plan: LayerPlan, scales: Sequence[Scales] | None = None) -> dict[str, torch.Tensor]:
+    """Round a float matrix (rows, columns) to the packed tensors `weight`, `scale` and what else the format has.
+
+    scales  of each part of the plan; without them they are fitted to the weight's range
+    """
+    spec, grain = plan.weight.spec, plan.weight.grain
+    given = scales or [()] * len(plan.parts)
+    pairs = zip(plan.parts, given, strict=True)
+    parts = [spec.encode(weight[:, first:last], grain, *scale) for (first, last), scale in pairs]
+    out = {"weight": spec.pack(torch.cat([part.codes for part in parts], 1).contiguous())}
+    for name, dim in (("scale", 1), ("zero", 1), ("scale_global", 1 if grain.two_level else 0)):
+        if getattr(parts[0], name) is not None:
+            out[name] = torch.cat([getattr(part, name) for part in parts], dim).contiguous()
+    return out
 
 
 def weight_decoder(plan: LayerPlan) -> Callable[[Tensors], torch.Tensor]:

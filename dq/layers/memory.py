@@ -16,9 +16,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dq.kernels import Choice
-from dq.layers.packed import PackedLinear
-
 ALIGNMENT = 64  # bytes; torch's own allocations begin at multiples of it
 MADV_PAGEOUT = 21  # of Linux 5.4 and later; older ones answer that they do not know it
 
@@ -73,9 +70,3 @@ def peak_bytes() -> int | None:
         return None
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else 1024 * size
-
-
-def serving(layer: PackedLinear) -> Choice:
-    """The kernel of a packed layer where its weights are, or where they last were while they are offloaded."""
-    device = layer.weight.device.type
-    return layer.ready(layer._bound[0] if device == "meta" and layer._bound is not None else device)

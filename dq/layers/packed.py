@@ -11,18 +11,19 @@ differentiable counterparts, for fitting, are in `drafts.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dq import kernels
 from dq.errors import DQError
-from dq.formats.base import FormatError, Scales, check_finite
-from dq.kernels import Choice, Conv, Tensors, reference
+from dq.formats.base import FormatError, check_finite
+from dq.kernels import Conv, Tensors, reference
+from dq.kernels.reference import encode
 from dq.layers import codes, hadamard, naming
+from dq.layers.serving import Served
 from dq.plan import LayerPlan
 
 CONV_KINDS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
@@ -71,22 +72,6 @@ def tensor_shapes(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dty
     if plan.start:
         shapes["start_in"], shapes["start_out"] = ((plan.columns,), None), ((rows,), None)
     return shapes
-
-
-def encode(weight: torch.Tensor, plan: LayerPlan, scales: Sequence[Scales] | None = None) -> dict[str, torch.Tensor]:
-    """Round a float matrix (rows, columns) to the packed tensors `weight`, `scale` and what else the format has.
-
-    scales  of each part of the plan; without them they are fitted to the weight's range
-    """
-    spec, grain = plan.weight.spec, plan.weight.grain
-    given = scales or [()] * len(plan.parts)
-    pairs = zip(plan.parts, given, strict=True)
-    parts = [spec.encode(weight[:, first:last], grain, *scale) for (first, last), scale in pairs]
-    out = {"weight": spec.pack(torch.cat([part.codes for part in parts], 1).contiguous())}
-    for name, dim in (("scale", 1), ("zero", 1), ("scale_global", 1 if grain.two_level else 0)):
-        if getattr(parts[0], name) is not None:
-            out[name] = torch.cat([getattr(part, name) for part in parts], dim).contiguous()
-    return out
 
 
 def geometry(module: nn.modules.conv._ConvNd) -> tuple[Conv, tuple[int, ...] | None, str]:
@@ -147,7 +132,7 @@ class _Frozen(nn.Module):
         return super()._apply(keep, recurse)
 
 
-class _Packed(_Frozen):
+class _Packed(Served, _Frozen):
     """What packed linears and convolutions share. `plan`, `compute_dtype` and `clock` are set by `_allocate`."""
 
     op = "linear"
@@ -167,7 +152,7 @@ class _Packed(_Frozen):
         self.compute_dtype = compute_dtype
         self.clock, self.wide = None, False
         self.backend = None  # one of its own, set by dq.set_backend for its model
-        self._choice, self._bound, self._turn = None, None, None
+        self._unbind()
         self.register_parameter("bias", None)  # first: many take the dtype of a model's first parameter for its own
         if has_bias:
             self.put("bias", torch.empty(plan.shape[0], dtype=compute_dtype, device=device))
@@ -177,34 +162,11 @@ class _Packed(_Frozen):
             if name not in self._parameters:
                 self.register_parameter(name, None)
 
-    def bind(self, device: str) -> Choice:
-        """Choose the kernel for a device type, among those of the layer's backend if it has one of its own."""
-        self._turn = hadamard.hadamard(self.plan.rotate).to(device) if self.plan.rotate else None
-        self._choice = choice = kernels.choose(self.op, self.plan, device, self._conv(), self.backend)
-        self._bound = (device, self.backend or kernels.selected())  # last: another thread that reads it runs the rest
-        return choice
-
-    def ready(self, device: str) -> Choice:
-        """The kernel for a device type; chosen anew where the device or the wanted backend is another than before."""
-        if self._bound != (device, self.backend or kernels.selected()):
-            return self.bind(device)
-        assert self._choice is not None  # bind sets it
-        return self._choice
-
-    @property
-    def choice(self) -> Choice:
-        """The kernel that serves the layer where its weights are."""
-        return self.ready(self.weight.device.type)
-
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         """The bias last, as in files."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if (bias := destination.pop(f"{prefix}bias", None)) is not None:
             destination[f"{prefix}bias"] = bias
-
-    def __getstate__(self) -> dict:
-        """Without its kernel, which is chosen anew where the layer is used: a pickled layer goes to other machines."""
-        return super().__getstate__() | {"_choice": None, "_bound": None, "_turn": None}
 
     def _conv(self) -> Conv | None:
         return None
@@ -225,7 +187,7 @@ class _Packed(_Frozen):
         if x.dtype is torch.float16 and (self.wide or self.smooth is not None or self.plan.rotate):
             y = self.run(x.float(), gelu)  # a transformed input may leave the range of fp16
             return y if self.wide else y.to(x.dtype)
-        choice = self.ready(x.device.type)
+        choice = self.serve(x)
         if self.smooth is not None:
             x = x * per_channel(self.smooth, x, self.op == "conv")
         if self.plan.rotate:

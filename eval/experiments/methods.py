@@ -33,6 +33,7 @@ from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 from eval.experiments import rows, versions
 from eval.experiments.quality import decibels, denoiser, fingerprint, kernels
 from eval.metrics import caption_accuracy, feature_distance, noise_sqnr
+from eval.static import kernels_by_rank
 from pipelines import tiny
 
 FILE = rows.FOLDER / "methods.json"
@@ -116,6 +117,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure rows anew (one process)")
     parser.add_argument("--list", action="store_true", help="say which rows there are and which are measured")
     options = parser.parse_args()
+    kernels_by_rank()
     known = [entry.name for entry in ENTRIES]
     for name in options.rows or []:
         if name not in known:

@@ -30,6 +30,7 @@ from dq.trace.records import Store
 from eval.experiments import methods, rows
 from eval.experiments.quality import denoiser, fingerprint
 from eval.metrics import feature_distance, psnr
+from eval.static import kernels_by_rank
 from pipelines import tiny
 
 FILE = rows.FOLDER / "mixed.json"
@@ -81,6 +82,7 @@ def main() -> None:
             for row in time_rows(model):
                 rows.add(FILE, row | rows.stamp(), KEYS)
         return
+    kernels_by_rank()
     for model in options.models:
         for entry in tqdm(entries(), desc=model):
             row = {"model": model, "budget": entry.budget, "way": entry.way, "calibration_seed": entry.seed}

@@ -20,6 +20,7 @@ from dq.disk import write
 from eval import figures, prompts
 from eval.experiments import quality, rows
 from eval.generate import generate
+from eval.static import kernels_by_rank
 from eval.suite import FULL, Suite
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +33,7 @@ INK, FAINT, GROUND = "#1f2328", "#59636e", "#ffffff"
 
 
 def main() -> None:
+    kernels_by_rank()
     run = drawn(Suite.read(SUITE))
     found = shown()
     sheet = grid(run, found)

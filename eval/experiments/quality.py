@@ -19,6 +19,7 @@ import dq
 from eval import intervals
 from eval.experiments import rows, versions
 from eval.metrics import caption_accuracy, psnr, trajectory_error
+from eval.static import kernels_by_rank
 from pipelines import tiny
 
 FILE = rows.FOLDER / "quality.json"
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
+    kernels_by_rank()
     todo = [(model, *row) for model in options.models for row in ROWS if row[0] in (options.recipes or [row[0]])]
     truth: dict[str, tuple] = {}
     for model, recipe, dtype in tqdm(todo, desc="rows"):

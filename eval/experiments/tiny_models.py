@@ -12,6 +12,7 @@ import torch
 
 from eval.experiments import rows
 from eval.metrics import caption_accuracy
+from eval.static import kernels_by_rank
 from pipelines import tiny
 from pipelines.tiny.training import write_json
 
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--objects", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--names", nargs="+", default=[*tiny.NAMES, "judges"])
     options = parser.parse_args()
+    kernels_by_rank()
     for name in options.names:
         if name == "judges":
             record(measure_judges(options.count))

@@ -1,0 +1,163 @@
+"""The kernels of one packed layer: bound outside of traced code, looked up in every call.
+
+A layer keeps what serves it by device type and wanted backend. It chooses again when its model moved to another device
+type, after `set_backend`, and when it was loaded, copied or unpickled; a call only looks up what was chosen for its
+dtype and class of rows, and the first one of a class has it measured (`dq.kernels.choice`).
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from dq import kernels
+from dq.kernels import Choice, Conv, Tensors, choice
+from dq.layers import hadamard
+from dq.plan import LayerPlan
+
+_layers: weakref.WeakSet[Served] = weakref.WeakSet()
+_adding = threading.Lock()
+
+
+class Served(nn.Module):
+    """What a packed layer knows of its kernels. `_allocate` of the layer calls `_unbind`."""
+
+    op: str
+    plan: LayerPlan
+    compute_dtype: torch.dtype
+    wide: bool
+    backend: str | None
+    stored: nn.Parameter
+    tensors: Callable[[], Tensors]
+    _conv: Callable[[], Conv | None]
+
+    def _unbind(self) -> None:
+        self._choice: Any = None  # of the rows it met that are most, else by rank
+        self._bound: Any = None  # (device type, wanted backend) that all the others are for
+        self._turn: torch.Tensor | None = None
+        self._met: dict[tuple[torch.dtype, int], Choice] = {}  # by dtype and class of rows of the calls it had
+        self._known: dict[tuple[torch.dtype, int], Choice] = {}  # what was measured before, for calls that cannot
+        self._measures = False  # whether what was measured decides, and not `_choice` alone
+
+    def bind(self, device: str) -> Choice:
+        """Choose kernels for a device type, among those of the layer's backend if it has one of its own."""
+        with _adding:
+            _layers.add(self)
+        self._turn = hadamard.hadamard(self.plan.rotate).to(device) if self.plan.rotate else None
+        self._met, self._measures = {}, choice.measures(device, self.backend)
+        classes = [self._problem(torch.device(device), self._dtype, klass) for klass in range(len(choice.TYPICAL))]
+        self._known = {
+            (each.dtype, each.klass): choice.known(each, self.backend)
+            for each in classes
+            if choice.is_known(each, self.backend)
+        }
+        typical = classes[choice.typical_klass(self.plan)]
+        found = self._known.get((typical.dtype, typical.klass)) or choice.known(typical, self.backend)
+        self._choice = found
+        self._bound = (device, self.backend or kernels.selected())  # last: another thread that reads it runs the rest
+        return found
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the inputs that a kernel gets in a typical call."""
+        return torch.float32 if self.wide else self.compute_dtype
+
+    def ready(self, device: str) -> Choice:
+        """The kernel of the layer's most rows; bound anew where the device or the wanted backend is another one."""
+        if self._bound != (device, self.backend or kernels.selected()):
+            return _outside(self, device) if torch.compiler.is_compiling() else self.bind(device)  # pyright: ignore[reportCallIssue]
+        return self._choice
+
+    def serve(self, x: torch.Tensor) -> Choice:
+        """The kernel for x, on its device."""
+        found = self.ready(x.device.type)
+        if not self._measures:
+            return found
+        key = (x.dtype, choice.klass_of(x, self.op))
+        met = self._met.get(key)
+        if met is not None:
+            return met
+        if torch.compiler.is_compiling() or not choice.may_measure(x):
+            return self._known.get(key, found)
+        return self.meet(x.device, *key)
+
+    def meet(self, device: torch.device, dtype: torch.dtype, klass: int) -> Choice:
+        """The kernel for a class of rows, measured where it was not yet."""
+        found = choice.meet(self._problem(device, dtype, klass), self.tensors(), self.backend)
+        self._met = self._met | {(dtype, klass): found}  # a new one: another thread may be reading
+        self._choice = self._met[self.busiest]
+        return found
+
+    def meet_typical(self) -> Choice:
+        """The kernel of the layer where it runs, measured if it never did and its weights are there."""
+        found = self.ready(self.home)
+        if self._met or not self._measures or not choice.may_measure(self.stored.data):
+            return found
+        return self.meet(self.stored.device, *self.busiest)
+
+    def meet_as(self, plan: LayerPlan) -> Choice:
+        """What would serve the layer's weights under another plan, for the calls it has; measured if it never was."""
+        return choice.meet(replace(self.problem, plan=plan), self.tensors()._replace(act_scale=None), self.backend)
+
+    @property
+    def problem(self) -> choice.Problem:
+        """The layer and the busiest of its calls, where its weights are."""
+        return self._problem(self.stored.device, *self.busiest)
+
+    @property
+    def busiest(self) -> tuple[torch.dtype, int]:
+        """Dtype and class of the rows that are most in the calls it had, else those of a typical call."""
+        return max(self._met, key=lambda met: met[1], default=(self._dtype, choice.typical_klass(self.plan)))
+
+    @property
+    def home(self) -> str:
+        """Type of the device that the layer runs on: where it ran, while its weights are offloaded; else theirs."""
+        bound = self._bound
+        return bound[0] if bound is not None and (self._met or self.stored.is_meta) else self.stored.device.type
+
+    @property
+    def choice(self) -> Choice:
+        """The kernel that serves the layer where it runs."""
+        return self.ready(self.home)
+
+    def _problem(self, device: torch.device, dtype: torch.dtype, klass: int) -> choice.Problem:
+        return choice.Problem(self.op, self.plan, self._conv(), device, dtype, klass)
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self._choose_again()
+        return self
+
+    def _choose_again(self) -> None:
+        """Bind where the weights are now, unless they have no data there."""
+        if self._bound is not None and not self.stored.is_meta:
+            self.ready(self.stored.device.type)
+
+    def __getstate__(self) -> dict:
+        """Without its kernels, which are chosen anew where it is used: a pickled layer goes to other machines."""
+        return super().__getstate__() | {"_choice": None, "_bound": None, "_turn": None, "_met": {}, "_known": {}}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if not self.stored.is_meta:
+            self.bind(self.stored.device.type)
+
+
+@torch.compiler.disable
+def _outside(layer: Served, device: str) -> Choice:
+    """`bind`, which cannot be traced: nobody ran or moved the layer since it was put on another device."""
+    return layer.bind(device)
+
+
+def choose_again() -> None:
+    """Let every layer choose again: the process's backend is another one."""
+    with _adding:
+        layers = list(_layers)
+    for layer in layers:
+        layer._choose_again()
