@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,14 +54,23 @@ class Timing:
 
 
 @torch.inference_mode()
-def linears(recipe: str, device: str, dtype: torch.dtype = torch.bfloat16, seconds: float = 1.0) -> list[Timing]:
-    """A row per shape in SHAPES: nn.Linear in `dtype` against the same layer under a recipe (DQError if unknown)."""
+def linears(
+    recipe: str | Recipe,
+    device: str,
+    dtype: torch.dtype = torch.bfloat16,
+    seconds: float = 1.0,
+    shapes: Sequence[tuple[int, int, int]] | None = None,
+) -> list[Timing]:
+    """A row per shape: nn.Linear in `dtype` against the same layer under a recipe (DQError if unknown).
+
+    shapes  (rows, inputs, outputs), SHAPES without any
+    """
     wanted = cookbook.get(recipe)
     if not isinstance(wanted, Recipe):
         raise DQError(f"recipe {recipe!r} is a plan; dq bench takes a recipe name")
     weight, act = TensorPlan.parse(wanted.linear[0]), wanted.linear[1] and TensorPlan.parse(wanted.linear[1])
     rows = []
-    for count, inputs, outputs in tqdm(SHAPES, desc="bench linears", delay=2):
+    for count, inputs, outputs in tqdm(shapes or SHAPES, desc="bench linears", delay=2):
         full = nn.Linear(inputs, outputs, device=device, dtype=dtype)
         packed = layers.pack("bench", full, LayerPlan("linear", (outputs, inputs), weight, act), dtype)
         x = torch.randn(count, inputs, device=device, dtype=dtype)

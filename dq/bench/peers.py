@@ -1,8 +1,8 @@
 """What a diffusers user would pick instead of dq, on the same layers of the same model: contenders, and running them.
 
 A lane is a process. Contenders share one unless the libraries would change each other: torchao rewrites inductor's
-configuration, SDNQ decides at import whether it compiles its functions. Every lane times a bf16 model of its own, and
-ratios are to that. All contenders quantize the layers to which dq's `int8` gives integer activations. Peers are called
+configuration, SDNQ decides at import whether it compiles its functions. Every lane times a model in full precision of
+its own, in bf16 or fp32 as the race is, and ratios are to that. All contenders quantize the layers to which dq's `int8` gives integer activations. Peers are called
 through their public functions only; nothing of theirs is in this repository.
 """
 
@@ -27,29 +27,33 @@ from torch import nn
 
 from dq import cookbook, layers, planning
 from dq.bench import layers as bench
-from dq.bench import roofline, widths
+from dq.bench import levels, openvino, roofline, widths
 from dq.errors import DQError, nearest
 from dq.fusions import attention as ours
 from dq.layers.memory import peak_bytes
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 
-PINS = ("torchao==0.18.0", "sdnq==0.2.8")
-INSTALL = f"pip install --no-deps --target FOLDER {' '.join(PINS)}, then --peers-folder FOLDER"
-BASE = "bf16"
+PINS = ("torchao==0.18.0", "sdnq==0.2.8", "openvino==2026.4.1", "nncf==3.4.0")
+NEEDED = ("tabulate", "pydot", "scikit-learn", "joblib", "threadpoolctl", "narwhals")  # by NNCF; without telemetry
+INSTALL = f"pip install --no-deps --target FOLDER {' '.join(PINS + NEEDED)}, then --peers-folder FOLDER"
+BASE = "bf16"  # unless the race says fp32
+FULL = "full"  # the scheme of a model that is not quantized, in the dtype of the race
 W4A8 = Recipe("w4a8", linear=("int4/group:64", "int8/token"), conv=("int8/channel", "int8a/tensor"))
 W4A8_ROW = Recipe("w4a8-row", linear=("int4/channel", "int8/token"), conv=("int8/channel", "int8a/tensor"))
 W4A8_TWO = Recipe(
     "w4a8-two-level", linear=("int4/group:64+channel", "int8/token"), conv=("int8/channel", "int8a/tensor")
 )
 PRODUCT = re.compile(r"^(aten|onednn|mkldnn|quantized|torchao|dq|sdnq)::\w*(mm|linear|conv)\w*$")
+REST = 0.02  # seconds between turns of processes or libraries: OpenMP threads spin a few ms before they sleep
 WARM = 2  # calls before the first timed one: allocators, caches, guards of compiled graphs
 
 
 @dataclass(frozen=True)
 class Contender:
-    """lane: the process. scheme: a key of SCHEMES. only: the kinds of model it is for, all when empty.
+    """lane: the process. scheme: a key of SCHEMES or of `openvino.SCHEMES`.
 
     attention: as for `attended`; "" is what `dq.quantize` leaves, dq's own in bf16 where there are CPU kernels.
+    only: the kinds of model it is for, dtypes: the races; all when empty.
     """
 
     name: str
@@ -60,29 +64,39 @@ class Contender:
     needs: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     only: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
     usual: bool = True
 
-    def fits(self, model: str) -> bool:
-        """Whether it is meant for a model of `widths`."""
+    def fits(self, model: str, dtype: str = BASE) -> bool:
+        """Whether it is meant for a model of `widths` in a race of a dtype."""
         kind = "linear" if widths.LINEAR.fullmatch(model) else widths.width(model).kind
-        return (not self.only or kind in self.only) and not (self.attention and kind == "linear")
+        meant = (not self.only or kind in self.only) and (not self.dtypes or dtype in self.dtypes)
+        return meant and not (self.attention and kind == "linear")
 
 
-EAGER, COMPILED = {"SDNQ_USE_TORCH_COMPILE": "0"}, {"SDNQ_USE_TORCH_COMPILE": "1"}
+SDNQ = {"SDNQ_USE_OPENVINO_MM": "0"}  # else it multiplies with OpenVINO where that is installed
+EAGER, COMPILED = SDNQ | {"SDNQ_USE_TORCH_COMPILE": "0"}, SDNQ | {"SDNQ_USE_TORCH_COMPILE": "1"}
 CONTENDERS = (
     Contender("dq-int8", "dq", "int8"),
     Contender("dq-w4a8", "dq", "w4a8"),
     Contender("dq-w4a8-row", "dq", "w4a8-row", only=("linear",)),
     Contender("dq-int8-attention-torch", "dq", "int8", attention="torch"),
     Contender("dq-int8-attention-int8", "dq", "int8", attention="int8"),
-    Contender("bf16-attention-dq", "dq", BASE, attention="bf16"),
+    Contender("bf16-attention-dq", "dq", FULL, attention="bf16", dtypes=("bf16",)),
+    Contender("bf16", "bf16", "bf16", dtypes=("fp32",)),
     Contender("dq-int8-compiled", "dq compiled", "int8", compiled=True, usual=False),
-    Contender("bf16-compiled", "bf16 compiled", BASE, compiled=True),
+    Contender("bf16-compiled", "full compiled", FULL, compiled=True, dtypes=("bf16",)),
+    Contender("fp32-compiled", "full compiled", FULL, compiled=True, dtypes=("fp32",)),
     Contender("torchao-int8", "torchao", "torchao", needs="torchao"),
     Contender("torchao-int8-compiled", "torchao", "torchao", compiled=True, needs="torchao"),
     Contender("sdnq-int8", "sdnq", "sdnq", needs="sdnq", environment=EAGER),
     Contender("sdnq-int8-conv", "sdnq", "sdnq conv", needs="sdnq", environment=EAGER, only=(widths.UNET_CLASS,)),
     Contender("sdnq-int8-compiled", "sdnq compiled", "sdnq", needs="sdnq", environment=COMPILED),
+    Contender("openvino", "openvino", openvino.PICKED, needs="openvino"),
+    Contender("openvino-fp32", "openvino", openvino.FP32, needs="openvino"),
+    Contender("openvino-int8-weight", "openvino", "openvino weight", needs="nncf"),
+    Contender("openvino-int8-weight-sym", "openvino", "openvino weight sym", needs="nncf", usual=False),
+    Contender("openvino-w8a8", "openvino", "openvino w8a8", needs="nncf"),
 )
 NAMES = tuple(contender.name for contender in CONTENDERS)
 
@@ -141,7 +155,6 @@ def _sdnq(**more) -> Callable[[nn.Module], nn.Module]:
 
 
 SCHEMES: dict[str, Callable[[nn.Module], nn.Module]] = {
-    BASE: lambda model: model,
     "int8": _dq(cookbook.RECIPES["int8"]),
     "w4a8": _dq(W4A8),
     "w4a8-row": _dq(W4A8_ROW),
@@ -157,27 +170,30 @@ class Contestant:
 
     def __init__(self, threads: int):
         torch.set_num_threads(threads)
-        self.name = ""
+        self.threads = threads
+        self.name, self.base = "", BASE
         self.inputs = {}
         self.expected = None
         self.models: dict[str, nn.Module] = {}
         self.runs: dict[str, Callable] = {}
         self.around: dict[str, Callable] = {}  # context managers, by contender, inside which its calls are timed
+        self.converted: openvino.Converted | None = None
 
     @torch.no_grad()
-    def load(self, name: str) -> dict:
-        """Build the bf16 model `name` of `widths`, the base of this lane; forget the one before."""
+    def load(self, name: str, dtype: str = BASE) -> dict:
+        """Build the model `name` of `widths` in bf16 or fp32, the base of this lane; forget the one before."""
         self.drop()
-        self.name, self.inputs = name, widths.inputs(name)
-        self.models[BASE] = widths.build(name)
-        self.runs[BASE] = self._call(self.models[BASE])
+        self.name, self.base, self.inputs = name, dtype, widths.inputs(name, roofline.DTYPES[dtype])
+        model = self.models[FULL] = widths.build(name, roofline.DTYPES[dtype])
+        run = self.runs[dtype] = self._call(model)
         for _ in range(WARM):
-            self.expected = self.runs[BASE]().float()
-        return {"kernel": _products(self.runs[BASE]), "weight_bytes": layers.parameter_bytes(self.models[BASE])}
+            self.expected = run().float()
+        found = {"kernel": _products(run), "weight_bytes": layers.parameter_bytes(model)}
+        return found | {"level": levels.shown()}
 
     @torch.no_grad()
     def ready(self, contender: Contender) -> dict:
-        """Quantize, compile and warm up. -> kernel, error_db against bf16, seconds, versions; or `skipped`: why."""
+        """Quantize, compile and warm up. -> kernel, error_db against the base, seconds, versions; or `skipped`: why."""
         began = time.perf_counter()
         try:
             if why := _missing(contender):
@@ -188,6 +204,8 @@ class Contestant:
             call = self._call(torch.compile(model, dynamic=False) if contender.compiled else model)
             self.runs[contender.name] = call
             self.around[contender.name] = functools.partial(attended, model, contender.attention)
+            if isinstance(model, openvino.Compiled):
+                self.around[contender.name] = rested
             with self.around[contender.name]():
                 own = sorted(set(ours.attached(model).values()))
                 for _ in range(WARM):
@@ -195,7 +213,7 @@ class Contestant:
         except Exception as error:  # a peer that fails is a row that says so, not the end of the others
             self.runs.pop(contender.name, None)
             return {"skipped": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-        kernel = ", ".join(_labels(model)) or _products(self.runs[contender.name])
+        kernel = ", ".join(_labels(model)) or getattr(model, "kernel", "") or _products(self.runs[contender.name])
         kernel += "".join(f", dq attention {precision}" for precision in own)
         figures = {"kernel": kernel, "error_db": _error_db(self.expected, y), "versions": _versions(contender)}
         return figures | {"seconds": round(time.perf_counter() - began, 1)}
@@ -218,7 +236,7 @@ class Contestant:
         """A roofline line per kernel of a quantized model that is ready, its attention in each precision it ran in."""
         lines: dict[str, roofline.Line] = {}
         for name, run in self.runs.items():
-            if name != BASE and get(name).scheme == scheme and not get(name).compiled:
+            if name != self.base and get(name).scheme == scheme and not get(name).compiled:
                 with self.around[name]():
                     found = bench.kernel_lines(self.models[scheme], run, rounds)
                 lines = {line.kernel: line for line in found} | lines
@@ -233,7 +251,7 @@ class Contestant:
         self.models.clear()
         self.runs.clear()
         self.around.clear()
-        self.expected = None
+        self.expected = self.converted = None
         torch.compiler.reset()
 
     @torch.no_grad()
@@ -273,8 +291,34 @@ class Contestant:
 
     def _quantized(self, scheme: str) -> nn.Module:
         if scheme not in self.models:
-            self.models[scheme] = SCHEMES[scheme](widths.build(self.name))
+            self.models[scheme] = self._made(scheme)
         return self.models[scheme]
+
+    def _made(self, scheme: str) -> nn.Module:
+        dtype = roofline.DTYPES[self.base]
+        if scheme in openvino.SCHEMES:
+            if self.converted is None:
+                model = widths.build(self.name, dtype)
+                chosen = {kind: targets(model, (kind,)) for kind in ("linear", "conv2d")}
+                self.converted = openvino.Converted(model.float(), self.inputs, chosen)
+            return self.converted.compiled(scheme, self.base, self.threads)
+        if scheme == "bf16":
+            return Cast(widths.build(self.name), torch.bfloat16)
+        return SCHEMES[scheme](widths.build(self.name, dtype))
+
+
+class Cast(nn.Module):
+    """A model in another dtype than its inputs come in."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.inner, self.dtype = model, dtype
+
+    def forward(self, **given):
+        return self.inner(**{key: self._in(value) for key, value in given.items()})
+
+    def _in(self, value):
+        return value.to(self.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def serve(connection, threads: int, folder: str, log: str) -> None:
@@ -295,6 +339,14 @@ def serve(connection, threads: int, folder: str, log: str) -> None:
                 connection.send(("done", getattr(runner, order)(*arguments)))
             except Exception as error:
                 connection.send(("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
+
+
+@contextlib.contextmanager
+def rested() -> Iterator[None]:
+    """A pause on both sides: threads of torch and of another library spin a few ms before they sleep."""
+    time.sleep(REST)
+    yield
+    time.sleep(REST)
 
 
 @contextlib.contextmanager
@@ -363,4 +415,5 @@ def _error_db(expected: torch.Tensor, y: torch.Tensor) -> float | None:
 
 
 def _versions(contender: Contender) -> dict[str, str]:
-    return {contender.needs: importlib.metadata.version(contender.needs)} if contender.needs else {}
+    needed = [contender.needs, "openvino"] if contender.lane == "openvino" else [contender.needs]
+    return {name: importlib.metadata.version(name) for name in filter(None, needed)}

@@ -1,8 +1,8 @@
 """Contenders timed in turn, each lane of them in a process: `dq bench --peers`, `eval.experiments.speed --peers`.
 
-A round asks every lane in order for one turn of its bf16 base and of each of its contenders (a, b, c, a, b, c, ...),
-so that a machine that slows down slows all of them; only one process computes at a time. A contender's figure is the
-median of its calls over the median of its own lane's base.
+A round asks every lane in order for one turn of its base, which is full precision, and of each of its contenders (a, b,
+c, a, b, c, ...), so that a machine that slows down slows all of them; only one process computes at a time. A
+contender's figure is the median of its calls over the median of its own lane's base.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from dq.bench import peers, widths
-from dq.bench.peers import BASE, Contender
+from dq.bench import levels, peers, widths
+from dq.bench.peers import BASE, REST, Contender
 from dq.bench.roofline import Line, Peaks
 
 SHAPES = ((256, 1152, 1152), (1024, 1152, 4608), (4096, 1152, 1152), (1024, 3072, 3072))  # rows, inputs, outputs
 LINEARS = tuple(f"linear {rows} x {inputs} -> {outputs}" for rows, inputs, outputs in SHAPES)
 MODELS = ("linears", "pixart", "flux", "unet")
-REST = 0.02  # seconds between turns of different processes: OpenMP threads spin a few ms before they sleep
 TURN_MS = 40.0  # least time of a turn of a single layer; a model's turn is one call
 PREPARING = 2  # lanes that quantize and compile at once
 
@@ -38,7 +37,8 @@ class LaneLost(RuntimeError):
 class Setting:
     """seconds: of a model's rounds. rounds: the least of them. patience: seconds until a contender must be ready.
 
-    folder: where the peers are installed when not beside dq. say: called with a line of progress.
+    folder: where the peers are installed when not beside dq. say: called with a line of progress. dtype: of the models
+    and of full precision, "bf16" or "fp32". level: of `levels` that the processes are limited to, "" for none.
     """
 
     seconds: float = 30.0
@@ -47,11 +47,16 @@ class Setting:
     patience: float = 400.0
     folder: str = ""
     say: Callable[[str], None] = print
+    dtype: str = BASE
+    level: str = ""
 
 
 @dataclass
 class Result:
-    """One contender on one model. ms, base_ms: medians of calls. skipped: why there are none."""
+    """One contender on one model. ms, base_ms: medians of calls. skipped: why there are none.
+
+    base: what it is compared with, full precision in that dtype. level: what `levels.shown` says of its process.
+    """
 
     model: str
     contender: str
@@ -63,10 +68,12 @@ class Result:
     ready_seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
     skipped: str = ""
+    base: str = BASE
+    level: str = ""
 
     @property
     def times_base(self) -> float:
-        """bf16's time over this one: above 1 is faster."""
+        """The base's time over this one: above 1 is faster."""
         return self.base_ms / self.ms if self.ms else 0.0
 
 
@@ -80,7 +87,8 @@ class Lane:
         arguments = (theirs, setting.threads, setting.folder, self.log.name)
         self.process = context.Process(target=peers.serve, args=arguments)
         path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), setting.folder)))
-        given = {"OMP_NUM_THREADS": str(setting.threads), **environment} | ({"PYTHONPATH": path} if path else {})
+        given = {"OMP_NUM_THREADS": str(setting.threads), **environment}
+        given |= levels.environment(setting.level) | ({"PYTHONPATH": path} if path else {})
         with _environment(given):
             self.process.start()
         theirs.close()
@@ -147,7 +155,7 @@ def race(
     lanes: dict[str, Lane] = {}
     try:
         for name, entered in entries:
-            fitting = [each for each in entered if each.fits(name)]
+            fitting = [each for each in entered if each.fits(name, setting.dtype)]
             if fitting:
                 yield _measure(name, fitting, lanes, setting, start)
             else:
@@ -174,16 +182,20 @@ def _measure(name: str, entered: list[Contender], lanes: dict, setting: Setting,
     for lane in lanes.values():
         with contextlib.suppress(LaneLost):
             lane.ask("drop")
-    bases = [found for (_, key), found in results.items() if key == BASE and found.ms]
-    return Race(name, bases[:1] + [found for (_, key), found in results.items() if key != BASE], lines, peaks)
+    bases = [found for (_, key), found in results.items() if key == setting.dtype and found.ms]
+    others = [found for (_, key), found in results.items() if key != setting.dtype]
+    return Race(name, bases[:1] + others, lines, peaks)
 
 
 def _prepare(name: str, lane: str, members: list[Contender], lanes: dict, setting: Setting) -> dict:
     """Load a model in a lane and make its contenders ready. -> results without times, the base's first."""
-    results = {(lane, BASE): Result(name, BASE)}
-    results |= {(lane, each.name): Result(name, each.name) for each in members}
+    base = setting.dtype
+    results = {(lane, key): Result(name, key, base=base) for key in (base, *(each.name for each in members))}
     try:
-        results[lane, BASE].kernel = lanes[lane].ask("load", name, patience=setting.patience)["kernel"]
+        loaded = lanes[lane].ask("load", name, base, patience=setting.patience)
+        results[lane, base].kernel = loaded["kernel"]
+        for found in results.values():
+            found.level = loaded["level"]
         for each in members:
             found, mine = lanes[lane].ask("ready", each, patience=setting.patience), results[lane, each.name]
             mine.skipped = found.get("skipped", "")
@@ -232,9 +244,9 @@ def _lose(lane: str, lost: LaneLost, lanes: dict, results: dict, setting: Settin
 def _fill(results: dict, times: dict) -> None:
     for (lane, key), spent in times.items():
         found = results[lane, key]
-        if spent and times[lane, BASE] and not found.skipped:
+        if spent and times[lane, found.base] and not found.skipped:
             found.ms, found.calls = statistics.median(spent), len(spent)
-            found.base_ms = statistics.median(times[lane, BASE])
+            found.base_ms = statistics.median(times[lane, found.base])
 
 
 def _roofline(lane: Lane | None, setting: Setting) -> tuple[list[Line], Peaks | None]:

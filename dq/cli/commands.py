@@ -183,31 +183,40 @@ def generate(
 def bench(
     folder: Annotated[str | None, Argument(help="A saved quantized pipeline.")] = None,
     recipe: Annotated[str, Option(help="Whose formats the bare layers get.", **MODEL)] = "int8",
-    dtype: options.Dtype = "bf16",
+    dtype: options.BenchDtype = None,
     device: options.Device = None,
     seconds: Annotated[float, Option(help="Time spent on each row.", **OUTPUT)] = 1.0,
     as_json: Annotated[bool, Option("--json", help="Rows as JSON.", **OUTPUT)] = False,
     peers: Annotated[
-        bool, Option("--peers", help="dq, torchao and SDNQ on models of random weights.", **PEERS)
+        bool, Option("--peers", help="dq, torchao, SDNQ and OpenVINO on models of random weights.", **PEERS)
     ] = False,
     model: Annotated[list[str], Option(help="Only these: linears, pixart, flux, unet; may repeat.", **PEERS)] = [],  # noqa: B006
     contender: Annotated[list[str], Option(help="Only this one; may repeat.", **PEERS)] = [],  # noqa: B006
     without: Annotated[list[str], Option(help="Not this one; may repeat.", **PEERS)] = [],  # noqa: B006
     peers_folder: Annotated[str, Option(help="Where pip --target put the peers.", **PEERS)] = "",
     threads: Annotated[int | None, Option(min=1, help="Of each process.", **PEERS)] = None,
+    level: options.Level = "",
 ) -> None:
     """Time quantized layers, or a saved pipeline's denoisers, next to full precision: in turn, medians."""
     kind = options.dtype_of(dtype)
     import torch
 
     from dq.bench import layers as timing
-    from dq.bench import roofline
+    from dq.bench import levels, roofline
     from dq.cli import tables
 
+    levels.environment(level)
     if peers:
-        _race(model, contender, without, peers_folder, threads or torch.get_num_threads(), seconds, as_json)
+        base = options.short_of(kind or levels.base(level))
+        setting = {"seconds": seconds, "threads": threads or torch.get_num_threads(), "folder": peers_folder}
+        _race(model, contender, without, setting | {"dtype": base, "level": level}, as_json)
         return
+    if level:
+        raise DQError(
+            "--level goes with --peers: it is set before torch is imported, see DQ_CPU_LEVEL for this process"
+        )
     place = options.device_of(device)
+    kind = kind or options.DTYPES["bf16" if place == "cuda" else levels.base()]
     if folder is None:
         rows = timing.linears(recipe, place, compute_dtype(kind), seconds)
     else:
@@ -233,14 +242,14 @@ def _denoisers(folder: str, device: str, seconds: float) -> list:
     return [timing.denoiser(pipe, name, seconds=seconds, **drawing.plain_size(pipe)) for name in names]
 
 
-def _race(models, entered, without, folder: str, threads: int, seconds: float, as_json: bool) -> None:
+def _race(models, entered, without, given: dict, as_json: bool) -> None:
     """dq beside its peers, a table or a line of JSON a model."""
     from dq.bench import race, widths
     from dq.cli import tables
 
     chosen, names = race.contenders(entered, without), race.models(models or race.MODELS)
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-    setting = race.Setting(seconds, threads=threads, folder=folder, say=say)
+    setting = race.Setting(say=say, **given)
     for found in race.race([(name, chosen) for name in names], setting):
         if as_json:
             print(json.dumps({"model": found.model, "results": [asdict(row) for row in found.results]}), flush=True)

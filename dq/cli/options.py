@@ -34,6 +34,21 @@ Source = Annotated[str, Argument(help="A folder, a Hub id, or tiny-pixart / tiny
 Dtype = Annotated[
     str | None, Option(help="Compute dtype: bf16, fp16 or fp32.", autocompletion=_among(DTYPES), **MODEL)
 ]
+BenchDtype = Annotated[
+    str | None,
+    Option(
+        help="Full precision compared with, fp32 or bf16.",
+        show_default="bf16, fp32 on a processor without bf16 units",
+        autocompletion=_among(DTYPES),
+        **MODEL,
+    ),
+]
+Level = Annotated[
+    str,
+    Option(
+        help="Instructions that dq and torch are limited to: avx2, avxvnni, avx512vnni.", show_default=False, **PEERS
+    ),
+]
 Device = Annotated[
     str | None,
     Option(help="cpu or cuda.", show_default="cuda where there is one", autocompletion=_among(DEVICES), **MODEL),
@@ -129,6 +144,14 @@ def dtype_of(text: str | None) -> str | None:
     if text not in DTYPES and text not in DTYPES.values():
         raise DQError(f"--dtype {text!r} is unknown, {nearest(text, DTYPES)}")
     return DTYPES.get(text, text)
+
+
+def short_of(dtype: str) -> str:
+    """The option's name of a dtype: fp32 of float32. DQError for one that `dq bench --peers` does not compare with."""
+    short = next((short for short, name in DTYPES.items() if name == dtype), dtype)
+    if short not in ("bf16", "fp32"):
+        raise DQError(f"--dtype {short!r} has no contenders, expected bf16 or fp32")
+    return short
 
 
 def device_of(text: str | None) -> str:

@@ -28,7 +28,8 @@ def roofline(named: list, peaks) -> None:
 
 def race(found, title: str) -> None:
     """One model's contenders, those that were left out with the reason, and dq's kernels."""
-    table = Table("", "ms", "times bf16", "dB to bf16", "kernel", title=title)
+    base, level = found.results[0].base, found.results[0].level
+    table = Table("", "ms", f"times {base}", f"dB to {base}", "kernel", title=f"{title}; {level}")
     for row in found.results:
         decibels = "" if row.error_db is None else f"{row.error_db:.1f}"
         figures = ("", "", "", row.skipped) if row.skipped else None

@@ -23,7 +23,7 @@ SHAPES = {"linear": (1152, 1152), "conv": (320, 320, 3, 3)}
 CONV = Conv((1, 1), (1, 1), (1, 1), 1)
 AVX512 = ("avx512_vnni", "avx512_bf16")
 UNTIMED = ", not measured"
-TIMES = ("speed.json", "kernels.json", "eval.json")
+TIMES = ("speed.json", "layers.json", "pipelines.json", "kernels.json", "eval.json")
 
 Pair = tuple[str, str | None]  # formats of a weight and of activations, as recipes write them
 
@@ -40,7 +40,9 @@ class Processor:
         return "cuda" if self.machine.gpu else "cpu"
 
     def owns(self, row: dict) -> bool:
-        """Whether a row was measured on such a processor."""
+        """Whether a row was measured on such a processor, not on one whose higher levels were hidden."""
+        if rows.limited(row):
+            return False
         if self.device == "cuda":
             return f"({self.machine.gpu})" in row["machine"]
         if self.machine.vnni:

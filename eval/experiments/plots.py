@@ -105,7 +105,7 @@ def _budgets(model: str) -> list[dict]:
 def speed() -> dict[str, list[dict]]:
     """By what is timed: bars with name, whose it is, milliseconds."""
     found = {}
-    for row in rows.read(rows.FOLDER / "speed.json"):
+    for row in _unlimited("speed"):
         if row["what"].startswith(tiny.NAMES) and row["recipe"] == "int8" and not row.get("emulated"):
             dtype = {"float32": "fp32", "bfloat16": "bf16"}[row["dtype"]]
             bars = found.setdefault(row["what"], [])
@@ -113,14 +113,23 @@ def speed() -> dict[str, list[dict]]:
                 _bar(dtype, "full precision", row["full_ms"]),
                 _bar(f"dq int8 in {dtype}", "dq", row["quantized_ms"]),
             ]
-    for row in rows.read(rows.FOLDER / "kernels.json"):
-        if row["kind"] == "speed" and row["model"] in RACES and row["contender"] in CONTENDERS:
+    for row in _unlimited("kernels"):
+        if (
+            (row["kind"], row["base"]) == ("speed", "bf16")
+            and row["model"] in RACES
+            and row["contender"] in CONTENDERS
+        ):
             found.setdefault(row["shown"], []).append(_bar(*CONTENDERS[row["contender"]], row["ms"]))
     order = [name for name, _ in CONTENDERS.values()]
     for row in RACES:
         shown = widths.shown(row)
         found[shown].sort(key=lambda bar: order.index(bar["name"]))
     return found
+
+
+def _unlimited(name: str) -> list[dict]:
+    """Rows of a file that were measured with all that the processor has."""
+    return [row for row in rows.read(rows.FOLDER / f"{name}.json") if not rows.limited(row)]
 
 
 def _bar(name: str, whose: str, ms: float) -> dict:

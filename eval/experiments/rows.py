@@ -51,6 +51,25 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def conditions(threads: int) -> dict:
+    """What a time depends on beside the machine: the level of its kernels, threads, and the load when it was measured."""
+    from dq.bench import levels  # here: the command line answers without it
+
+    return {"level": levels.shown(), "threads": threads, "load": round(os.getloadavg()[0], 2)}
+
+
+def limited(row: dict) -> bool:
+    """Whether a row was measured with higher levels of the processor hidden."""
+    return "hidden" in row.get("level", "")
+
+
+def there(path: Path, row: dict, stamp: dict) -> bool:
+    """Whether a file has such a row of this commit, machine, level and threads; not while dq differs from the commit."""
+    same = row | {key: stamp[key] for key in ("commit", "machine", "level", "threads")}
+    fits = (all(old.get(key) == value for key, value in same.items()) for old in read(path))
+    return not stamp["commit"].endswith("+") and any(fits)
+
+
 def _gpu() -> str:
     """`NVIDIA H100 80GB HBM3 (sm_90)`: the support matrix looks for the architecture."""
     import torch  # here: the command line answers without it

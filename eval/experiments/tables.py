@@ -9,12 +9,13 @@ import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from eval.experiments import rows
+from eval.experiments import rows, speed_layers, speed_pipelines
 from eval.markdown import table
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 OLD = " †"
+NOT_YET = "No rows are committed yet."
 OLD_SAYS = (
     "† The code behind this row (formats, planning, kernels, its method) has changed since it was measured: today's "
     "code may give other figures."
@@ -49,14 +50,17 @@ def decibels(row: Mapping) -> str:
 
 def speed(found: list[dict]) -> list[str]:
     """Markdown lines of the speed table. Rows whose activations are emulated do not belong into it."""
-    cells = []
+    cells, hidden = [], any(map(rows.limited, found))
     for row in found:
         if not row.get("emulated"):
             full = f"{row['full_ms']:.2f} ms {SHORT[row['dtype']]}"
             quantized = f"{row['quantized_ms']:.2f} ms `{row['recipe']}`"
             ratio = f"{row['full_ms'] / row['quantized_ms']:.2f}"
-            cells.append([row["what"], full, quantized, ratio, row["kernel"]])
-    return table(["one call", "full precision", "quantized", "times as fast", "kernels"], cells)
+            cells.append(
+                [row["what"], full, quantized, ratio, row["kernel"], *([row.get("level", "")] if hidden else [])]
+            )
+    head = ["one call", "full precision", "quantized", "times as fast", "kernels", *(["on"] if hidden else [])]
+    return table(head, cells)
 
 
 def methods(found: list[dict]) -> list[str]:
@@ -93,17 +97,31 @@ def _method_cells(row: dict, gain: float | None, old: bool) -> list[str]:
 
 
 def peers(found: list[dict]) -> list[str]:
-    """Markdown lines of dq next to its peers, a model at a time, bf16 first. Emulated execution is left out."""
+    """Markdown lines of dq next to its peers: a table for each level and base, a model at a time, the base first.
+
+    Emulated execution is left out.
+    """
     chosen = [row for row in found if row["kind"] == "speed" and not row.get("emulated")]
     models = list(dict.fromkeys(row["model"] for row in chosen))
-    chosen.sort(key=lambda row: (models.index(row["model"]), row["contender"] != "bf16"))
-    return table(
-        ["model", "contender", "ms", "times bf16", "kernel"],
-        [
-            [row["shown"], f"`{row['contender']}`", f"{row['ms']:.2f}", f"{row['times_bf16']:.2f}", row["kernel"]]
-            for row in chosen
-        ],
-    )
+    chosen.sort(key=lambda row: (models.index(row["model"]), row["contender"] != row["base"]))
+    lines = []
+    for level, base in dict.fromkeys((row["level"], row["base"]) for row in chosen):
+        mine = [row for row in chosen if (row["level"], row["base"]) == (level, base)]
+        head = ["model", "contender", "ms", f"times {base}", f"dB to {base}", "kernel"]
+        lines += [f"{level}, beside {base}:", "", *table(head, map(_peer_cells, mine)), ""]
+    return lines[:-1]
+
+
+def _peer_cells(row: dict) -> list[str]:
+    error = "" if row.get("error_db") is None else f"{row['error_db']:.1f}"
+    return [
+        row["shown"],
+        f"`{row['contender']}`",
+        f"{row['ms']:.2f}",
+        f"{row['times_base']:.2f}",
+        error,
+        row["kernel"],
+    ]
 
 
 def memory(found: list[dict]) -> list[str]:
@@ -205,6 +223,16 @@ def _peers() -> str:
     return _with(peers(found), f"{threads}; {packages}.", _where(found))
 
 
+def _layers() -> str:
+    found = _read("layers")
+    return _with(speed_layers.tables(found), _where(found)) if found else NOT_YET
+
+
+def _pipelines() -> str:
+    found = _read("pipelines")
+    return _with(speed_pipelines.tables(found), _where(found)) if found else NOT_YET
+
+
 def _memory() -> str:
     found = [row for row in _read("kernels") if row["kind"] == "memory"]
     return _with(memory(found), _where(found))
@@ -238,7 +266,7 @@ def tables() -> dict[str, tuple[Path, Callable[[], str]]]:
             "quality": {"quality": _quality},
             "methods": {"methods": _methods},
             "budgets": {"budgets": _budgets},
-            "speed": {"speed": _speed, "peers": _peers},
+            "speed": {"speed": _speed, "pipelines": _pipelines, "layers": _layers, "peers": _peers},
             "memory": {"memory": _memory, "calibration": _calibration},
             "gpu": {"gpu": lambda: "\n".join(recipe_tables.gpus())},
             "eval": {"eval": _eval},

@@ -22,6 +22,7 @@ from eval.experiments import speed as eval_bench
 PARSE = TensorPlan.parse
 W8A8 = LayerPlan("linear", (64, 128), PARSE("int8/channel"), PARSE("int8/token"))
 LINEAR = "linear 8 x 64 -> 64"
+FULL = "AVX512 with VNNI and bf16"
 SMALL = ("small-pixart", "small-flux", "small-unet")
 
 
@@ -257,7 +258,11 @@ def test_memory_compares_processes_that_load_and_run(here):
 
 
 def options(tmp_path, **changes):
-    given = vars(eval_bench.arguments().parse_args([])) | {"models": ["small-pixart"], "seconds": 0.0, "rounds": 1}
+    given = vars(eval_bench.arguments().parse_args(["--dtypes", "bf16"])) | {
+        "models": ["small-pixart"],
+        "seconds": 0.0,
+        "rounds": 1,
+    }
     return argparse.Namespace(**(given | {"out": tmp_path / "kernels.json", "contenders": ["dq-int8"]} | changes))
 
 
@@ -286,19 +291,20 @@ def test_rows_are_written_and_not_measured_twice_at_a_commit(tmp_path, here, mon
 def speed(**changes):
     row = {"kind": "speed", "model": "flux", "shown": "FLUX width", "contender": "dq-int8", "ms": 50.0}
     stamp = {"commit": "abc", "versions": {"torch": "2.13.0"}, "machine": "m", "threads": 2}
-    return row | {"times_bf16": 2.0, "kernel": "dq int8 x int8"} | stamp | changes
+    return row | {"times_base": 2.0, "base": "bf16", "level": FULL, "kernel": "dq int8 x int8"} | stamp | changes
 
 
 def test_the_table_of_kernels_shows_no_emulated_execution(tmp_path, monkeypatch):
-    base = speed(contender="bf16", ms=100.0, times_bf16=1.0, kernel="aten::addmm")
+    base = speed(contender="bf16", ms=100.0, times_base=1.0, kernel="aten::addmm")
     slow = speed(contender="dq-w4a8", kernel="slow one", emulated=True)
     saved = {"peak_bytes": 2**30, "weight_bytes": 2**31, "saved_share": 0.7}
     more = [speed(kind="memory", contender="dq-w4a8", **saved), speed(kind="roofline", contender="dq-int8")]
     monkeypatch.setattr(rows, "FOLDER", tmp_path)
     (tmp_path / "kernels.json").write_text(json.dumps({"rows": [speed(), base, slow, *more]}))
     text = tables.tables()["peers"][1]().splitlines()
-    assert text[2] == "| FLUX width | `bf16` | 100.00 | 1.00 | aten::addmm |"
-    assert text[3] == "| FLUX width | `dq-int8` | 50.00 | 2.00 | dq int8 x int8 |"
+    assert text[0] == f"{FULL}, beside bf16:"
+    assert text[4] == "| FLUX width | `bf16` | 100.00 | 1.00 |  | aten::addmm |"
+    assert text[5] == "| FLUX width | `dq-int8` | 50.00 | 2.00 |  | dq int8 x int8 |"
     assert not any("slow one" in line for line in text)
     text = tables.tables()["memory"][1]()
     assert "| FLUX width | `dq-w4a8` | 1.00 GiB | 70 % of the weights' 2.00 GiB |" in text
