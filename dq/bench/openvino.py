@@ -5,13 +5,14 @@
              U-Net's of 1 x 1 do not compile with compressed weights
     w8a8     nncf.quantize for transformers: SmoothQuant, then scales of activations from the inputs of the race
 
-NNCF is told to leave alone every product but those of the layers that dq quantizes. ONEDNN_MAX_CPU_ISA binds OpenVINO's
-oneDNN kernels only: its own and those of MLAS go by the processor, and `kernel` names them. Some graphs do not compile
-under such a limit (compressed weights, bf16): those contenders are left out with OpenVINO's reason.
+NNCF is told to leave alone every product but those of the layers that dq quantizes. ONEDNN_MAX_CPU_ISA binds
+OpenVINO's oneDNN kernels only: its own and those of MLAS go by the processor, and `kernel` names them. Some graphs do
+not compile under such a limit (compressed weights, bf16): those contenders are left out with OpenVINO's reason.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -61,8 +62,7 @@ class Converted:
     """
 
     def __init__(self, model: nn.Module, given: dict, targets: Mapping[str, Sequence[str]]):
-        import openvino
-
+        openvino: Any = importlib.import_module("openvino")
         given = {key: _float(value) for key, value in given.items()}
         flat = _Flat(model, given)
         self.tensors = [given[name] for name in flat.names]
@@ -72,8 +72,7 @@ class Converted:
 
     def compiled(self, scheme: str, dtype: str, threads: int) -> Compiled:
         """A contender: a key of SCHEMES, computing in "fp32", or in OpenVINO's own choice for "bf16"."""
-        import openvino
-
+        openvino: Any = importlib.import_module("openvino")
         if scheme == PICKED and not levels.has_bf16():
             raise RuntimeError("OpenVINO picks fp32 here: see openvino-fp32")
         options: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
@@ -84,8 +83,7 @@ class Converted:
 
     def ignored(self, *kinds: str) -> Any:
         """NNCF's scope of what is left as it is: all but targets of these kinds."""
-        import nncf
-
+        nncf: Any = importlib.import_module("nncf")
         own = tuple(f"__module.{INNER}.{name}/" for kind in kinds for name in self.targets[kind])
         others = [node for node in self.model.get_ops() if node.get_type_name() in PRODUCTS]
         names = [node.get_friendly_name() for node in others if not node.get_friendly_name().startswith(own)]
@@ -102,8 +100,7 @@ def _plain(model: Any, _converted: Converted) -> Any:
 
 def _weight(mode: str) -> Callable[[Any, Converted], Any]:
     def apply(model: Any, converted: Converted) -> Any:
-        import nncf
-
+        nncf: Any = importlib.import_module("nncf")
         kind = nncf.CompressWeightsMode(mode)
         return nncf.compress_weights(model, mode=kind, ignored_scope=converted.ignored("linear"))
 
@@ -111,8 +108,7 @@ def _weight(mode: str) -> Callable[[Any, Converted], Any]:
 
 
 def _w8a8(model: Any, converted: Converted) -> Any:
-    import nncf
-
+    nncf: Any = importlib.import_module("nncf")
     inputs = nncf.Dataset([[tensor.numpy() for tensor in converted.tensors]])
     kind = nncf.ModelType.TRANSFORMER
     others = converted.ignored("linear", "conv2d")
@@ -130,7 +126,7 @@ SCHEMES: dict[str, Callable[[Any, Converted], Any]] = {
 
 
 def kernel(compiled: Any) -> str:
-    """Implementations that serve the products of a compiled model, most used first, and those a limit does not bind."""
+    """What serves the products of a compiled model, most used first, and what a limit does not bind."""
     nodes = Counter(
         (_told(node, "layerType"), _told(node, "primitiveType")) for node in compiled.get_runtime_model().get_ops()
     )

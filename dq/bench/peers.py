@@ -2,8 +2,9 @@
 
 A lane is a process. Contenders share one unless the libraries would change each other: torchao rewrites inductor's
 configuration, SDNQ decides at import whether it compiles its functions. Every lane times a model in full precision of
-its own, in bf16 or fp32 as the race is, and ratios are to that. All contenders quantize the layers to which dq's `int8` gives integer activations. Peers are called
-through their public functions only; nothing of theirs is in this repository.
+its own, in bf16 or fp32 as the race is, and ratios are to that. All contenders quantize the layers to which dq's
+`int8` gives integer activations. Peers are called through their public functions only; nothing of theirs is in this
+repository.
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ class Contestant:
 
     @torch.no_grad()
     def ready(self, contender: Contender) -> dict:
-        """Quantize, compile and warm up. -> kernel, error_db against the base, seconds, versions; or `skipped`: why."""
+        """Quantize, compile and warm up. -> kernel, error_db to the base, seconds, versions; or `skipped`: why."""
         began = time.perf_counter()
         try:
             if why := _missing(contender):

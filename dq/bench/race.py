@@ -1,7 +1,7 @@
 """Contenders timed in turn, each lane of them in a process: `dq bench --peers`, `eval.experiments.speed --peers`.
 
-A round asks every lane in order for one turn of its base, which is full precision, and of each of its contenders (a, b,
-c, a, b, c, ...), so that a machine that slows down slows all of them; only one process computes at a time. A
+A round asks every lane in order for one turn of its base, which is full precision, and of each of its contenders (a,
+b, c, a, b, c, ...), so that a machine that slows down slows all of them; only one process computes at a time. A
 contender's figure is the median of its calls over the median of its own lane's base.
 """
 

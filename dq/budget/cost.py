@@ -1,15 +1,19 @@
-"""Milliseconds of every layer under every choice, measured on this machine at the shapes the model really sees.
+"""Milliseconds of every layer under every choice, measured on this machine inside calls of the model itself.
 
-Layers of the same shape share one measurement. Figures are kept in the table of `dq.kernels.times`, so that a second
-search on the same machine measures nothing.
+A layer alone misleads: its input is in the cache, nothing drives out its weights and its code, and the plans of a
+budget came out 15 to 30 % slower than their sums said. So the model is called with layers in mixed formats, a clock at
+each of them, and from pass to pass every layer moves on to its next choice. Layers of the same shape share their
+figures, which are kept in the table of `dq.kernels.times`: a second search on the same machine runs MIXED passes.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import statistics
+import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -17,26 +21,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from dq import kernels, timing
+from dq.budget import margins
 from dq.budget.choices import Choice, label
 from dq.budget.predictions import Predictions
-from dq.budget.sensitivity import packed
 from dq.kernels import choice as choosing
 from dq.kernels import times
-from dq.layers import naming
-from dq.plan import LayerPlan, Plan
+from dq.layers import naming, pack
+from dq.plan import Plan
 from dq.trace.units import replaced, tensors_in
 
-SECONDS = 0.3  # spent on the choices of one shape, all in turn
-COPIES_BYTES = 2**27  # layers of the same shape that take turns, so that weights come from memory as in the model
-MOST_COPIES = 8
+SECONDS = 0.5  # of calls in one pass, in which every layer has one choice
+LEAST = 3  # calls of a pass
+MIXED = 3  # passes of mixed formats where there is nothing new to measure
+SEED = 0
 
 
 class Costs:
     """Measured milliseconds of one model's layers.
 
     ms     by layer: a figure per choice, one call of the model
-    fixed  what one call of the model takes beyond the sum of its layers, each alone: everything between them, and
-           what they cost each other in caches and memory; measured with all layers in the recipe's own formats
+    fixed  what one call of the model takes beyond the sum of its layers: everything between them. A layer slower than
+           full precision also holds up what comes after it; that is in its own figure
     calls  of the model per step
     """
 
@@ -54,29 +59,53 @@ def measure(
     plan: Plan,
     progress: bool = True,
 ) -> Costs:
-    """Time every distinct (layer shape, input shape, choice), and a whole call with all layers as in the plan."""
+    """Time every distinct (layer shape, input shape, choice) in calls of the model, and what is between the layers."""
     dtype = plan.dtype
     args, kwargs = predictions.call(len(predictions.keys) // 2)
     inputs = _inputs(model, menus, args, kwargs)
     table = times.table(next(model.parameters()).device)
     how = f"budget {dtype} {kernels.selected()} {choosing.mode()}"
-    ms = {}
-    alike: dict[str, list[str]] = {}
-    for name, shape in inputs.items():
-        alike.setdefault(f"{how} {_shape_key(naming.at(model, name), shape)}", []).append(name)
-    for key, names in tqdm(alike.items(), desc="time layers", disable=not progress, delay=2):
-        choices = {label(choice): choice for name in names for choice in menus[name]}
-        missing = {text: choice for text, choice in choices.items() if (key, text) not in table}
-        if missing:
-            modules = [naming.at(model, name) for name in names]
-            table.add(key, _time(modules, missing, inputs[names[0]], dtype))
-        for name in names:
-            ms[name] = [table[key, label(choice)] for choice in menus[name]]
+    keys = {name: f"{how} {_shape_key(naming.at(model, name), shape)}" for name, shape in inputs.items()}
+    new = {name: [c for c in menus[name] if (keys[name], label(c)) not in table] for name in inputs}
+    ends: list[dict[str, Choice]] = [{name: plan.layers[name] for name in inputs}, dict.fromkeys(inputs)]
+    found: dict[str, dict[str, list[float]]] = {}
+    passes = [*ends, *_passes(new, {name: menus[name] for name in inputs})]
+    rests = []
+    for chosen in tqdm(passes, desc="time layers", disable=not progress, delay=2):
+        spent, rest = _timed(model, chosen, dtype, lambda: model(*args, **kwargs))
+        rests.append(rest)
+        for name, ms in spent.items():
+            found.setdefault(keys[name], {}).setdefault(label(chosen[name]), []).append(ms)
+    for key, mine in found.items():
+        table.add(key, {text: statistics.mean(values) for text, values in mine.items()})
+    taken = {name: {choice: table[keys[name], label(choice)] for choice in (None, *menus[name])} for name in inputs}
+    fixed, more = _between(passes, taken, rests)
+    ms = {name: [_with_more(taken[name], choice, more) for choice in menus[name]] for name in inputs}
     for name in menus.keys() - ms.keys():  # experts, or never called
         ms[name] = [0.0] * len(menus[name])
-    whole = _whole(model, {name: plan.layers[name] for name in inputs}, dtype, args, kwargs)
-    alone = sum(ms[name][menus[name].index(plan.layers[name])] for name in inputs)
-    return Costs(ms, whole - alone, predictions.calls_per_step)
+    return Costs(ms, fixed, predictions.calls_per_step)
+
+
+def _between(passes: Sequence[Mapping[str, Choice]], taken: Mapping, rests: Sequence[float]) -> tuple[float, float]:
+    """Milliseconds of a call between its layers: rest = fixed + more * excess, by least squares.
+
+    excess: milliseconds of a pass beyond full precision in the layers that are slower than it. What they unpack drives
+    out of the caches what stands between layers. fixed is the mean of the first two passes, between which a budget in
+    time moves: all layers in the recipe's own formats, and in full precision.
+    """
+    excess = [sum(_excess(taken[name], choice) for name, choice in chosen.items()) for chosen in passes]
+    square = sum(x * x for x in excess)
+    fixed = statistics.mean(rests[:2])
+    slope = sum(x * (rest - fixed) for x, rest in zip(excess, rests, strict=True)) / square if square else 0.0
+    return fixed, max(slope, 0.0)
+
+
+def _excess(taken: Mapping[Choice, float], choice: Choice) -> float:
+    return max(taken[choice] - taken[None], 0.0)
+
+
+def _with_more(taken: Mapping[Choice, float], choice: Choice, more: float) -> float:
+    return taken[choice] + more * _excess(taken, choice)
 
 
 def _inputs(model: nn.Module, menus: Mapping, args: tuple, kwargs: dict) -> dict[str, torch.Size]:
@@ -102,26 +131,42 @@ def _shape_key(module: nn.Module, shape: torch.Size) -> str:
     return json.dumps([type(module).__name__, *sizes, settings])
 
 
-def _time(modules: Sequence[nn.Module], choices: Mapping[str, Choice], shape: torch.Size, dtype: torch.dtype) -> dict:
-    """Median milliseconds of each choice, over copies of the layer that together do not fit a cache."""
-    size = modules[0].weight.numel() * modules[0].weight.element_size()
-    modules = modules[: max(1, min(MOST_COPIES, COPIES_BYTES // max(size, 1)))]
-    x = torch.randn(shape, dtype=dtype, device=modules[0].weight.device)
-    runs = {}
-    for text, choice in choices.items():
-        made = [module if choice is None else packed("timed", module, choice, dtype) for module in modules]
-        runs[text] = lambda made=made: [layer(x) for layer in made]
-    times = timing.in_turn(runs, SECONDS)
-    return {text: statistics.median(values) / len(modules) for text, values in times.items()}
+def _passes(new: Mapping[str, Sequence[Choice]], menus: Mapping[str, Sequence[Choice]]) -> Iterator[dict[str, Choice]]:
+    """A choice per layer and pass, each layer in an order of its own, until all had their new ones; at least MIXED."""
+    dice = random.Random(SEED)
+    orders = {name: dice.sample(new[name] or menus[name], len(new[name] or menus[name])) for name in menus}
+    for i in range(max(MIXED, *(len(choices) for choices in new.values()))):
+        yield {name: order[i % len(order)] for name, order in orders.items()}
 
 
-def _whole(model: nn.Module, plans: Mapping[str, LayerPlan], dtype: torch.dtype, args: tuple, kwargs: dict) -> float:
-    """Median milliseconds of a call of the model with layers rounded as planned."""
-    modules = {name: naming.at(model, name) for name in plans}
-    forwards = {module: packed(name, module, plans[name], dtype).forward for name, module in modules.items()}
+def _timed(
+    model: nn.Module, chosen: Mapping[str, Choice], dtype: torch.dtype, call: Callable[[], object]
+) -> tuple[dict[str, float], float]:
+    """Median milliseconds of each layer in calls of the model, and of a call beyond their sum."""
+    modules = {name: naming.at(model, name) for name in chosen}
+    spent: dict[str, list[float]] = {name: [] for name in chosen}
+    forwards = {}
+    for name, choice in chosen.items():
+        layer = modules[name] if choice is None else pack(name, modules[name], margins.dynamic(choice), dtype)
+        forwards[modules[name]] = _clocked(layer.forward, spent[name])
     with replaced(forwards):
-        times = timing.in_turn({"whole": lambda: model(*args, **kwargs)}, SECONDS * 5)
-    return statistics.median(times["whole"])
+        clocked = timing.in_turn({"clocked": call}, SECONDS, LEAST)["clocked"]
+    medians = {name: statistics.median(values[1:]) for name, values in spent.items()}  # the first call warms up
+    return medians, statistics.median(clocked) - sum(medians.values())
+
+
+def _clocked(forward: Callable, spent: list[float]) -> Callable:
+    """The same forward that writes down its milliseconds."""
+
+    def run(*args, **kwargs):
+        timing.wait()
+        began = time.perf_counter()
+        y = forward(*args, **kwargs)
+        timing.wait()
+        spent.append(1000 * (time.perf_counter() - began))
+        return y
+
+    return run
 
 
 @torch.inference_mode()

@@ -52,7 +52,7 @@ def _versions() -> dict[str, str]:
 
 
 def conditions(threads: int) -> dict:
-    """What a time depends on beside the machine: the level of its kernels, threads, and the load when it was measured."""
+    """What a time depends on beside the machine: the level of its kernels, threads, the load when it was measured."""
     from dq.bench import levels  # here: the command line answers without it
 
     return {"level": levels.shown(), "threads": threads, "load": round(os.getloadavg()[0], 2)}
@@ -64,7 +64,7 @@ def limited(row: dict) -> bool:
 
 
 def there(path: Path, row: dict, stamp: dict) -> bool:
-    """Whether a file has such a row of this commit, machine, level and threads; not while dq differs from the commit."""
+    """Whether a file has such a row of this commit, machine, level and threads; no while dq differs from it."""
     same = row | {key: stamp[key] for key in ("commit", "machine", "level", "threads")}
     fits = (all(old.get(key) == value for key, value in same.items()) for old in read(path))
     return not stamp["commit"].endswith("+") and any(fits)

@@ -1,16 +1,16 @@
-"""Milliseconds, on a machine that does nothing else: `python -m eval.experiments.speed [--layers | ...] [--level avx2]`.
+"""Milliseconds, on a machine that does nothing else: `python -m eval.experiments.speed [--layers] [--level avx2]`.
 
     (nothing)     a step of each embedded model and the linears of `dq bench` under int8  -> eval/results/speed.json
     --layers      one linear, 1 to 4096 rows, in every format of LAYERS                   -> eval/results/layers.json
-    --pipelines   every recipe on the embedded models, one step                           -> eval/results/pipelines.json
+    --pipelines   every recipe on the embedded models, a step                          -> eval/results/pipelines.json
     --peers       dq, torchao, SDNQ and OpenVINO on random models of real widths          -> eval/results/kernels.json
     --memory      the most memory a process holds that loads such a model and runs a step -> eval/results/kernels.json
 
-What is compared runs in turn, and figures are medians. `--level` starts the command again in a process limited to those
+What is compared runs in turn, and figures are medians. `--level` starts the command again, limited to those
 instructions: dq's higher kernels hidden, torch limited to the same. Rows hold the level, the threads and the load
-average at the start; with --layers, --pipelines and --peers what has a row of the running commit is not measured again,
-unless the files of dq differ from it, so that a run that stopped goes on; `--again` does. Minutes on two idle cores:
-1, 8, 8, 15 (30 with fp32 as base) and 3.
+average at the start; with --layers, --pipelines and --peers what has a row of the running commit is not measured
+again, unless the files of dq differ from it, so that a run that stopped goes on; `--again` does. Minutes on two idle
+cores: 1, 8, 8, 20 (40 beside fp32) and 3.
 """
 
 import argparse

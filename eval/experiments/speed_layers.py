@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def tables(found: list[dict]) -> list[str]:
-    """Markdown lines: a table for each level and dtype, a line a shape, a column a format, times as fast in the cells."""
+    """Markdown lines: a table for each level and dtype, a line a shape, a column a format: times as fast."""
     lines = []
     for level, dtype in dict.fromkeys((row["level"], row["dtype"]) for row in found):
         mine = [row for row in found if (row["level"], row["dtype"]) == (level, dtype) and not row["emulated"]]

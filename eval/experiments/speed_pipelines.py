@@ -1,9 +1,9 @@
 """Rows of eval/results/pipelines.json: a step of each embedded model under every recipe, beside full precision.
 
 `python -m eval.experiments.speed --pipelines`. A calibrated recipe is not fitted: its plan is packed with neutral
-values, since a kernel takes as long for any numbers. Where fitting decides about shapes, they are those it starts from:
-a branch of the rank the recipe can afford, smoothing where the method smooths, one step's stored scales, and for mixed
-formats the one that most layers have before the search.
+values, since a kernel takes as long for any numbers. Where fitting decides about shapes, they are those it starts
+from: a branch of the rank the recipe can afford, smoothing where the method smooths, one step's stored scales, and for
+mixed formats the one that most layers have before the search.
 """
 
 import argparse
