@@ -126,7 +126,8 @@ def _multiplier_group(plan: LayerPlan, op: str = "linear") -> int:
     """Columns that share a multiplier of two-level scales which the kernel reads; 0: it is in the codes already."""
     grain = plan.weight.grain
     native = op == "linear" and plan.weight.spec.bits in NATIVE_BITS
-    return grain.size if native and grain.two_level and grain.size % MULTIPLIER_STEP == 0 else 0
+    size = grain.size if native and grain.two_level else 0
+    return size if size and size % MULTIPLIER_STEP == 0 else 0
 
 
 def _codes(plan: LayerPlan, op: str = "linear") -> tuple[Callable[[Tensors], torch.Tensor], int]:
