@@ -354,13 +354,14 @@ def compute_dtype(name: str | None) -> torch.dtype:
 def _known(form: str, granularity: str | None) -> tuple[str, str]:
     """Names of a format and of a granularity, by default the format's own. ValueError for those that do not exist."""
     from dq import formats
+    from dq.formats.base import TWO_LEVEL
 
     spec = formats.get(form)
     grain = spec.granularity if granularity is None else formats.Granularity.parse(granularity)
     if spec.fixed and grain != spec.granularity:
         raise ValueError(f"granularity: got {grain}, expected {spec.granularity}, the only one of {spec.name}")
     if grain.two_level and not spec.most_multiplier:
-        raise ValueError(f"granularity: got {grain} of {spec.name}, {formats.base.TWO_LEVEL}")
+        raise ValueError(f"granularity: got {grain} of {spec.name}, {TWO_LEVEL}")
     if (grain.size or 0) > MOST_GROUP:
         raise ValueError(f"granularity: got a group of more than {MOST_GROUP} values, expected for example group:64")
     return spec.name, str(grain)

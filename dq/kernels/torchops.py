@@ -201,6 +201,7 @@ def _patches(q: torch.Tensor, zero: torch.Tensor | None, kernel: tuple[int, ...]
 
 
 def _int_conv(plan: LayerPlan, conv: Conv) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
+    assert plan.act is not None
     act, kernel, decode, row = plan.act.spec, plan.shape[2:], row_codes(plan), row_scale(plan)
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:

@@ -59,10 +59,8 @@ def tensor_shapes(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dty
     shapes["scale"] = ((scale_rows, blocks), torch.int8 if spec.fixed or grain.two_level else torch.float32)
     if spec.affine:
         shapes["zero"] = ((scale_rows, blocks), torch.int8)
-    if spec.global_bytes:
-        shapes["scale_global"] = ((len(widths),), torch.float32)
-    if grain.two_level:
-        shapes["scale_global"] = ((rows, len(widths)), torch.float32)
+    if spec.global_bytes or grain.two_level:
+        shapes["scale_global"] = ((rows, len(widths)) if grain.two_level else (len(widths),), torch.float32)
     if plan.smooth:
         shapes["smooth"] = ((plan.shape[1],), torch.float32)
     if plan.rank:
@@ -343,10 +341,10 @@ class PackedStack(_Frozen, nn.Module):
     def __getitem__(self, expert: int) -> torch.Tensor:
         outputs = self.plan.shape[2]
         rows = slice(expert * outputs, (expert + 1) * outputs)
-        picked: Any = [None if t is None else t[rows] for t in (self.stored, self.scale, self.zero)]
-        whole = self.scale_global
-        whole = whole[rows] if whole is not None and self.plan.weight.grain.two_level else whole
-        return reference.weight_decoder(self.plan)(Tensors(*picked, whole)).t().to(self.compute_dtype)
+        found: Any = (self.stored, self.scale, self.zero, self.scale_global)
+        own = 4 if self.plan.weight.grain.two_level else 3  # that have rows
+        picked = [None if t is None else t[rows] for t in found[:own]]
+        return reference.weight_decoder(self.plan)(Tensors(*picked, *found[own:])).t().to(self.compute_dtype)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

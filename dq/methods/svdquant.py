@@ -45,7 +45,7 @@ RECIPES = tuple(
     for name, pair in {
         "svdquant-int4": ("int4/group:64", "int4/group:64"),
         "svdquant-nvfp4": ("nvfp4", "nvfp4"),
-        "svdquant-w4a8": ("int4/group:64", "int8/token"),
+        "svdquant-w4a8": ("int4/group:64+channel", "int8/token"),
         "svdquant-int8": ("int8/channel", "int8/token"),
     }.items()
 )

@@ -157,6 +157,13 @@ def test_activations_branches_and_full_precision_are_among_the_choices():
     assert not any(choice.rank for choice in choices.menu(linear, cookbook.get("int8"))[1:])
 
 
+def test_below_two_level_scales_are_two_level_ones_and_above_are_scales_of_groups():
+    linear = LayerPlan("linear", (512, 512), TensorPlan.parse("int4/group:64+channel"), TensorPlan.parse("int8/token"))
+    menu = [str(choice.weight) for choice in choices.menu(linear, cookbook.get("int8"))[1:]]
+    above = ["int8/channel", "int7/group:64", "int6/group:64", "int5/group:64"]
+    assert menu == above + [f"int{bits}/group:64+channel" for bits in (4, 3, 2)]
+
+
 def test_a_branch_lowers_the_predicted_error(explored):
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     weight += 8 * torch.randn(256, 4) @ torch.randn(4, 256)

@@ -252,3 +252,30 @@ def test_stacked_expert_weights_save_and_reload(tmp_path):
     dq.save(model, tmp_path)
     again = dq.load(tmp_path, build(1))
     assert torch.equal(model["blocks"][0](x), again["blocks"][0](x))
+
+
+def test_two_level_scales_save_and_reload_and_multipliers_out_of_range_are_refused(tmp_path):
+    def build(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(200, 48), nn.GELU(), nn.Linear(48, 40))
+
+    pair = ("int4/group:64+channel", "int8/token")
+    model, x = build(0), torch.randn(5, 200)
+    dq.quantize(model, dq.Recipe("two-level", pair, pair), progress=False)
+    assert {str(layer.plan.weight) for layer in packed_layers(model).values()} == {pair[0]}
+    dq.save(model, tmp_path)
+    again = dq.load(tmp_path, build(1))
+    assert torch.equal(model(x), again(x))
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    dense = [layer.dense_weight() for layer in packed_layers(model).values()]
+    dq.dequantize(model)
+    assert all(torch.equal(weight, layer.weight) for weight, layer in zip(dense, (model[0], model[2]), strict=True))
+    for bad in (0, 17, -3):
+        state = load_file(tmp_path / "model.safetensors")
+        state["0.scale"][3, 1] = bad
+        save_file(state, tmp_path / "model.safetensors")  # without checksums
+        with (
+            pytest.warns(UserWarning, match="no checksum"),
+            pytest.raises(DQError, match="multipliers outside of 1 to 16"),
+        ):
+            dq.load(tmp_path, build(1))

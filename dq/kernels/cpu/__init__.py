@@ -115,7 +115,8 @@ def build_gelu(plan: LayerPlan) -> Callable[[torch.Tensor, Tensors], torch.Tenso
 def _multiplier_group(plan: LayerPlan) -> int:
     """Columns that share a multiplier of two-level scales which the kernel of linears reads; 0: there is none to read."""
     grain = plan.weight.grain
-    return grain.size if grain.two_level and grain.size % MULTIPLIER_STEP == 0 else 0
+    size = grain.size if grain.two_level else 0
+    return size if size and size % MULTIPLIER_STEP == 0 else 0
 
 
 def _codes(plan: LayerPlan, native: bool) -> tuple[Callable[[Tensors], torch.Tensor], int]:
