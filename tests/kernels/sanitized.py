@@ -24,13 +24,15 @@ WIDE = library.missing("avx512") is None
 def run(kind, shape, weight, act, x, conv=None, rank=0):
     p = LayerPlan(kind, shape, TensorPlan.parse(weight), TensorPlan.parse(act) if act else None, rank=rank)
     packed = layers.encode(torch.randn(p.rows, p.columns), p)
-    t = Tensors(packed["weight"], packed["scale"], bias=torch.randn(shape[0]).to(x.dtype))
+    t = Tensors(packed["weight"], packed["scale"], packed.get("zero"), bias=torch.randn(shape[0]).to(x.dtype))
     if rank:
         t = t._replace(down=torch.randn(rank, p.columns).to(x.dtype), up=torch.randn(shape[0], rank).to(x.dtype))
     op = "linear" if kind == "linear" else "conv"
     assert kernels.cpu.why_not(op, p, "cpu", conv) is None
     kernels.cpu.build(op, p, conv)(x, t)
 
+
+CONV = kernels.Conv((1, 1), (0, 0), (1, 1), 1)
 
 torch.manual_seed(0)
 for level, rows, columns, outputs in itertools.product(LEVELS, (1, 7, 40), (4, 61, 192), (1, 64, 77)):
@@ -39,8 +41,11 @@ for level, rows, columns, outputs in itertools.product(LEVELS, (1, 7, 40), (4, 6
         x = torch.randn(rows, columns).to(dtype)
         run("linear", (outputs, columns), "int8/channel", "int8a/token", x, rank=2)
         run("linear", (outputs, columns), "int4/group:64", "int4a/group:64", x)
-        if WIDE:
-            run("linear", (outputs, columns), "int4/group:64", None, x[:3])
+        for weight in ("int3a/channel", "int5/group:64", "int8a/group:20"):
+            run("linear", (outputs, columns), weight, "int8a/token", x)
+        for weight in ("int4/group:64", "int4a/channel", "int5/group:20", "int8a/group:32", "int2/tensor"):
+            run("linear", (outputs, columns), weight, None, x, rank=3)
+        run("conv2d", (outputs, columns, 1, 1), "int6a/channel", None, x[..., None, None], CONV)
 if not WIDE:
     print("clean")
     sys.exit()

@@ -4,10 +4,10 @@ The environment variable DQ_CPU_LEVEL hides kernels that the processor could run
 asked for:
 
     none        none of dq's own CPU kernels; every layer they would run says "hidden by DQ_CPU_LEVEL=none"
-    avx2        those of AVX2: integer linears
+    avx2        those of AVX2: integer linears and weight-only layers
     avxvnni     the same with AVX-VNNI
     avx512vnni  the same with AVX512 and VNNI
-    avx512      all there are: those of AVX512 with VNNI and bf16, convolutions, attention and weight-only linears, too
+    avx512      all there are: those of AVX512 with VNNI and bf16, integer convolutions and attention, too
 
 The highest level up to this one that the processor has runs. With `none` and `avx2` torch's int8 product is refused,
 too, as on a processor without VNNI. ATEN_CPU_CAPABILITY=avx2 and ONEDNN_MAX_CPU_ISA=AVX2 do the same to PyTorch; with

@@ -3,7 +3,8 @@
     dq::cpu_linear   x (rows, columns) -> y (rows, outputs), integer dot products
     dq::cpu_conv     x (batch, channels, *space) -> y, integer dot products
 
-Weight-only layers have theirs in weightonly.py. Everything after the weight and its scale is passed by name. Structures mirror native/*.cpp field by field.
+Weight-only layers have theirs in weightonly.py. Everything after the weight and its scale is passed by name.
+Structures mirror those of native/ field by field.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def run(name: str, arguments: ctypes.Structure, tensors: Mapping[str, torch.Tens
 _ops = torch.library.Library("dq", "FRAGMENT")
 _ops.define(
     "cpu_linear(Tensor x, Tensor weight, Tensor scale, *, Tensor? act_scale=None, Tensor? zero=None, "
-    "Tensor? bias=None, Tensor? low=None, Tensor? up=None, int weight_bits, int act_bits, bool act_affine=False, int weight_group=0, "
-    "int act_group=0, float shift=0, bool gelu=False) -> Tensor"
+    "Tensor? bias=None, Tensor? low=None, Tensor? up=None, int weight_bits, int act_bits, bool act_affine=False, "
+    "int weight_group=0, int act_group=0, float shift=0, bool gelu=False) -> Tensor"
 )
 _ops.define(
     "cpu_conv(Tensor x, Tensor weight, Tensor scale, *, Tensor? act_scale=None, Tensor? bias=None, int weight_bits, "
