@@ -41,7 +41,7 @@ def edited(path: Path, old: str, new: str):
         ("planning.py", "KEPT_SHARE = 0.04", "KEPT_SHARE = 0.05"),
         ("cookbook.py", '"int8/channel"', '"int7/channel"'),
         ("families/pixart.py", "FAMILIES", "OTHERS"),
-        ("kernels/cpu/__init__.py", "THIN = 16", "THIN = 17"),
+        ("kernels/cpu/__init__.py", "MOST_COLUMNS = 65_000", "MOST_COLUMNS = 65_001"),
         ("kernels/torchops.py", "RANK = 50", "RANK = 51"),
         ("kernels/cpu/native/tile.h", "#pragma once", "#pragma once\n#define ODD 1"),
         ("layers/packed.py", "STARTS_ALIKE = ", "STARTS_ALIKE = 2 * "),

@@ -19,7 +19,6 @@ assert library.missing() is None, library.missing()
 ALL = library.LEVELS[: library.LEVELS.index(library.level()) + 1]
 LEVELS = [name for i, name in enumerate(ALL) if i and library.library().dq_cpu_levels() >> i & 1]
 PLAIN = kernels.Conv((1, 1), (0, 0), (1, 1), 1)
-WIDE = library.missing("avx512") is None
 
 
 def run(kind, shape, weight, act, x, conv=None, rank=0):
@@ -28,6 +27,7 @@ def run(kind, shape, weight, act, x, conv=None, rank=0):
     t = Tensors(
         packed["weight"],
         packed["scale"],
+        packed.get("zero"),
         scale_global=packed.get("scale_global"),
         bias=torch.randn(shape[0]).to(x.dtype),
     )
@@ -38,6 +38,7 @@ def run(kind, shape, weight, act, x, conv=None, rank=0):
     kernels.cpu.build(op, p, conv)(x, t)
 
 
+
 torch.manual_seed(0)
 for level, rows, columns, outputs in itertools.product(LEVELS, (1, 7, 40), (4, 61, 192), (1, 64, 77)):
     ops.level = lambda level=level: level
@@ -46,8 +47,11 @@ for level, rows, columns, outputs in itertools.product(LEVELS, (1, 7, 40), (4, 6
         run("linear", (outputs, columns), "int8/channel", "int8a/token", x, rank=2)
         run("linear", (outputs, columns), "int4/group:64", "int4a/group:64", x)
         run("linear", (outputs, columns), "int4/group:32+channel", "int8/token", x)
-        if WIDE:
-            run("linear", (outputs, columns), "int4/group:64", None, x[:3])
+        for weight in ("int3a/channel", "int5/group:64", "int8a/group:20"):
+            run("linear", (outputs, columns), weight, "int8a/token", x)
+        for weight in ("int4/group:64", "int4a/channel", "int5/group:20", "int8a/group:32", "int2/tensor"):
+            run("linear", (outputs, columns), weight, None, x, rank=3)
+        run("conv2d", (outputs, columns, 1, 1), "int6a/channel", None, x[..., None, None], PLAIN)
 for level, channels, outputs, size, pad in itertools.product(LEVELS, (3, 70), (5, 66), (5, 17), (0, 2)):
     ops.level = lambda level=level: level
     conv = kernels.Conv((2, 1), (pad, pad), (1, 1), 1)

@@ -3,13 +3,14 @@
     y[m, n] = sum_g sx[m, g] sw[n, g] sum_{k in g} (q[m, k] - z[m, g]) (w[n, k] - zw[n, g]) + low-rank branch + bias
 
 Rounding of the activations, integer product, scales, branch and bias are one call. Weights are read from their packed
-rows and laid out in cache while they are used (native/panel.h). Weight-only linears are one call as well, their weights
+rows, laid out in cache while they are used (native/panel.h). Weight-only linears are one call as well, their weights
 decoded in cache (native/weightonly.h); weight-only convolutions decode theirs first. Under autograd, and for dtypes
-other than fp32, bf16 and fp16, a layer runs on `dense`. All of it runs from AVX2 on (library.py: levels).
+other than fp32, bf16 and fp16, layers run on `dense`. All of it runs from AVX2 on (library.py: levels).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,10 @@ from dq.plan import LayerPlan
 RANK = 20
 STATUS = "stable"
 MOST_COLUMNS = 65_000  # sums of that many products of 255 x 127 fit 31 bits
+# Rows up to which a weight-only linear is one fused product. Measured from 1 to 4096 rows, that is the quicker way on
+# every level, except that nobody could try AMX: its tiles do eight times the bf16 products a cycle, so that from about
+# this many rows on decoding the weight first, some 40 cycles for 64 of them, must cost less than not using the tiles.
+FUSED_ROWS, FUSED_ROWS_AMX = math.inf, 64
 CONV_BITS = (4, 8)  # other widths are unpacked by torch before an integer convolution
 MULTIPLIER_STEP = 32  # columns that the kernel multiplies by one multiplier at least
 
@@ -170,7 +175,8 @@ def _pixelwise(plan: LayerPlan, conv: Conv) -> Callable[[torch.Tensor, Tensors],
     """
     linear = _linear(plan)
     assert plan.act is not None
-    apart = None if _group(plan.weight.grain) or plan.act.shift else _convolution(plan, conv)
+    whole = not (_group(plan.weight.grain) or plan.weight.spec.affine or plan.act.shift)
+    apart = _convolution(plan, conv) if whole else None
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         if apart is not None and x.is_contiguous():
@@ -204,8 +210,10 @@ def _stored(plan: LayerPlan) -> tuple[dict[str, int], Callable[[Tensors], torch.
 
 def _weight_only(plan: LayerPlan, gelu: bool = False) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
     (fixed, scale), columns, outputs = _stored(plan), plan.columns, plan.shape[0]
+    most = FUSED_ROWS_AMX if torch.cpu._is_amx_tile_supported() else FUSED_ROWS
+    decoded = _weight(plan)
 
-    def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+    def fused(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         rows, low, up = x.reshape(-1, columns), None, None
         if t.down is not None:
             down, up = dense.factors(t, x.dtype)
@@ -214,17 +222,33 @@ def _weight_only(plan: LayerPlan, gelu: bool = False) -> Callable[[torch.Tensor,
         y = torch.ops.dq.cpu_weight_only(rows, t.weight, scale(t), **given, **fixed)
         return y.reshape(*x.shape[:-1], outputs)
 
+    def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+        if x.dtype is not torch.bfloat16 or x.numel() <= most * columns:
+            return fused(x, t)
+        y = F.linear(x, decoded(x, t), _matching(t.bias, x))
+        y = y if t.down is None else y + dense.low_rank(x, t, plan, None)
+        return F.gelu(y, approximate="tanh") if gelu else y
+
     return run
+
+
+def _weight(plan: LayerPlan) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
+    """-> decoded(x, tensors) -> the weight (outputs, columns) in the dtype of x."""
+    fixed, scale = _stored(plan)
+    columns = plan.columns
+
+    def decoded(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+        return torch.ops.dq.cpu_decode(t.weight, scale(t), zero=t.zero, columns=columns, dtype=x.dtype, **fixed)
+
+    return decoded
 
 
 def _decoded(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
     assert conv is not None
-    (fixed, scale), shape, columns = _stored(plan), plan.shape, plan.columns
-    convolve = CONVS[len(shape) - 2]
+    convolve, decoded = CONVS[len(plan.shape) - 2], _weight(plan)
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
-        weight = torch.ops.dq.cpu_decode(t.weight, scale(t), zero=t.zero, columns=columns, dtype=x.dtype, **fixed)
-        y = convolve(x, weight.reshape(shape), _matching(t.bias, x), *conv)
+        y = convolve(x, decoded(x, t).reshape(plan.shape), _matching(t.bias, x), *conv)
         return y if t.down is None else y + dense.low_rank(x, t, plan, conv)
 
     return run

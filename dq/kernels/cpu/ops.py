@@ -3,7 +3,8 @@
     dq::cpu_linear   x (rows, columns) -> y (rows, outputs), integer dot products
     dq::cpu_conv     x (batch, channels, *space) -> y, integer dot products
 
-Weight-only layers have theirs in weightonly.py. Everything after the weight and its scale is passed by name. Structures mirror native/*.cpp field by field.
+Weight-only layers have theirs in weightonly.py. Everything after the weight and its scale is passed by name.
+Structures mirror those of native/ field by field.
 """
 
 from __future__ import annotations

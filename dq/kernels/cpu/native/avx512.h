@@ -158,9 +158,12 @@ DQ_INLINE void transpose16(__m512i r[16]) {
 
 DQ_INLINE void transpose(Words r[kLanes]) { transpose16(r); }
 
-// The bytes of 64 codes of 2 to 7 bits, and what moves those a shuffle has paired to the top of 16 bits.
-DQ_INLINE Words packed_codes(const int8_t* row, long k, int bits) {
-  return _mm512_maskz_loadu_epi8((1ull << 8 * bits) - 1, row + k * bits / 8);
+// The bytes of 64 codes of 2 to 7 bits, and what moves those a shuffle has paired to the top of 16 bits. Masked loads
+// only where a whole one would leave the row: what they read, processors do not prefetch.
+DQ_INLINE Words packed_codes(const int8_t* row, long k, long columns, int bits) {
+  const long at = k * bits / 8;
+  if (at + 64 <= bytes_of(columns, bits)) return _mm512_loadu_si512(row + at);
+  return _mm512_maskz_loadu_epi8((1ull << 8 * bits) - 1, row + at);
 }
 DQ_INLINE Words raised(Words packed, const uint8_t* pairs, const Spread& s) {
   return _mm512_mullo_epi16(_mm512_shuffle_epi8(packed, read(pairs)), read(s.raise));
@@ -168,7 +171,7 @@ DQ_INLINE Words raised(Words packed, const uint8_t* pairs, const Spread& s) {
 
 // 64 codes of a row from column k on, a multiple of 8, as signed bytes, all of them there. FORM: 8 and 4 bits, or 0: any.
 template <int FORM>
-DQ_INLINE Words whole_codes(const int8_t* row, long k, long, int bits) {
+DQ_INLINE Words whole_codes(const int8_t* row, long k, long columns, int bits) {
   if constexpr (FORM == 8) return _mm512_loadu_si512(row + k);
   if constexpr (FORM == 4) {
     const Words low = _mm512_set1_epi16(0x0f), high = _mm512_set1_epi16(0xf0), eight = _mm512_set1_epi8(8);
@@ -177,7 +180,7 @@ DQ_INLINE Words whole_codes(const int8_t* row, long k, long, int bits) {
     return _mm512_sub_epi8(_mm512_xor_si512(both, eight), eight);
   }
   const Spread& s = spread(bits);
-  const Words packed = _mm512_permutexvar_epi16(read(s.start), packed_codes(row, k, bits));
+  const Words packed = _mm512_permutexvar_epi16(read(s.start), packed_codes(row, k, columns, bits));
   const __m128i down = _mm_cvtsi32_si128(16 - bits);
   return _mm512_packs_epi16(_mm512_sra_epi16(raised(packed, s.first, s), down),
                             _mm512_sra_epi16(raised(packed, s.second, s), down));
@@ -213,9 +216,9 @@ DQ_INLINE Words byte_of(Words words) {
 DQ_INLINE float sum_of(Floats a) { return _mm512_reduce_add_ps(a); }
 #ifdef DQ_BF16_UNITS
 // 64 codes of up to 7 bits as the bf16 numbers 128 + 2^(bits - 1) + code, in order.
-DQ_INLINE void raised_codes(const int8_t* row, long k, int bits, Words w[2]) {
+DQ_INLINE void raised_codes(const int8_t* row, long k, long columns, int bits, Words w[2]) {
   const Spread& s = spread(bits);
-  const Words packed = packed_codes(row, k, bits);
+  const Words packed = packed_codes(row, k, columns, bits);
   const __m128i down = _mm_cvtsi32_si128(16 - bits);
   const Words base = _mm512_set1_epi16(0x4300 | 1 << (bits - 1));  // the sign bit turned: code + half the range
   DQ_UNROLL for (int j = 0; j < 2; j++) {

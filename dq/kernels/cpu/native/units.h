@@ -32,7 +32,7 @@ struct Singles {
   }
   static DQ_METHOD Element element(float value) { return value; }
 
-  // Thin products: what is added to codes, a step of them with it, and the step times those of MR rows.
+  // Thin products: what is added to codes, and a step of them with it.
   template <int FORM>
   static constexpr float offset(int) {
     return 0;
@@ -46,18 +46,9 @@ struct Singles {
     widen_codes(whole_codes<FORM>(row, k, columns, bits), f);
     DQ_UNROLL for (int j = 0; j < 4; j++) w[j] = as_words(AFFINE ? add(f[j], shift) : f[j]);
   }
-  template <int MR, int CHAINS>
-  static DQ_METHOD void meet(Floats sum[CHAINS][MR], const uint8_t* x, long stride, const Words w[4]) {
-    DQ_UNROLL for (int j = 0; j < 4; j++) {
-      DQ_UNROLL for (int i = 0; i < MR; i++) {
-        Floats& to = sum[j % CHAINS][i];
-        to = multiply_add(as_floats(w[j]), read((const float*)(x + i * stride) + kLanes * j), to);
-      }
-    }
-  }
   template <int MR>
-  static constexpr int chains() {
-    return MR <= 2 ? 4 : MR <= 4 ? 2 : 1;
+  static constexpr int together() {  // channels that share loads of x, as many as registers hold
+    return kLanes == 8 ? (MR <= 2 ? 4 : MR <= 4 ? 2 : 1) : MR <= 4 ? 4 : MR <= 8 ? 2 : 1;
   }
   static void fetch_row(const void* x, long index, long width, Dtype dtype, uint8_t* row) {
     fetch(x, index, width, dtype, 0, (float*)row);
@@ -100,20 +91,12 @@ struct Pairs {
       DQ_UNROLL for (int j = 0; j < 4; j++) f[j] = AFFINE ? add(f[j], shift) : f[j];
       join(f, w);
     } else {
-      raised_codes(row, k, FORM ? FORM : bits, w);
-    }
-  }
-  template <int MR, int CHAINS>
-  static DQ_METHOD void meet(Floats sum[CHAINS][MR], const uint8_t* x, long stride, const Words w[2]) {
-    DQ_UNROLL for (int j = 0; j < 2; j++) {
-      DQ_UNROLL for (int i = 0; i < MR; i++) {
-        dot2(sum[j % CHAINS][i], w[j], read((const void*)(x + i * stride + 4 * kLanes * j)));
-      }
+      raised_codes(row, k, columns, FORM ? FORM : bits, w);
     }
   }
   template <int MR>
-  static constexpr int chains() {
-    return MR <= 8 ? 2 : 1;
+  static constexpr int together() {
+    return MR <= 4 ? 4 : MR <= 8 ? 2 : 1;
   }
   static void fetch_row(const void* x, long index, long width, Dtype, uint8_t* row) {
     memcpy(row, (const uint16_t*)x + index, 2 * width);

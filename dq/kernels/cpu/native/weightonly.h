@@ -303,7 +303,9 @@ int run_panels(const DqWeightOnly& l, int threads) {
 template <class Unit>
 int run_weightonly(const DqWeightOnly& l) {
   const int threads = double(l.rows) * l.outputs * l.columns < 1e6 ? 1 : omp_get_max_threads();
-  const bool thin = l.rows <= Unit::kThin && l.weight_group % 8 == 0;
+  // more than eight rows only where x stays in L1
+  const bool few = l.rows <= 8 || l.rows * l.columns * long(sizeof(typename Unit::Element)) <= kThinBytes;
+  const bool thin = few && l.rows <= Unit::kThin && l.weight_group % kLanes == 0;
   return thin ? run_thin<Unit>(l, threads) : run_panels<Unit>(l, threads);
 }
 
