@@ -195,13 +195,13 @@ def test_a_stored_scale_is_used(act):
     channels=RAGGED,
     outputs=OUTPUTS,
     size=st.tuples(st.integers(1, 12), st.integers(1, 19)),
-    bits=st.sampled_from((8, 4)),
+    weight=st.sampled_from(("int8", "int4", "int6a")),
     act=st.sampled_from(("int8/token", "int8a/token")),
     dtype=st.sampled_from(list(ops.DTYPES)),
 )
-def test_a_pointwise_convolution_is_the_linear_of_its_pixels(channels, outputs, size, bits, act, dtype):
+def test_a_pointwise_convolution_is_the_linear_of_its_pixels(channels, outputs, size, weight, act, dtype):
     """Channels apart are read as they are; the linear, which sees them side by side, gives the same bits."""
-    p = plan((outputs, channels, 1, 1), f"int{bits}/channel", act)
+    p = plan((outputs, channels, 1, 1), f"{weight}/channel", act)
     t, x = tensors(p, torch.randn(outputs).to(dtype)), pixels((2, channels, *size), dtype)
     x[0] *= torch.linspace(0.1, 9, size[1]).to(dtype)
     rows = kernels.cpu._linear(p)(x.movedim(1, -1), t).movedim(-1, 1)

@@ -116,6 +116,21 @@ def test_weight_only_convolutions_follow_the_reference(weight, dtype, groups):
 
 
 @each_level
+@pytest.mark.parametrize("weight", ["int4/group:32+channel", "int3/group:20+channel", "int2/group:8+channel"])
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("dtype", list(ops.DTYPES), ids=str)
+def test_two_level_scales_are_multiplied_out(weight, rows, dtype):
+    p = plan("linear", (70, 130), weight, None)
+    t, x = tensors(p, dtype), torch.randn(rows, 130, generator=generator(rows)).to(dtype)
+    truth, theirs = truth_and_torch("linear", p, None, x, t)
+    within(kernels.cpu.build("linear", p, None)(x, t), truth, theirs, dtype)
+    image, conv = x[..., None, None], kernels.Conv((1, 1), (0, 0), (1, 1), 1)
+    p = plan("conv2d", (70, 130, 1, 1), weight, None)
+    truth, theirs = truth_and_torch("conv", p, conv, image, t)
+    within(kernels.cpu.build("conv", p, conv)(image, t), truth, theirs, dtype)
+
+
+@each_level
 @few
 @given(
     weight=formats,

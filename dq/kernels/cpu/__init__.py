@@ -118,7 +118,7 @@ def build_gelu(plan: LayerPlan) -> Callable[[torch.Tensor, Tensors], torch.Tenso
 
 
 def _multiplier_group(plan: LayerPlan) -> int:
-    """Columns that share a multiplier of two-level scales which the kernel of linears reads; 0: there is none to read."""
+    """Columns that share a multiplier of two-level scales which the kernel of linears reads, 0 where it reads none."""
     grain = plan.weight.grain
     size = grain.size if grain.two_level else 0
     return size if size and size % MULTIPLIER_STEP == 0 else 0
