@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dq import kernels
-from dq.kernels import Machine
+from dq.kernels import Conv, Machine, dense, reference
 from dq.kernels.cpu import attention, library
 from dq.kernels.triton import configs
-from tests.kernels.test_kernels import plan
+from tests.kernels.test_kernels import plan, tensors
 
 INT8 = plan("linear", (64, 64))
 WEIGHT_ONLY = plan("linear", (64, 64), "int4/group:32", None)
@@ -94,3 +94,25 @@ def test_architectures_are_named_as_their_makers_name_them(monkeypatch):
     assert kernels.architecture() == "sm_121" and configs.architecture() == "sm_120"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert kernels.architecture() == "" and configs.architecture() == "sm_100"
+
+
+@pytest.mark.parametrize("level", ["none", "avx2", "avxvnni", "avx512vnni"])
+def test_levels_without_bf16_units_hide_them(monkeypatch, level):
+    monkeypatch.setenv("DQ_CPU_LEVEL", level)
+    assert not kernels.bf16()
+    monkeypatch.delenv("DQ_CPU_LEVEL")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert kernels.bf16()
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (24, 40, 3, 3)])
+def test_without_bf16_units_dense_rounds_once_at_the_end(monkeypatch, shape):
+    monkeypatch.setattr(dense, "HAS_BF16", False)
+    op, conv = ("linear", None) if len(shape) == 2 else ("conv", Conv((1, 1), (1, 1), (1, 1), 1))
+    p = plan("linear" if conv is None else "conv2d", shape, act=None, rank=4)
+    t = tensors(p, torch.bfloat16)
+    x = torch.randn(6, 40, *[5] * (len(shape) - 2)).bfloat16()
+    y, truth = dense.build(op, p, conv)(x, t), reference.build(op, p, conv)(x.float(), t)
+    assert y.dtype is torch.bfloat16
+    assert ((y.float() - truth).abs() <= truth.abs() * torch.finfo(torch.bfloat16).eps / 2 + 1e-4).all()
