@@ -76,7 +76,7 @@ def _why_not_integer(op: str, plan: LayerPlan, conv: Conv | None) -> str | None:
 def label(op: str, plan: LayerPlan) -> str:
     lower = "" if level() in ("avx512", "none") else f" on {UNITS[level()]}"
     if plan.act is None:
-        what = "weight-only" if op == "linear" else f"decoded + F.conv{len(plan.shape) - 2}d"
+        what = "weight-only" + ("" if op == "linear" else f" decoded + F.conv{len(plan.shape) - 2}d")
         return f"dq cpu {plan.weight.format} {what}{lower}"
     return f"dq cpu {plan.weight.format} x {plan.act.format}{' conv' if op == 'conv' else ''}{lower}"
 
