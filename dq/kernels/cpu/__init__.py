@@ -91,6 +91,7 @@ def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor
     elif op == "linear":
         fast = _linear(plan)
     else:
+        assert conv is not None
         fast = _pixelwise(plan, conv) if plan.act.granularity == "token" else _convolution(plan, conv)
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
