@@ -70,29 +70,33 @@ def measure(
     ends: list[dict[str, Choice]] = [{name: plan.layers[name] for name in inputs}, dict.fromkeys(inputs)]
     found: dict[str, dict[str, list[float]]] = {}
     passes = [*ends, *_passes(new, {name: menus[name] for name in inputs})]
-    rests = []
+    wholes = []
     for chosen in tqdm(passes, desc="time layers", disable=not progress, delay=2):
-        spent, rest = _timed(model, chosen, dtype, lambda: model(*args, **kwargs))
-        rests.append(rest)
+        spent, whole = _timed(model, chosen, dtype, lambda: model(*args, **kwargs))
+        wholes.append(whole)
         for name, ms in spent.items():
             found.setdefault(keys[name], {}).setdefault(label(chosen[name]), []).append(ms)
     for key, mine in found.items():
         table.add(key, {text: statistics.mean(values) for text, values in mine.items()})
     taken = {name: {choice: table[keys[name], label(choice)] for choice in (None, *menus[name])} for name in inputs}
-    fixed, more = _between(passes, taken, rests)
+    fixed, more = _between(passes, taken, wholes)
     ms = {name: [_with_more(taken[name], choice, more) for choice in menus[name]] for name in inputs}
     for name in menus.keys() - ms.keys():  # experts, or never called
         ms[name] = [0.0] * len(menus[name])
     return Costs(ms, fixed, predictions.calls_per_step)
 
 
-def _between(passes: Sequence[Mapping[str, Choice]], taken: Mapping, rests: Sequence[float]) -> tuple[float, float]:
-    """Milliseconds of a call between its layers: rest = fixed + more * excess, by least squares.
+def _between(passes: Sequence[Mapping[str, Choice]], taken: Mapping, wholes: Sequence[float]) -> tuple[float, float]:
+    """Milliseconds of a call beside its layers: whole - sum = fixed + more * excess, by least squares.
 
     excess: milliseconds of a pass beyond full precision in the layers that are slower than it. What they unpack drives
     out of the caches what stands between layers. fixed is the mean of the first two passes, between which a budget in
     time moves: all layers in the recipe's own formats, and in full precision.
     """
+    rests = [
+        whole - sum(taken[name][choice] for name, choice in chosen.items())
+        for whole, chosen in zip(wholes, passes, strict=True)
+    ]
     excess = [sum(_excess(taken[name], choice) for name, choice in chosen.items()) for chosen in passes]
     square = sum(x * x for x in excess)
     fixed = statistics.mean(rests[:2])
@@ -142,7 +146,7 @@ def _passes(new: Mapping[str, Sequence[Choice]], menus: Mapping[str, Sequence[Ch
 def _timed(
     model: nn.Module, chosen: Mapping[str, Choice], dtype: torch.dtype, call: Callable[[], object]
 ) -> tuple[dict[str, float], float]:
-    """Median milliseconds of each layer in calls of the model, and of a call beyond their sum."""
+    """Median milliseconds of each layer in calls of the model, and of a call."""
     modules = {name: naming.at(model, name) for name in chosen}
     spent: dict[str, list[float]] = {name: [] for name in chosen}
     forwards = {}
@@ -152,7 +156,7 @@ def _timed(
     with replaced(forwards):
         clocked = timing.in_turn({"clocked": call}, SECONDS, LEAST)["clocked"]
     medians = {name: statistics.median(values[1:]) for name, values in spent.items()}  # the first call warms up
-    return medians, statistics.median(clocked) - sum(medians.values())
+    return medians, statistics.median(clocked)
 
 
 def _clocked(forward: Callable, spent: list[float]) -> Callable:

@@ -34,10 +34,10 @@ def test_every_layer_is_timed_in_the_model_under_every_choice(tmp_path, monkeypa
 
 
 def test_layers_slower_than_full_precision_pay_for_what_they_hold_up():
-    """rest = 10 + 0.5 excess: the slow layer of the third pass takes 4 ms more than it would in full precision."""
+    """10 + 0.5 excess beside the layer: the slow one of the third pass takes 4 ms more than in full precision."""
     times = {"a": {None: 2.0, "fast": 1.0, "slow": 6.0}}
     passes = [{"a": "fast"}, {"a": None}, {"a": "slow"}]
-    fixed, more = cost._between(passes, times, [9.0, 11.0, 12.0])
+    fixed, more = cost._between(passes, times, [10.0, 13.0, 18.0])
     assert (fixed, more) == (10.0, 0.5)
     assert [cost._with_more(times["a"], choice, more) for choice in (None, "fast", "slow")] == [2.0, 1.0, 8.0]
-    assert cost._between(passes, times, [9.0, 11.0, 8.0])[1] == 0.0, "nothing is paid back"
+    assert cost._between(passes, times, [10.0, 13.0, 14.0])[1] == 0.0, "nothing is paid back"
