@@ -14,6 +14,7 @@ from dq.bench import layers as bench
 from dq.bench import peers, race, roofline, widths
 from dq.errors import DQError
 from dq.fusions import attention
+from dq.kernels.cpu import attention as cpu
 from dq.plan import LayerPlan, TensorPlan
 from eval.experiments import peers as eval_peers
 from eval.experiments import rows, tables
@@ -213,7 +214,9 @@ def test_contenders_are_for_the_models_they_fit(here):
 
 
 @pytest.mark.skipif(attention.why_not() is not None, reason="no CPU kernels here")
-def test_attention_is_changed_inside_the_block_only():
+def test_attention_is_changed_inside_the_block_only(monkeypatch):
+    monkeypatch.setattr(cpu, "FEWEST_PRODUCTS", 0)
+    monkeypatch.setattr(cpu, "FEWEST_ROWS", {False: 0, True: 0})
     model, given = widths.build("small-pixart"), widths.inputs("small-pixart")
     dq.quantize(model, "int8", progress=False)
     before = attention.attached(model)
