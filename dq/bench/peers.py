@@ -31,6 +31,7 @@ from dq.bench import layers as bench
 from dq.bench import levels, openvino, roofline, widths
 from dq.errors import DQError, nearest
 from dq.fusions import attention as ours
+from dq.kernels.cpu import attention as cpu_attention
 from dq.layers.memory import peak_bytes
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 
@@ -215,7 +216,8 @@ class Contestant:
             self.runs.pop(contender.name, None)
             return {"skipped": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
         kernel = ", ".join(_labels(model)) or getattr(model, "kernel", "") or _products(self.runs[contender.name])
-        kernel += "".join(f", dq attention {precision}" for precision in own)
+        units = sorted({cpu_attention.unit(roofline.DTYPES[self.base], precision == "int8") for precision in own})
+        kernel += "".join(f", dq attention {unit}" for unit in units)
         figures = {"kernel": kernel, "error_db": _error_db(self.expected, y), "versions": _versions(contender)}
         return figures | {"seconds": round(time.perf_counter() - began, 1)}
 

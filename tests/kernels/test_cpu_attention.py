@@ -291,7 +291,7 @@ def test_calls_that_torch_computes_faster_are_torchs(level, monkeypatch):
     wide = level.startswith("avx512")
     for dtype, int8 in itertools.product(DTYPES, (False, True)):
         single = dtype is torch.float32
-        edge = (16 if single else 8) >> wide  # heads of 64 x 32 tokens and 32 columns: 2^20 products, 2^19 or 2^18
+        edge = 16 if single else 8 >> wide  # heads of 64 x 32 tokens and 32 columns: 2^20 products, 2^19 or 2^18
         large, small = (drawn((1, edge // by, 64, 32), dtype=dtype) for by in (1, 2))
         assert cpu.why_not(large, large[:, :, :32], large[:, :, :32], int8=int8) is None
         call = small, small[:, :, :32], small[:, :, :32]

@@ -24,8 +24,9 @@ from dq.kernels.cpu.ops import DTYPES, call, structure
 
 WIDEST = 256  # columns of a head
 # Where torch's attention is faster, measured in one thread. Our call begins with 14 us in Python, torch's takes 4 in
-# all: with AVX2, 8 heads of 32 with 64 x 64 tokens in fp32 run at 1.05 of torch's speed, 4 heads at 0.81. Vectors of
-# 512 bits, and dtypes of 16, which torch converts, halve the size from which ours is faster.
+# all: with AVX2, 8 heads of 32 with 64 x 64 tokens in fp32 run at 1.05 of torch's speed, 4 heads at 0.81; with AVX512
+# half the size at 0.93. Dtypes of 16 bits, which torch converts, halve the size from which ours is faster, with AVX512
+# twice.
 FEWEST_PRODUCTS = 1 << 20  # batch x heads x rows x keys x width
 # Keys are packed before the first row: with AVX2, 1024 fp32 keys of 64 run at 0.40 for one row and 0.77 for 8, 2048 of
 # 40 at 0.95 for 12; with AVX512 at 0.53 for one and 1.0 from 2 on. Int8, which rounds keys too: with AVX512 at 0.37
@@ -97,7 +98,7 @@ def _wide() -> bool:
 def _why_not_sizes(query: torch.Tensor, key: torch.Tensor, int8: bool) -> str | None:
     """Torch's attention is faster here, and as exact."""
     wide, single = _wide(), query.dtype is torch.float32
-    if query.numel() * key.shape[2] < FEWEST_PRODUCTS >> wide + (not single):
+    if query.numel() * key.shape[2] < FEWEST_PRODUCTS >> (not single) * (1 + wide):
         return "attention this small is faster on torch's"
     rows = FEWEST_ROWS[wide] if single or int8 else 1
     return f"attention of fewer than {rows} rows is faster on torch's" if query.shape[2] < rows else None
