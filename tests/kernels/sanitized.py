@@ -38,7 +38,6 @@ def run(kind, shape, weight, act, x, conv=None, rank=0):
     kernels.cpu.build(op, p, conv)(x, t)
 
 
-
 torch.manual_seed(0)
 for level, rows, columns, outputs in itertools.product(LEVELS, (1, 7, 40), (4, 61, 192), (1, 64, 77)):
     ops.level = lambda level=level: level
