@@ -77,6 +77,25 @@ DQ_INLINE Panel from(const Panel& p, long n) {
           .group = p.group};
 }
 
+// A step of kLanes whole rows; without a call for ends in the loop, which would keep the rows out of registers.
+template <int FORM>
+DQ_INLINE void whole_rows(Words r[kLanes], const int8_t* codes, long row_bytes, long k, long columns, int bits) {
+  DQ_UNROLL for (int i = 0; i < kLanes; i++) r[i] = whole_codes<FORM>(codes + i * row_bytes, k, columns, bits);
+}
+
+template <class Dot>
+DQ_INLINE void step_rows(Words r[kLanes], const int8_t* codes, long row_bytes, long there, long k, long columns,
+                         int bits) {
+  if (Dot::kCodes == 4 && there >= kLanes && columns - k >= kLanes * Dot::kCodes) {
+    if (bits == 8) return whole_rows<8>(r, codes, row_bytes, k, columns, bits);
+    if (bits == 4) return whole_rows<4>(r, codes, row_bytes, k, columns, bits);
+    return whole_rows<0>(r, codes, row_bytes, k, columns, bits);
+  }
+  DQ_UNROLL for (int i = 0; i < kLanes; i++) {
+    r[i] = i < there ? Dot::row_words(codes + i * row_bytes, k, columns, bits) : every(0);
+  }
+}
+
 // kLanes rows (those beyond `there` are 0) into kLanes of every kTile words of `out`, the last four columns filled up.
 // Where the product is of whole bytes, codes are multiplied here (`times`: as in Weight), and products fit a byte.
 template <class Dot>
@@ -86,9 +105,7 @@ static inline void lay_block(const int8_t* codes, long row_bytes, long there, lo
   for (long k = 0; k < columns; k += step) {
     long words = std::min(kLanes, (round_up(columns, 4) - k) / Dot::kCodes);
     Words r[kLanes];
-    DQ_UNROLL for (int i = 0; i < kLanes; i++) {
-      r[i] = i < there ? Dot::row_words(codes + i * row_bytes, k, columns, bits) : every(0);
-    }
+    step_rows<Dot>(r, codes, row_bytes, there, k, columns, bits);
     if constexpr (requires { Dot::multiplied(r[0], 1, 1); }) {
       const long g = k / group, next = std::min((k + kMultiplied) / group, multiplied - 1);
       for (int i = 0; times && i < kLanes && i < there; i++) {
