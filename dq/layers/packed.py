@@ -341,7 +341,7 @@ class PackedStack(_Frozen, nn.Module):
     def __getitem__(self, expert: int) -> torch.Tensor:
         outputs = self.plan.shape[2]
         rows = slice(expert * outputs, (expert + 1) * outputs)
-        found: Any = (self.stored, self.scale, self.zero, self.scale_global)
+        found: list[Any] = [self.stored, self.scale, self.zero, self.scale_global]
         own = 4 if self.plan.weight.grain.two_level else 3  # that have rows
         picked: Any = [None if t is None else t[rows] for t in found[:own]]
         return reference.weight_decoder(self.plan)(Tensors(*picked, *found[own:])).t().to(self.compute_dtype)
