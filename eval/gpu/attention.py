@@ -6,8 +6,7 @@ q8, k8: int8 after RMSNorm and rotary embedding, one fp32 scale a token and head
 the kernel works in powers of two. A constant vector taken off every key of a head changes no softmax: `k_sums` gives
 the mean key, which is most of what keys have in common. Probabilities and values are multiplied in fp16, or in e4m3
 with probabilities times 448 and one scale per channel of v, whose transpose is stored (8-bit products want both
-operands contiguous along the sum). Head sizes that are no power of two are padded by masks. Grids have one axis, along
-which the heads follow one another: the others end at 65535, and temporal attention of a video has more heads.
+operands contiguous along the sum). Head sizes that are no power of two are padded by masks.
 """
 
 import triton
@@ -18,10 +17,9 @@ from dq.kernels.triton.quantize import scale_zero, span
 
 
 @triton.jit
-def place_of(rows, BM: tl.constexpr):
-    """-> (head, block of BM rows) of a program."""
-    blocks = tl.cdiv(rows, BM)
-    return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+def place_of():
+    """-> (head, block of rows) of a program."""
+    return tl.program_id(1).to(tl.int64), tl.program_id(0)
 
 
 @triton.jit
@@ -58,7 +56,7 @@ def k_sums(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Sums over BM tokens of normed and rotated keys: x (B, L, H, D) -> out (B * H, ceil(L / BM), D) fp32."""
-    bh, part = place_of(L, BM)
+    bh, part = place_of()
     t, d = part * BM + tl.arange(0, BM), tl.arange(0, BD)
     row = bh // H * batch_pitch + t.to(tl.int64) * token_pitch + bh % H * D
     inside = (t < L)[:, None] & (d < D)[None, :]
@@ -73,7 +71,7 @@ def qk_norm_rope_quant(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """x (B, L, H, D), any pitches -> q (B * H, L, D) int8, s (B * H, L) fp32 times factor; mean (B * H, D) off."""
-    bh, part = place_of(L, BM)
+    bh, part = place_of()
     t, d = part * BM + tl.arange(0, BM), tl.arange(0, BD)
     row = bh // H * batch_pitch + t.to(tl.int64) * token_pitch + bh % H * D
     inside = (t < L)[:, None] & (d < D)[None, :]
@@ -94,7 +92,7 @@ def v_fp8(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """x (B, L, H, D) -> e4m3 of x / s, transposed: out (B * H, D, LP), 0 from L on. s (B * H, D)."""
-    bh, part = place_of(LP, BM)
+    bh, part = place_of()
     t, d = part * BM + tl.arange(0, BM), tl.arange(0, BD)
     row = bh // H * batch_pitch + t.to(tl.int64) * token_pitch + bh % H * D
     x = tl.load(x_p + row[:, None] + d[None, :], mask=(t < L)[:, None] & (d < D)[None, :], other=0.0)
@@ -113,7 +111,7 @@ def attn_i8(
 
     v: fp16 (B * H, LK, D), or with PV8 e4m3 (B * H, D, LP) and sv (B * H, D). Keys from LK on do not count.
     """
-    bh, part = place_of(L, BM)
+    bh, part = place_of()
     m, d, j = part * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BN)
     q_in = (m < L)[:, None] & (d < D)[None, :] if D < BD else (m < L)[:, None]
     q = tl.load(q_p + (bh * L + m)[:, None] * D + d[None, :], mask=q_in, other=0)

@@ -8,6 +8,7 @@ not see through them until dq needs it to.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from dq.kernels.triton.ops import E4M3, FP8_TOP, INT8_TOP, Codes
 from eval.gpu import attention, kernels
 
 LARGEST_HEAD = 128  # channels; wider ones would not fit in registers beside their keys
+LONGEST_AXIS = 65535  # programs along each axis of a grid but the first
 SMALLEST_DOT = 32  # channels that an 8-bit product sums at least
 ATTENTION_TILES = json.loads(Path(__file__).with_name("attention.json").read_text())  # per architecture, largest first
 SMALL = {"warps": 4, "stages": 1}  # of kernels without a product
@@ -153,6 +155,17 @@ def _turn(rotation: Rotation | None) -> tuple[list[Tensor | None], bool]:
     return ops.flat(rotation.cos, rotation.sin), rotation.half
 
 
+def batches(batch: int, heads: int) -> Iterator[tuple[slice, slice]]:
+    """Entries of a batch, and heads of all of them, of one launch after another: an axis of a grid ends at 65535.
+
+    Temporal attention of a video has an entry a pixel.
+    """
+    step = max(1, LONGEST_AXIS // heads)
+    for first in range(0, batch, step):
+        last = min(batch, first + step)
+        yield slice(first, last), slice(first * heads, last * heads)
+
+
 def qk_norm_rope_quant(
     x: Tensor,
     *,
@@ -170,10 +183,13 @@ def qk_norm_rope_quant(
     b, n, h, d = x.shape
     (cos, sin), half = _turn(rotation)
     q, s = x.new_empty(b * h, n, d, dtype=torch.int8), x.new_empty(b * h, n, dtype=torch.float32)
-    attention.qk_norm_rope_quant[(-(-n // 32) * b * h,)](
-        x, weight, cos, sin, *ops.flat(mean), q, s, n, h, x.stride(0), x.stride(1), eps, factor, d, ops.power(d), 32,
-        half, **ops.options(SMALL),
-    )  # fmt: skip
+    (mean,) = ops.flat(mean)
+    for some, its in batches(b, h):
+        off = None if mean is None else mean[its]
+        attention.qk_norm_rope_quant[(-(-n // 32), its.stop - its.start)](
+            x[some], weight, cos, sin, off, q[its], s[its], n, h, x.stride(0), x.stride(1), eps, factor, d,
+            ops.power(d), 32, half, **ops.options(SMALL),
+        )  # fmt: skip
     return Codes(q, s)
 
 
@@ -182,10 +198,11 @@ def k_mean(x: Tensor, *, weight: Tensor | None = None, rotation: Rotation | None
     (b, n, h, d), rows = x.shape, 32
     (cos, sin), half = _turn(rotation)
     parts = x.new_empty(b * h, -(-n // rows), d, dtype=torch.float32)
-    attention.k_sums[(parts.shape[1] * b * h,)](
-        x, weight, cos, sin, parts, n, h, x.stride(0), x.stride(1), eps, d, ops.power(d), rows, half,
-        **ops.options(SMALL),
-    )  # fmt: skip
+    for some, its in batches(b, h):
+        attention.k_sums[(parts.shape[1], its.stop - its.start)](
+            x[some], weight, cos, sin, parts[its], n, h, x.stride(0), x.stride(1), eps, d, ops.power(d), rows, half,
+            **ops.options(SMALL),
+        )  # fmt: skip
     return parts.sum(1) / n
 
 
@@ -195,9 +212,10 @@ def v_fp8(x: Tensor) -> Codes:
     length = ops.up_to(n, 16)
     v = x.new_empty(b * h, d, length, dtype=E4M3)
     s = (x.abs().amax(1).float() / float(FP8_TOP)).clamp_(min=1e-12).reshape(b * h, d).contiguous()
-    attention.v_fp8[(-(-length // 32) * b * h,)](
-        x, s, v, n, length, h, x.stride(0), x.stride(1), d, ops.power(d), 32, **ops.options(SMALL)
-    )
+    for some, its in batches(b, h):
+        attention.v_fp8[(-(-length // 32), its.stop - its.start)](
+            x[some], s[its], v[its], n, length, h, x.stride(0), x.stride(1), d, ops.power(d), 32, **ops.options(SMALL)
+        )
     return Codes(v, s)
 
 
@@ -229,8 +247,10 @@ def attn_i8(
     (bh, n, d), length = q.q.shape, values.shape[2] if eight else 0
     out = q.q.new_empty(bh // heads, n, heads, d, dtype=dtype)
     config = config or attention_tile(n, bh, d, configs.architecture())
-    attention.attn_i8[(-(-n // config["BM"]) * bh,)](
-        q.q, k.q, values, q.scale, k.scale, sv, out, n, k.q.shape[1], length, heads, d,
-        max(ops.power(d), SMALLEST_DOT), config["BM"], config["BN"], eight, **ops.options(config),
-    )  # fmt: skip
+    for some, its in batches(bh // heads, heads):
+        attention.attn_i8[(-(-n // config["BM"]), its.stop - its.start)](
+            q.q[its], k.q[its], values[its], q.scale[its], k.scale[its], None if sv is None else sv[its], out[some],
+            n, k.q.shape[1], length, heads, d, max(ops.power(d), SMALLEST_DOT), config["BM"], config["BN"], eight,
+            **ops.options(config),
+        )  # fmt: skip
     return out

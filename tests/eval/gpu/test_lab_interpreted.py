@@ -133,14 +133,17 @@ def test_heads_are_normed_rotated_and_rounded(size, half):
 
 
 class Launched:
-    """In place of a kernel: keeps its grid and arguments."""
+    """In place of a kernel: keeps its grids and last arguments."""
+
+    def __init__(self):
+        self.grids = []
 
     def __getitem__(self, grid):
-        self.grid = grid
+        self.grids.append(grid)
         return lambda *args, **options: setattr(self, "args", args)
 
 
-def test_more_heads_than_a_second_axis_of_a_grid_has(monkeypatch):
+def test_more_heads_than_an_axis_of_a_grid_has(monkeypatch):
     """Temporal attention of a video: a batch entry a pixel. Axes but the first end at 65535."""
     batch, heads, tokens, size = 9000, 8, 3, 32
     x = torch.zeros(batch, tokens, heads, size, dtype=torch.bfloat16)
@@ -155,7 +158,14 @@ def test_more_heads_than_a_second_axis_of_a_grid_has(monkeypatch):
         kernel = Launched()
         monkeypatch.setattr(launches.attention, name, kernel)
         call()
-        assert kernel.grid == (batch * heads,), name
+        assert [grid[1] for grid in kernel.grids] == [65528, 6472], name
+
+
+def test_heads_of_several_launches_are_those_of_one(monkeypatch):
+    monkeypatch.setattr(launches, "LONGEST_AXIS", 4)
+    test_attention_is_near_torchs(5, 24, 40, 70, False)
+    test_attention_is_near_torchs(5, 16, 40, 3, True)
+    test_heads_are_normed_rotated_and_rounded(24, True)
 
 
 def test_heads_narrower_than_a_product_are_padded_and_wide_ones_refused(monkeypatch):
