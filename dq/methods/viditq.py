@@ -34,7 +34,6 @@ RECIPES = (
         ("int4a/channel", "int8/token"),
         ("int4a/channel", "int8a/tensor"),
         method="viditq",
-        status="experimental",
     ),
     Recipe(
         "viditq-mp-w4a8",

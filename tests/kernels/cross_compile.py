@@ -272,11 +272,12 @@ def _unpacking() -> list[Specimen]:
     from dq.kernels.triton import packed
 
     block = {"b_p": "*i8", "scale_p": "*fp32", "BN": 16, "BB": 128, "G": 64}
-    code = {"b_p": "*i8", "out_p": "*i8", "BN": 16, "BB": 128}
+    code = {"b_p": "*i8", "times_p": None, "out_p": "*i8", "G": 1, "BN": 16, "BB": 128}
     real = block | {"zero_p": None, "global_p": None, "out_p": "*bf16", "FORMAT": 0}
     fp4 = real | {"scale_p": "*i8", "global_p": "*fp32", "FORMAT": 1, "G": 16}
     return [
         Specimen("w4_to_s8", packed.w4_to_s8, code, None, 4, 1),
+        Specimen("w4_to_s8-two-level", packed.w4_to_s8, code | {"times_p": "*i8", "G": 64}, None, 4, 1),
         Specimen("w4_to_bf16", packed.w4_to_float, real, None, 4, 1),
         Specimen("nvfp4_to_bf16", packed.w4_to_float, fp4, None, 4, 1),
         Specimen("weight_sums", packed.weight_sums, block | {"out_p": "*fp32", "BITS": 4}, None, 4, 1),

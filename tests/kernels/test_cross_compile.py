@@ -26,7 +26,8 @@ GATE = {
     "sm_86": ("gemm_branch-i8",),
     "sm_89": ("gemm_branch-fp8e4nv",),
     "sm_90": (
-        "quant_rows", "quant_rows-affine", "quant_groups", "quant_rows-fp8", "w4_to_s8", "nvfp4_to_bf16",
+        "quant_rows", "quant_rows-affine", "quant_groups", "quant_rows-fp8", "w4_to_s8", "w4_to_s8-two-level",
+        "nvfp4_to_bf16",
         "gemm_tma-i8", "gemm_tma_branch-fp8e4nv", "gemm_tma-fp8e4nv-exact", "w4a8", "w4a8_groups",
     ),
     "sm_100": ("nvfp4_quant", "gemm_tma-fp8e4nv", "gemm_tma_branch-i8", "nvfp4"),
