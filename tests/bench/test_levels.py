@@ -38,6 +38,7 @@ def test_a_race_beside_fp32_computes_in_it_and_has_bf16_as_a_contender(monkeypat
     monkeypatch.setattr(roofline, "PRODUCTS", ((64, 64, 64),))
     monkeypatch.setattr(roofline, "STREAM", 1 << 16)
     monkeypatch.setattr(race, "TURN_MS", 0.01)
+    monkeypatch.setattr(race, "PREPARING", 1)  # lanes share this process, and torch's profiler is of one thread
     names = ["bf16", "bf16-compiled", *(["dq-int8"] if kernels.vnni() else [])]
     setting = race.Setting(0.0, 1, 1, say=lambda text: None, dtype="fp32")
     [found] = race.race([(LINEAR, race.contenders(names))], setting, Here)

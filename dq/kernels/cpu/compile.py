@@ -11,11 +11,12 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 LIBRARY = HERE / "libdq_cpu.so"
-FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fvisibility=default")
+FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fPIC", "-fno-math-errno", "-fvisibility=default")
 SANITIZED = ("-g", "-O1", "-fsanitize=address", "-fno-omit-frame-pointer")
 
 
@@ -35,17 +36,26 @@ def build(out: Path = LIBRARY, extra: tuple[str, ...] = ()) -> None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise RuntimeError("no C++ compiler (g++ or clang++) was found")
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         made = Path(folder) / out.name
-        name = f'-DDQ_FINGERPRINT="{fingerprint()}"'
-        command = [compiler, *FLAGS, *extra, name, *map(str, sources()), "-o", str(made)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise RuntimeError(f"{compiler} cannot be run: {error.strerror}") from error
-        if done.returncode:
-            raise RuntimeError(f"{compiler} failed: {done.stderr.strip()[:400] or 'no message'}")
+        options = [compiler, *FLAGS, *extra, f'-DDQ_FINGERPRINT="{fingerprint()}"']
+
+        def object_of(source: Path) -> str:
+            found = str(Path(folder) / f"{source.stem}.o")
+            _run([*options, "-c", str(source), "-o", found])
+            return found
+
+        _run([*options, "-shared", *pool.map(object_of, sources()), "-o", str(made)])
         made.replace(out)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise RuntimeError(f"{command[0]} cannot be run: {error.strerror}") from error
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[:400] or 'no message'}")
 
 
 def main() -> None:
