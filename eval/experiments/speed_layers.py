@@ -18,6 +18,7 @@ LAYERS = {  # by name: formats of weights and of activations
     "int8": ("int8/channel", "int8/token"),
     "w4a8-row": ("int4/channel", "int8/token"),
     "w4a8-group": ("int4/group:64", "int8/token"),
+    "w4a8-two-level": ("int4/group:64+channel", "int8/token"),
     "int8-weight": ("int8/channel", None),
     "int4-weight": ("int4/group:64", None),
     "int5-weight": ("int5/group:64", None),

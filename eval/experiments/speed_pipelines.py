@@ -28,7 +28,7 @@ FILE = rows.FOLDER / "pipelines.json"
 KEYS = ("model", "device", "dtype", "recipe", "machine", "level", "threads")
 SMOOTHED = ("svdquant", "viditq")
 LEAST = 0.8  # of full precision's speed: below it `dq.explain` has to say so
-SAYS = "full precision"
+SAYS = "times as long here as in full precision"
 
 
 def run(options: argparse.Namespace) -> None:
