@@ -10,6 +10,7 @@ import os
 
 import torch
 
+from dq import kernels
 from dq.errors import DQError, nearest
 from dq.kernels.cpu import library
 
@@ -44,8 +45,7 @@ def shown() -> str:
 
 def has_bf16(level: str = "") -> bool:
     """Whether the processor multiplies bf16 numbers itself, at a level or in this process."""
-    hidden = (level or os.environ.get(library.VARIABLE) or "avx512") != "avx512"
-    return not hidden and torch.cpu._is_avx512_bf16_supported()
+    return not level and kernels.bf16()  # every level one can be limited to hides them
 
 
 def base(level: str = "") -> str:

@@ -152,7 +152,7 @@ def vnni() -> bool:
 
 def bf16() -> bool:
     """Whether the processor multiplies bf16; hidden by every DQ_CPU_LEVEL below avx512. Without, fp32 is faster."""
-    if os.environ.get("DQ_CPU_LEVEL", "avx512") != "avx512":
+    if (os.environ.get("DQ_CPU_LEVEL") or "avx512") != "avx512":
         return False
     if platform.machine().lower() in ("x86_64", "amd64"):  # oneDNN calls it supported where AVX512 emulates it
         return torch.cpu._is_avx512_bf16_supported()

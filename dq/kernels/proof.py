@@ -35,9 +35,7 @@ ALONE: dict = {"smooth": False, "rotate": 0, "start": False, "steps": 1}  # what
 def why_wrong(name: str, op: str, plan: LayerPlan, conv: Conv | None, x: torch.Tensor) -> str | None:
     """Why a backend must not run layers of these formats; None if it is right. x: an empty tensor like the inputs."""
     small, geometry = miniature(plan, conv)
-    if (
-        kernels.backends()[name].why_not(op, small, x.device.type, geometry) is not None
-    ):  # then one of the layer's own size
+    if kernels.backends()[name].why_not(op, small, x.device.type, geometry) is not None:  # then one of its own size
         small, geometry = replace(plan, **ALONE), conv
     for rows in ROWS if op == "linear" else ROWS[:1]:
         given, t = _problem(op, small, geometry, x, rows)

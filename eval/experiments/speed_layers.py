@@ -6,6 +6,8 @@
 import argparse
 from dataclasses import asdict
 
+import torch
+
 from dq.bench import layers as bench
 from dq.bench import roofline
 from dq.plan import Recipe
@@ -53,12 +55,7 @@ def tables(found: list[dict]) -> list[str]:
         names = [name for name in LAYERS if any(row["recipe"] == name for row in mine)]
         ratios = {(row["what"], row["recipe"]): f"{row['full_ms'] / row['quantized_ms']:.2f}" for row in mine}
         full = {row["what"]: f"{row['full_ms']:.2f}" for row in mine}
-        head = [f"{level}, {roofline_name(dtype)}", "full, ms", *(f"`{name}`" for name in names)]
+        head = [f"{level}, {roofline.NAMES[getattr(torch, dtype)]}", "full, ms", *(f"`{name}`" for name in names)]
         cells = [[what, full[what], *(ratios.get((what, name), "") for name in names)] for what in full]
         lines += [*table(head, cells), ""]
     return lines[:-1]
-
-
-def roofline_name(dtype: str) -> str:
-    """`fp32` of `float32`."""
-    return next(short for short, kind in roofline.DTYPES.items() if str(kind).endswith(dtype))

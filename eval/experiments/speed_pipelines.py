@@ -16,11 +16,12 @@ from torch import nn
 import dq
 from dq import api, cookbook, layers, methods, model, planning
 from dq.bench import layers as bench
+from dq.bench import roofline
 from dq.fit import groups
 from dq.host import mark
 from dq.layers import naming
 from dq.plan import LayerPlan, Plan, Recipe
-from eval.experiments import rows, speed_layers
+from eval.experiments import rows
 from eval.markdown import table
 from pipelines import tiny
 
@@ -100,7 +101,7 @@ def tables(found: list[dict]) -> list[str]:
     keys = list(dict.fromkeys((row["model"], row["level"], row["dtype"]) for row in found))
     timed = [row for row in found if not row["emulated"]]
     cells = {(row["model"], row["level"], row["dtype"], row["recipe"]): _cell(row) for row in timed}
-    head = ["recipe", *(f"{model}, {level}, {speed_layers.roofline_name(dtype)}" for model, level, dtype in keys)]
+    head = ["recipe", *(f"{model}, {level}, {roofline.NAMES[getattr(torch, dtype)]}" for model, level, dtype in keys)]
     names = list(dict.fromkeys(row["recipe"] for row in timed))
     lines = table(head, [[f"`{name}`", *(cells.get((*key, name), "") for key in keys)] for name in names])
     emulated = sorted({row["recipe"] for row in found} - set(names))

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 
 from dq.kernels.cpu import attention as cpu
 from dq.kernels.cpu import library
+from tests.kernels.levels import levels
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 few = settings(max_examples=40, deadline=None, derandomize=True)
-ALL = library.LEVELS[1 : library.LEVELS.index(library.level()) + 1]
-LEVELS = [name for i, name in enumerate(ALL, 1) if library.library().dq_cpu_levels() >> i & 1]
 FEWEST = cpu.FEWEST_PRODUCTS, cpu.FEWEST_ROWS
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDTHS = (1, 5, 7, 8, 33, 40, 64, 72, 80, 96, 112, 128, 160, 256)
@@ -25,7 +24,7 @@ MASKS = (None, "bool", "keys", "full", "heads", "empty rows")
 PRECISIONS = pytest.mark.parametrize("int8", [False, True], ids=["floats", "int8"])
 
 
-@pytest.fixture(scope="module", params=LEVELS, autouse=True)
+@pytest.fixture(scope="module", params=levels(), autouse=True)
 def level(request):
     """Each level that the processor has, on calls of every size."""
     with pytest.MonkeyPatch.context() as patch:

@@ -12,6 +12,7 @@ from dq import kernels, layers
 from dq.kernels import Conv, Tensors, reference
 from dq.kernels.cpu import library, ops
 from dq.plan import LayerPlan, TensorPlan
+from tests.kernels.levels import each_level, generator, level, levels  # noqa: F401
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=str(library.missing()))
 few = settings(max_examples=40, deadline=None, derandomize=True)
@@ -20,28 +21,6 @@ OUTPUTS = st.sampled_from((1, 2, 17, 63, 65, 90))
 ROOM = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8 * 1.01, torch.float16: 2.0**-11 * 1.05}
 MEMORY = {4: torch.channels_last, 5: torch.channels_last_3d}
 PLAIN = Conv((1, 1), (0, 0), (1, 1), 1)
-
-
-def levels():
-    """Those that run here, up to the one that serves."""
-    mask, top = library.library().dq_cpu_levels() if library.library() else 0, library.LEVELS.index(library.level())
-    return [name for i, name in enumerate(library.LEVELS[: top + 1]) if i and mask >> i & 1]
-
-
-@pytest.fixture(scope="module", params=levels())
-def level(request):
-    """Every test runs on each level that the processor has."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(ops, "level", lambda: request.param)
-    yield request.param
-    patch.undo()
-
-
-each_level = pytest.mark.usefixtures("level")
-
-
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def plan(shape, weight="int8/channel", act="int8a/tensor"):

@@ -18,33 +18,12 @@ from dq.kernels import Tensors, reference
 from dq.kernels.cpu import compile as source
 from dq.kernels.cpu import library, ops
 from dq.plan import LayerPlan, TensorPlan
+from tests.kernels.levels import each_level, generator, level, levels  # noqa: F401
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=str(library.missing()))
 wide = pytest.mark.skipif(library.missing("avx512") is not None, reason=str(library.missing("avx512")))
 few = settings(max_examples=40, deadline=None, derandomize=True)
 sizes = st.integers(1, 200)
-
-
-def levels():
-    """Those that run here, up to the one that serves."""
-    mask, top = library.library().dq_cpu_levels() if library.library() else 0, library.LEVELS.index(library.level())
-    return [name for i, name in enumerate(library.LEVELS[: top + 1]) if i and mask >> i & 1]
-
-
-@pytest.fixture(scope="module", params=levels())
-def level(request):
-    """Every linear of a test runs on each level that the processor has."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(ops, "level", lambda: request.param)
-    yield request.param
-    patch.undo()
-
-
-each_level = pytest.mark.usefixtures("level")
-
-
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def plan(shape, weight="int8/channel", act="int8/token", kind="linear", **more):

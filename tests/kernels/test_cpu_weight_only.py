@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from dq import kernels
 from dq.kernels import Tensors, reference
 from dq.kernels.cpu import library, ops, weightonly  # noqa: F401  defines the ops
-from tests.kernels.test_cpu_kernels import each_level, generator, level, levels, linear  # noqa: F401
+from tests.kernels.levels import each_level, generator, level, levels  # noqa: F401
+from tests.kernels.test_cpu_kernels import linear
 from tests.kernels.test_kernels import plan, tensors, truth_and_torch
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=str(library.missing()))

@@ -104,6 +104,8 @@ def test_levels_without_bf16_units_hide_them(monkeypatch, level):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert kernels.bf16()
+    monkeypatch.setenv("DQ_CPU_LEVEL", "")  # as unset
+    assert kernels.bf16()
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (24, 40, 3, 3)])
