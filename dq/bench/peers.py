@@ -201,8 +201,6 @@ class Contestant:
             if why := _missing(contender):
                 return {"skipped": why}
             model = self._quantized(contender.scheme)
-            if emulated := _emulated(model):
-                return {"skipped": f"emulated here, which no table of speeds shows: {emulated}"}
             call = self._call(torch.compile(model, dynamic=False) if contender.compiled else model)
             self.runs[contender.name] = call
             self.around[contender.name] = functools.partial(attended, model, contender.attention)
@@ -212,6 +210,9 @@ class Contestant:
                 own = sorted(set(ours.attached(model).values()))
                 for _ in range(WARM):
                     y = call()
+            if emulated := _emulated(model):  # kernels are chosen in the first call
+                self.runs.pop(contender.name)
+                return {"skipped": f"emulated here, which no table of speeds shows: {emulated}"}
         except Exception as error:  # a peer that fails is a row that says so, not the end of the others
             self.runs.pop(contender.name, None)
             return {"skipped": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}

@@ -5,6 +5,7 @@ that of the code behind it any more.
 """
 
 import argparse
+import operator
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -97,7 +98,7 @@ def _method_cells(row: dict, gain: float | None, old: bool) -> list[str]:
 
 
 def peers(found: list[dict]) -> list[str]:
-    """Markdown lines of dq next to its peers: a table for each level and base, a model at a time, the base first.
+    """Markdown lines of dq next to its peers: a table for each machine, level and base, by model, the base first.
 
     Emulated execution is left out.
     """
@@ -105,10 +106,11 @@ def peers(found: list[dict]) -> list[str]:
     models = list(dict.fromkeys(row["model"] for row in chosen))
     chosen.sort(key=lambda row: (models.index(row["model"]), row["contender"] != row["base"]))
     lines = []
-    for level, base in dict.fromkeys((row["level"], row["base"]) for row in chosen):
-        mine = [row for row in chosen if (row["level"], row["base"]) == (level, base)]
+    which = operator.itemgetter("level", "base", "machine")
+    for level, base, machine in dict.fromkeys(map(which, chosen)):
+        mine = [row for row in chosen if which(row) == (level, base, machine)]
         head = ["model", "contender", "ms", f"times {base}", f"dB to {base}", "kernel"]
-        lines += [f"{level}, beside {base}:", "", *table(head, map(_peer_cells, mine)), ""]
+        lines += [f"{level}, beside {base}, on {machine}:", "", *table(head, map(_peer_cells, mine)), ""]
     return lines[:-1]
 
 
