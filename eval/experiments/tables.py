@@ -106,11 +106,12 @@ def peers(found: list[dict]) -> list[str]:
     models = list(dict.fromkeys(row["model"] for row in chosen))
     chosen.sort(key=lambda row: (models.index(row["model"]), row["contender"] != row["base"]))
     lines = []
-    which = operator.itemgetter("level", "base", "machine")
+    which, several = operator.itemgetter("level", "base", "machine"), len({row["machine"] for row in chosen}) > 1
     for level, base, machine in dict.fromkeys(map(which, chosen)):
         mine = [row for row in chosen if which(row) == (level, base, machine)]
         head = ["model", "contender", "ms", f"times {base}", f"dB to {base}", "kernel"]
-        lines += [f"{level}, beside {base}, on {machine}:", "", *table(head, map(_peer_cells, mine)), ""]
+        on = f", on {machine}" if several else ""
+        lines += [f"{level}, beside {base}{on}:", "", *table(head, map(_peer_cells, mine)), ""]
     return lines[:-1]
 
 
