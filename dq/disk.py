@@ -7,6 +7,7 @@ import errno
 import glob
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -29,6 +30,29 @@ except ImportError:  # everywhere else
 ASIDE, NEW, OLD, STALE = ".saving", "new", "old", "stale.json"  # of `replacing`: its folder, and what lies there
 DAY = 86400.0  # seconds
 MOST_JSON = 2**28  # bytes of a file that is read as JSON at once
+MOST_DEEP = 200  # objects and arrays around a value in JSON of others
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"|[][{}]')
+
+
+def parse(text: str | bytes) -> Any:
+    """A JSON value; ValueError for text that is none or that `check_depth` refuses."""
+    text = text.decode() if isinstance(text, bytes) else text
+    check_depth(text)
+    return json.loads(text)
+
+
+def check_depth(text: str) -> None:
+    """ValueError for JSON that nests more than `MOST_DEEP` objects and arrays.
+
+    Python's own limit is no bound: libraries raise it for the whole process, as torch.compile does.
+    """
+    if text.count("[") + text.count("{") <= MOST_DEEP:
+        return
+    deep = 0
+    for found in _STRING_OR_BRACKET.finditer(text):
+        deep += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        if deep > MOST_DEEP:
+            raise ValueError(f"more than {MOST_DEEP} objects and arrays inside each other")
 
 
 def read_json(path: str | Path) -> dict:
@@ -41,12 +65,12 @@ def read_json(path: str | Path) -> dict:
             raise DQError(
                 f"file {str(path)!r} holds {path.stat().st_size} bytes, expected at most {MOST_JSON} of JSON"
             )
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DQError(f"file {str(path)!r} does not exist; give the path of a plan or recipe JSON") from None
     except DQError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DQError(f"file {str(path)!r} cannot be read as JSON: {error}") from None
     if not isinstance(data, dict):
         raise DQError(f"file {str(path)!r} holds a JSON {type(data).__name__}, expected an object")

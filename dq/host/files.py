@@ -184,9 +184,9 @@ def verify(paths: Sequence[str | Path]) -> None:
 
 def _sums(path: str | Path, metadata: Mapping[str, str]) -> dict[str, str]:
     try:
-        found = json.loads(metadata.get(CHECKSUMS, "{}"))
+        found = disk.parse(metadata.get(CHECKSUMS, "{}"))
         schema.check("checksums", found, f"{CHECKSUMS} of weights file {str(path)!r}")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         if isinstance(error, DQError):
             raise
         raise DQError(f"weights file {str(path)!r} is damaged: {CHECKSUMS} is no JSON object; copy it again") from None

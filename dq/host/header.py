@@ -15,6 +15,7 @@ from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from dq.disk import parse
 from dq.errors import DQError
 
 MOST_BYTES = 100_000_000  # of a header; safetensors itself reads no longer ones
@@ -48,7 +49,7 @@ def read(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
             end = stop
         if end != left:
             raise ValueError(f"it holds {left} bytes of tensors, its header names {end}")
-    except (OSError, ValueError, RecursionError) as error:  # DQError among them
+    except (OSError, ValueError) as error:  # DQError among them
         raise DQError(f"weights file {str(path)!r} is missing or damaged: {error}; copy it again") from None
     return entries, metadata
 
@@ -95,7 +96,7 @@ def _header(path: Path) -> tuple[dict, int]:
         left = path.stat().st_size - 8 - length
         if left < 0 or length > MOST_BYTES:
             raise ValueError(f"its header would take {length} bytes")
-        header = json.loads(file.read(length))
+        header = parse(file.read(length))
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     return header, left

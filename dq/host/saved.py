@@ -5,11 +5,10 @@ Nothing here imports torch before it loads a model or chooses kernels.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
-from dq.disk import read_json
+from dq.disk import parse, read_json
 from dq.errors import DQError, naming
 from dq.host import header
 from dq.host.header import Entry
@@ -104,8 +103,8 @@ def _plan(folder: Path, checked: bool) -> Plan | None:
         return None
     plan = config.get("plan")
     try:
-        plan = json.loads(plan) if isinstance(plan, str) else plan
-    except (ValueError, RecursionError):
+        plan = parse(plan) if isinstance(plan, str) else plan
+    except ValueError:
         plan = None
     if not isinstance(plan, dict):
         raise DQError(

@@ -11,11 +11,11 @@ their folder.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dq.disk import parse
 from dq.errors import DQError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -125,8 +125,8 @@ def _pairs(path: Path) -> list[Entry]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
+            entry = parse(line)
+        except ValueError:
             entry = None
         if not isinstance(entry, dict):
             example = '{"prompt": "make it red", "image": "cat.png"}'

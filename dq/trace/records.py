@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import _TYPES, save_file
 
-from dq import schema
+from dq import disk, schema
 from dq.errors import DQError
 from dq.trace import classes
 
@@ -84,7 +84,11 @@ class Store:
                 search for them. Raises DQError for a tree that cannot come back, or when the disk is full.
         """
         place, packer = self._place(key), _Packer(share)
-        text = json.dumps(packer.encode(tree, key), separators=(",", ":"))
+        try:
+            text = json.dumps(packer.encode(tree, key), separators=(",", ":"))
+            disk.check_depth(text)
+        except (ValueError, RecursionError) as error:  # DQError among them
+            raise error if isinstance(error, DQError) else DQError(f"{key}: cannot store it: {error}") from None
         with _refusing(f"cannot write {key!r} to {str(self.folder)!r}"), self._temporary() as made:
             inner = {str(i): value for i, value in enumerate(packer.values) if packer.names[i] is None}
             stated = json.dumps({"tree": text, "tensors": packer.rows}, separators=(",", ":"))
@@ -111,12 +115,12 @@ class Store:
         if text[:8] != f"{zlib.crc32(text[8:].encode()):08x}":
             raise DQError(f"{str(place / TREE)!r} is damaged: its structure has another checksum; {_DAMAGED}")
         with _sound(place / TREE):
-            stated, tensors = json.loads(text[8:]), []
+            stated, tensors = disk.parse(text[8:]), []
             schema.check("record", stated, f"{str(place / TREE)!r}: its structure")
             for i, row in enumerate(stated["tensors"]):
                 value = _load(place / row["file"])[0].get("0") if row["file"] else stored.get(str(i))
                 tensors.append(_restore(value, row, place / (row["file"] or TREE), device))
-            tree = _decode(json.loads(stated["tree"]), tensors)
+            tree = _decode(disk.parse(stated["tree"]), tensors)
         if kind is not None:
             schema.check(kind, tree, f"{str(place)!r}: its content")
         return tree

@@ -123,13 +123,30 @@ def test_a_tensor_that_is_stated_wrongly_is_refused(store, tmp_path, row):
         store.read("k")
 
 
-def test_deep_structures_are_refused(store):
+@pytest.mark.parametrize("limit", [1000, 20_000])
+def test_deep_structures_are_refused_whatever_the_limit_of_the_interpreter(store, limit):
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit)  # torch.compile raises it for the whole process
+    try:
+        _refuse_deep_structures(store)
+    finally:
+        sys.setrecursionlimit(before)
+
+
+def _refuse_deep_structures(store):
     stated(store, "k", head(1) | {"tree": mutated.DEEP})
     with pytest.raises(DQError, match=r"k\.entry"):
         store.read("k")
     stated(store, "k", head(1) | {"tree": '["list",[' * 900 + "1" + "]]" * 900})
     with pytest.raises(DQError, match=r"k\.entry"):
         store.read("k")
+    deep = []
+    for _ in range(150):
+        deep = [deep]
+    with pytest.raises(DQError, match="more than 200 objects and arrays inside each other"):
+        store.write("deep", deep)
+    store.write("less", [[[[1, "[" * 900]]]])
+    assert store.read("less") == [[[[1, "[" * 900]]]]
 
 
 def test_classes_are_made_without_their_code(store):
