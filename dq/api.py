@@ -159,7 +159,7 @@ def set_backend(name: str, target=None) -> None:
         for layer in packed_layers(model).values():
             if not isinstance(layer, PackedStack):
                 layer.backend = name
-                layer.bind(layer.weight.device.type)
+                layer.bind(layer.weight.device)
         fusions.set_backend(model, name)
 
 

@@ -93,7 +93,7 @@ def speed_notes(model: nn.Module) -> list[str]:
     lines = [f"kernels of {count} layers were chosen by rank: {reason}" for reason, count in reasons.items()]
     times = [(layer, found.ms, found.full_ms) for layer in layers if (found := layer.choice).speedup is not None]
     ours, full = sum(ms for _, ms, _ in times), sum(ms for _, _, ms in times)
-    here = [layer for layer, _, _ in times if layer.stored.device.type == layer.home]
+    here = [layer for layer, _, _ in times if layer.stored.device == layer.home]
     if ours > SLOWER * full:
         lines.append(_slower(here, ours / full))
     return lines + _slow_dtype(here)

@@ -154,7 +154,7 @@ def start(model: nn.Module, plan: Plan) -> None:
         if not isinstance(layer, PackedStack):
             layer.clock = ticking
             layer.wide = layer.compute_dtype is torch.float16 and in_fp32(name)
-            layer.bind(layer.weight.device.type)
+            layer.bind(layer.weight.device)
     fusions.attach(model, plan)
     if isinstance(model, ModelMixin):  # tells diffusers that these do not say what dtype the model has
         kept = type(model)._keep_in_fp32_modules or ()

@@ -122,7 +122,7 @@ class DraftLinear(nn.Module):
             packed.put("start_in", self.start_in.to(compute_dtype))
             packed.put("start_out", self.source[0](self.start_in.to(self.source[0].weight.dtype)).to(compute_dtype))
         packed.clock = self.clock
-        packed.bind(device.type)
+        packed.bind(device)
         return packed.train(self.source[0].training)
 
 

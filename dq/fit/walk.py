@@ -160,7 +160,7 @@ def _unpacked(unit: Unit, tensors: Mapping, note: Mapping, dtype: torch.dtype) -
         layer = PACKED[plan.kind].like(module, plan, dtype, str(module.weight.device))
         for key, value in own.items():
             layer.put(key, value)
-        layer.bind(module.weight.device.type)
+        layer.bind(module.weight.device)
         inherit.hooks(layer, module)  # for the replays; what else stands on it moves when it is put into the model
         packed[name] = layer.train(module.training)
     return packed

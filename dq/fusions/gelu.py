@@ -74,7 +74,7 @@ def _can_fuse(linear: nn.Module, x: torch.Tensor) -> bool:
     """Nothing has come between the module and its packed linear, and the linear's kernel has the epilogue."""
     if not isinstance(linear, PackedLinear) or linear._forward_hooks or linear._forward_pre_hooks:
         return False
-    linear.ready(x.device.type)
+    linear.ready(x.device)
     return _has_kernel(linear) and not (torch.is_grad_enabled() and x.requires_grad)
 
 

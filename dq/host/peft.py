@@ -55,7 +55,7 @@ def _set_branch(layer: Any, down: torch.Tensor, up: torch.Tensor) -> None:
         layer.put("proj_up", up)
     else:
         layer.proj_down = layer.proj_up = None
-    layer.bind(layer.weight.device.type)
+    layer.bind(layer.weight.device)
 
 
 _Adapter: Any = object  # an adapter class of peft stands behind the mixins; peft is optional

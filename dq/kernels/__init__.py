@@ -130,8 +130,26 @@ def machine() -> Machine | None:
     return _imagined.get()
 
 
+def placed(device: torch.device | str) -> torch.device:
+    """A device with its index: layers on two cards of one process are served each by what its own card has."""
+    found = torch.device(device)
+    if found.type == "cuda" and found.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
+
+
+@contextmanager
+def current(device: torch.device) -> Iterator[None]:
+    """Inside, a card is the current one: backends that are asked, tiles, launches and times are about it."""
+    if device.type == "cuda" and machine() is None and torch.cuda.is_available():
+        with torch.cuda.device(device):
+            yield
+    else:
+        yield
+
+
 def architecture() -> str:
-    """Of the current GPU: "sm_90", of AMD's "gfx942"; "" without a GPU."""
+    """Of the current GPU (`current`): "sm_90", of AMD's "gfx942"; "" without a GPU."""
     asked = machine()
     if asked is not None:
         return asked.gpu

@@ -147,6 +147,11 @@ def allowance() -> float:
 
 def _chosen(problem: Problem, backend: str | None, tensors: Tensors | None) -> Choice:
     """Asks for verdicts and times that are missing where there are tensors to measure with."""
+    with kernels.current(problem.device):
+        return _chosen_there(problem, backend, tensors)
+
+
+def _chosen_there(problem: Problem, backend: str | None, tensors: Tensors | None) -> Choice:
     op, plan, conv, device = problem.op, problem.plan, problem.conv, problem.device
     said = kernels.asked(op, plan, device.type, conv, backend)
     if not measures(device.type, backend):
@@ -279,4 +284,5 @@ def _accounted() -> Iterator[None]:
 def _plain(device: torch.device) -> Iterator[None]:
     """No gradients, no autocast, and nobody's function mode around what is measured."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False), torch._C.DisableTorchFunction():
-        yield
+        with kernels.current(device):
+            yield

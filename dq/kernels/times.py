@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from dq import kernels
 from dq.disk import locked, read_json, write_json
 from dq.errors import DQError
 from dq.version import __version__
@@ -84,12 +85,13 @@ def _merge(known: dict[str, dict], found: Mapping[str, Mapping]) -> None:
 
 def table(device: torch.device) -> Table:
     """The table of a device as this process uses it now."""
-    return _table(device, torch.get_num_threads(), os.environ.get("DQ_CACHE"))
+    name = _name(kernels.placed(device))  # two cards of one model share what is known
+    return _table(name, torch.get_num_threads(), os.environ.get("DQ_CACHE"))
 
 
 @cache
-def _table(device: torch.device, threads: int, home: str | None) -> Table:
-    what = _machine() | {"device": _name(device), "threads": threads}
+def _table(name: str, threads: int, home: str | None) -> Table:
+    what = _machine() | {"device": name, "threads": threads}
     file = f"ms-{zlib.crc32(json.dumps(what, sort_keys=True).encode()):08x}.json"
     return Table((Path(home) if home else Path.home() / ".cache" / "dq") / file, what)
 

@@ -24,6 +24,7 @@ from dq.formats.base import SCALE_FLOOR, Format
 from dq.formats.integer import Integer
 from dq.kernels import Conv, Tensors, dense
 from dq.kernels.reference import PER_ROW, out_sizes, row_codes, row_scale
+from dq.kernels.triton import chips
 from dq.plan import LayerPlan
 
 RANK = 50
@@ -54,6 +55,8 @@ def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> 
         return "an input split needs one convolution per part"
     if device == "cuda" and any(size % 8 for size in (plan.shape[0], *(b - a for a, b in plan.parts))):
         return f"_int_mm on CUDA needs sizes in multiples of 8, got {plan.shape}"
+    if device == "cuda" and (missing := chips.missing("int8", kernels.architecture())):
+        return missing
     if device == "cpu" and not kernels.vnni():  # a plain loop there: 660 ms for 1024 x 1152 x 1152 where fp32 takes 32
         return "torch._int_mm takes 20 times as long as fp32 on a processor without VNNI, and its sums may saturate"
     return None if device in ("cpu", "cuda", "meta") else f"_int_mm is not available on {device}"
@@ -118,6 +121,8 @@ def quantize_rows(x: torch.Tensor, spec: Integer, scale: torch.Tensor | None = N
 
 def _int_product(q: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """q (rows, k) int8 @ w (n, k) int8 transposed -> int32 (rows, n). CUDA wants more than 16 rows."""
+    if q.is_cuda and not w.is_contiguous():  # a part of an input split: cuBLASLt asks for aligned rows
+        w = w.contiguous()
     if q.is_cuda and q.shape[0] <= 16:
         return torch._int_mm(F.pad(q, (0, 0, 0, 32 - q.shape[0])), w.t())[: q.shape[0]]
     return torch._int_mm(q, w.t())

@@ -369,7 +369,7 @@ def pack(name: str, module: Any, plan: LayerPlan, compute_dtype: torch.dtype) ->
     fill(name, packed, module.weight)
     if module.bias is not None:
         packed.put("bias", module.bias.detach().to(compute_dtype))
-    packed.bind(module.weight.device.type)
+    packed.bind(module.weight.device)
     return packed.train(module.training)
 
 

@@ -1,8 +1,8 @@
 """The kernels of one packed layer: bound outside of traced code, looked up in every call.
 
-A layer keeps what serves it by device type and wanted backend. It chooses again when its model moved to another device
-type, after `set_backend`, and when it was loaded, copied or unpickled; a call only looks up what was chosen for its
-dtype and class of rows, and the first one of a class has it measured (`dq.kernels.choice`).
+A layer keeps what serves it by device, each card of a process by itself, and by wanted backend. It chooses again when
+its model moved to another device, after `set_backend`, and when it was loaded, copied or unpickled; a call only looks
+up what was chosen for its dtype and class of rows, and the first one of a class has it measured (`dq.kernels.choice`).
 """
 
 from __future__ import annotations
@@ -39,19 +39,20 @@ class Served(nn.Module):
 
     def _unbind(self) -> None:
         self._choice: Any = None  # of the rows it met that are most, else by rank
-        self._bound: Any = None  # (device type, wanted backend) that all the others are for
+        self._bound: Any = None  # (device, wanted backend) that all the others are for
         self._turn: torch.Tensor | None = None
         self._met: dict[tuple[torch.dtype, int], Choice] = {}  # by dtype and class of rows of the calls it had
         self._known: dict[tuple[torch.dtype, int], Choice] = {}  # what was measured before, for calls that cannot
         self._measures = False  # whether what was measured decides, and not `_choice` alone
 
-    def bind(self, device: str) -> Choice:
-        """Choose kernels for a device type, among those of the layer's backend if it has one of its own."""
+    def bind(self, device: torch.device | str) -> Choice:
+        """Choose kernels for a device, among those of the layer's backend if it has one of its own."""
+        device = kernels.placed(device)
         with _adding:
             _layers.add(self)
         self._turn = hadamard.hadamard(self.plan.rotate).to(device) if self.plan.rotate else None
-        self._met, self._measures = {}, choice.measures(device, self.backend)
-        classes = [self._problem(torch.device(device), self._dtype, klass) for klass in range(len(choice.TYPICAL))]
+        self._met, self._measures = {}, choice.measures(device.type, self.backend)
+        classes = [self._problem(device, self._dtype, klass) for klass in range(len(choice.TYPICAL))]
         self._known = {
             (each.dtype, each.klass): choice.known(each, self.backend)
             for each in classes
@@ -68,7 +69,7 @@ class Served(nn.Module):
         """Of the inputs that a kernel gets in a typical call."""
         return torch.float32 if self.wide else self.compute_dtype
 
-    def ready(self, device: str) -> Choice:
+    def ready(self, device: torch.device) -> Choice:
         """The kernel of the layer's most rows; bound anew where the device or the wanted backend is another one."""
         if self._bound != (device, self.backend or kernels.selected()):
             return _outside(self, device) if torch.compiler.is_compiling() else self.bind(device)  # pyright: ignore[reportCallIssue]
@@ -76,7 +77,7 @@ class Served(nn.Module):
 
     def serve(self, x: torch.Tensor) -> Choice:
         """The kernel for x, on its device."""
-        found = self.ready(x.device.type)
+        found = self.ready(x.device)
         if not self._measures:
             return found
         key = (x.dtype, choice.klass_of(x, self.op))
@@ -116,10 +117,10 @@ class Served(nn.Module):
         return max(self._met, key=lambda met: met[1], default=(self._dtype, choice.typical_klass(self.plan)))
 
     @property
-    def home(self) -> str:
-        """Type of the device that the layer runs on: where it ran, while its weights are offloaded; else theirs."""
+    def home(self) -> torch.device:
+        """The device that the layer runs on: where it ran, while its weights are offloaded; else theirs."""
         bound = self._bound
-        return bound[0] if bound is not None and (self._met or self.stored.is_meta) else self.stored.device.type
+        return bound[0] if bound is not None and (self._met or self.stored.is_meta) else self.stored.device
 
     @property
     def choice(self) -> Choice:
@@ -137,7 +138,7 @@ class Served(nn.Module):
     def _choose_again(self) -> None:
         """Bind where the weights are now, unless they have no data there."""
         if self._bound is not None and not self.stored.is_meta:
-            self.ready(self.stored.device.type)
+            self.ready(self.stored.device)
 
     def __getstate__(self) -> dict:
         """Without its kernels, which are chosen anew where it is used: a pickled layer goes to other machines."""
@@ -146,11 +147,11 @@ class Served(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         if not self.stored.is_meta:
-            self.bind(self.stored.device.type)
+            self.bind(self.stored.device)
 
 
 @torch.compiler.disable
-def _outside(layer: Served, device: str) -> Choice:
+def _outside(layer: Served, device: torch.device) -> Choice:
     """`bind`, which cannot be traced: nobody ran or moved the layer since it was put on another device."""
     return layer.bind(device)
 

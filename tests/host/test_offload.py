@@ -6,14 +6,17 @@ import copy
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, dispatch_model, infer_auto_device_map
+from accelerate.utils import compute_module_sizes
 from diffusers import AutoModel
 from diffusers.hooks import apply_group_offloading
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import dq
 from dq.errors import DQError
-from dq.layers import packed_layers
+from dq.host.transformers import DQTransformersQuantizer
+from dq.layers import packed_layers, parameter_bytes
 from tests import zoo
 from tests.models import FLUX, PIXART, UNET, WAN, output, saved, stepped
 
@@ -144,6 +147,36 @@ def test_blocks_on_disk_that_would_round_scales_are_refused(tmp_path):
     options = {"device_map": disk_map(model), "offload_folder": str(tmp_path / "offload")}
     with pytest.raises(DQError, match="would round scales to 16 bits"):
         AutoModel.from_pretrained(str(tmp_path / "q"), **options)
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4-weight", "nvfp4-weight"])
+@pytest.mark.parametrize("name", [FLUX, UNET])
+def test_device_maps_are_made_of_packed_bytes_and_give_the_same_output(tmp_path, name, recipe):
+    model = zoo.build(name)
+    dq.quantize(model, recipe, progress=False)
+    before, sizes = output(model), compute_module_sizes(model)
+    assert sizes[""] == parameter_bytes(model) + sum(value.nbytes for value in model.buffers())
+    assert all(sizes[path] == parameter_bytes(layer) for path, layer in packed_layers(model).items())
+    places = infer_auto_device_map(model, max_memory={"cpu": int(0.5 * sizes[""])})
+    assert set(places.values()) == {"cpu", "disk"}
+    on_cpu = sum(sizes[path] for path, place in places.items() if place == "cpu")
+    assert 0 < on_cpu <= 0.5 * sizes[""]
+    dispatch_model(model, places, offload_dir=str(tmp_path), main_device="cpu", force_hooks=True)
+    assert torch.equal(output(model), before) and torch.equal(output(model), before)
+
+
+def test_a_text_encoder_is_given_room_by_its_packed_bytes(tmp_path):
+    """transformers plans a device map before a weight is read: an int4 weight counts half a byte."""
+    config = CLIPTextConfig(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    model = CLIPTextModel(CLIPTextConfig(**config.to_dict() | {"num_attention_heads": 4}))
+    made = DQTransformersQuantizer(dq.DQConfig("int4-weight"), pre_quantized=False)
+    made.settle(torch.float32)
+    made.prepare(model)
+    planned = {f"{name}.weight": layer for name, layer in made.plan.layers.items()}
+    assert planned
+    for name, value in model.named_parameters():
+        bits = planned[name].weight.spec.bits if name in planned else 32
+        assert made.param_element_size(model, name, value) == bits / 8
 
 
 def test_deep_copy_is_independent():

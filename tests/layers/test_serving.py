@@ -16,6 +16,7 @@ from tests import zoo
 from tests.kernels.injected import backend, inject, linear
 from tests.models import PIXART, output
 
+CPU = torch.device("cpu")
 X = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
 
 
@@ -52,7 +53,7 @@ MOVES = {
 @pytest.mark.parametrize("move", MOVES)
 def test_a_layer_that_came_to_another_device_type_traces_in_one_graph(move):
     layer = MOVES[move](linear())
-    assert layer._bound == ("cpu", "auto") and traced(layer).shape == (5, 24)
+    assert layer._bound == (CPU, "auto") and traced(layer).shape == (5, 24)
 
 
 def test_a_whole_model_moved_to_another_device_type_traces_in_one_graph():
@@ -81,7 +82,7 @@ def test_set_backend_binds_at_once(target):
 def test_a_layer_nobody_moved_or_ran_breaks_the_graph_and_is_right():
     layer, other = elsewhere(linear()), linear()
     with torch.no_grad():
-        assert torch.equal(torch.compile(layer, backend="eager")(X), other(X)) and layer._bound[0] == "cpu"
+        assert torch.equal(torch.compile(layer, backend="eager")(X), other(X)) and layer._bound[0] == CPU
 
 
 @torch.no_grad()
@@ -92,7 +93,7 @@ def test_offload_hooks_that_move_weights_alone_leave_the_layer_where_it_runs(mon
     for name, value in list(layer._parameters.items()):
         if value is not None:
             layer._parameters[name] = nn.Parameter(value.to("meta"), requires_grad=False)
-    assert layer.home == "cpu" and layer.choice.backend == "late" and layer.meet_typical().backend == "late"
+    assert layer.home == CPU and layer.choice.backend == "late" and layer.meet_typical().backend == "late"
 
 
 @torch.no_grad()
