@@ -176,14 +176,17 @@ def _decide(
     One that emulates serves only where no other does: its arithmetic is not the plan's.
     """
     able = [name for name, reason in said.items() if reason is None and name not in wrong]
-    able = [name for name in able if name not in emulating] or able
+    right, able = able, [name for name in able if name not in emulating] or able
     best = min((ms[name] for name in able if name in ms), default=0.0)
     name = next((name for name in able if name in ms and ms[name] <= MARGIN * best), able[0])
     preferred = list(said)[: list(said).index(name)]
     reasons = {other: reason for other, reason in said.items() if reason and other in preferred}
-    slower = {other: ms[other] for other in preferred if other in able and other in ms}
+    timed = {other: ms[other] for other in preferred if other in right and other in ms and name in ms}
     reasons |= {
-        other: f"slower here: {took:.3g} ms where {name} takes {ms[name]:.3g}" for other, took in slower.items()
+        other: f"slower here: {took:.3g} ms where {name} takes {ms[name]:.3g}"
+        if took > ms[name] or other not in emulating
+        else f"it emulates what {name} multiplies"
+        for other, took in timed.items()
     }
     reasons |= wrong
     return name, tuple((other, reasons[other]) for other in said if other in reasons)
