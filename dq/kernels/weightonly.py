@@ -1,7 +1,7 @@
 """Plans with rounded activations, run with the weights decoded and the activations left in floating point, on GPUs.
 
 A card without a unit for an activation format gains nothing by emulating it: rounding costs time and accuracy. Plan
-and bytes stay what they are. Smoothing and rotation come before a kernel and are folded into the weights, so they hold;
+and bytes stay what they are. Smoothing and rotation come before a kernel and are folded into the weights: they hold;
 shifts, stored scales, step tables and zero points of activations only say how to round them, so they are not used;
 splits still part the weights, and the low-rank branch always saw unrounded activations.
 
