@@ -106,6 +106,11 @@ def perceptual(before: list[Image.Image], after: list[Image.Image]) -> tuple[str
         return name, None, f"{note}; not at this size: {(str(error).splitlines() or [''])[0][:80]}"
 
 
+def _activations(row) -> str:
+    """Of a row of a report: the format they are rounded to."""
+    return f"{row.act}, left in floating point here" if row.weight_only else row.act or ""
+
+
 def kernel_table(report) -> pd.DataFrame:
     """Layers alike in formats and kernel as one row, most layers first; layers in full precision last."""
     groups: dict[tuple, list] = {}
@@ -118,7 +123,7 @@ def kernel_table(report) -> pd.DataFrame:
     for found in ordered:
         row, kernel = found[0], with_speed(found[0].kernel or "torch, full precision", found)
         refusals = "; ".join(f"{backend}: {reason}" for backend, reason in row.why_not)
-        rows.append([len(found), row.name, row.weight or "kept", row.act or "", kernel, refusals or row.reason])
+        rows.append([len(found), row.name, row.weight or "kept", _activations(row), kernel, refusals or row.reason])
     return pd.DataFrame(rows, columns=KERNEL_COLUMNS)
 
 

@@ -68,13 +68,14 @@ def _with_kernel(row: Row, layer: Any) -> Row:
     if layer is None:
         return row
     if isinstance(layer, PackedStack):
-        return replace(row, backend="decode", kernel=f"decode {layer.plan.weight.format} when used")
+        return replace(row, backend="dense", kernel=f"decode {layer.plan.weight.format} when used")
     return served(row, layer.choice)
 
 
 def served(row: Row, found: Choice) -> Row:
     """A row with the kernel that was chosen for its layer."""
     facts: dict[str, Any] = {"backend": found.backend, "kernel": found.label, "emulated": found.emulated}
+    facts["weight_only"] = found.weight_only
     if found.speedup is not None:
         facts["speedup"] = round(found.speedup, 2)
     return replace(row, **facts, why_not=found.refusals)

@@ -18,6 +18,7 @@ class Row:
     error_db  SQNR of the rounded weight in dB, None when not measured
     backend   what runs the layer: a kernel backend's name, "" for a layer kept in full precision
     kernel    the backend's name for its kernel
+    weight_only  the plan rounds activations, the kernel leaves them in floating point
     emulated  the kernel rounds activations but multiplies in floating point: its time is not the format's
     why_not   (backend, reason) of every preferred kernel that refused, was wrong or slower
     speedup   milliseconds of the full-precision layer over those of this one here, None when not measured
@@ -36,6 +37,7 @@ class Row:
     emulated: bool = False
     why_not: tuple[tuple[str, str], ...] = ()
     speedup: float | None = None
+    weight_only: bool = False
 
 
 @dataclass

@@ -20,9 +20,10 @@ from torch import nn
 from tqdm import tqdm
 
 import dq
-from dq import api, cookbook
+from dq import api, cookbook, kernels
 from dq.errors import DQError, nearest
 from dq.host import saved
+from dq.layers import PackedStack, packed_layers
 from dq.layers.memory import align
 from dq.trace.running import drawing, modules_of
 from dq.trace.world import processes
@@ -179,8 +180,18 @@ def load(path: str, dtype: str, device: torch.device):
     if not hasattr(pipe, "components"):
         raise DQError(f"{path!r} holds a {type(pipe).__name__} alone, expected a pipeline to draw with")
     pipe.set_progress_bar_config(disable=True)
-    list(align(modules_of(pipe.to(device))))  # `to` copies weights in some processes, leaves them mapped in others
+    round_activations(pipe.to(device))
+    list(align(modules_of(pipe)))  # `to` copies weights in some processes, leaves them mapped in others
     return pipe
+
+
+def round_activations(pipe) -> None:
+    """Pictures are of the formats a recipe names: layers that a GPU would leave in floating point emulate them."""
+    for model in api.find_denoisers(pipe).values():
+        for layer in packed_layers(model).values():
+            if not isinstance(layer, PackedStack) and layer.choice.weight_only:
+                layer.backend = kernels.with_rounding(layer.op, layer.plan, layer.home, layer._conv())
+                layer.bind(layer.home)
 
 
 def call(pipe, suite: Suite, pipeline: Pipeline, batch: Sequence[Item], steps: int | None = None) -> list:

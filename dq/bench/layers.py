@@ -108,7 +108,7 @@ def denoiser(pipe, name: str, prompt: str = "a red circle", seconds: float = 5.0
 
 def layer_work(layer: Any, x: torch.Tensor, y: torch.Tensor) -> roofline.Work:
     """What one call of a packed linear or convolution has to move and compute."""
-    unit = roofline.unit_of(layer.plan, layer.choice.emulated, x.dtype)
+    unit = roofline.unit_of(layer.plan, layer.choice.emulated or layer.choice.weight_only, x.dtype)
     width, bias = x.element_size(), layer.bias is not None
     if layer.op == "linear":
         return roofline.linear(layer.plan, x.numel() // layer.plan.columns, unit, width, bias)

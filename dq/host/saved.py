@@ -174,7 +174,7 @@ def _served(row: Row, plan: LayerPlan, device: str, dtype: str | None) -> Row:
     from dq.kernels import choice
 
     if plan.kind == "stack":
-        return replace(row, backend="decode", kernel=f"decode {plan.weight.format} when used")
+        return replace(row, backend="dense", kernel=f"decode {plan.weight.format} when used")
     space = len(plan.shape) - 2
     conv = kernels.Conv((1,) * space, (0,) * space, (1,) * space, 1) if plan.kind != "linear" else None
     where = (torch.device(device), compute_dtype(dtype), choice.typical_klass(plan))

@@ -8,6 +8,8 @@ decide where nothing was. A backend is one module (or package) here that exports
     label(op, plan)                 the name of the kernel, shown by `dq.explain`
     emulated(op, plan)              optional: whether activations are rounded as a kernel would and then multiplied in
                                     floating point; a backend without it never does that
+    weight_only(op, plan)           optional: whether activations that the plan rounds are left in floating point
+    rank(op, plan, device)          optional: RANK where it depends on them
     build(op, plan, conv)           -> run(x, tensors) -> y; everything constant is resolved here, so that the returned
                                     callable is plain tensor code that `torch.compile` can trace
     build_gelu(plan)                optional: the same for a linear followed by a tanh GELU, None when it has none
@@ -72,12 +74,13 @@ Refusals = tuple[tuple[str, str], ...]  # (backend, reason)
 class Choice:
     """The kernel of one layer.
 
-    emulated   the arithmetic is not the format's own: no time of it says anything about the format
-    refusals   (backend, reason) of each preferred backend that said no, of wrong ones and of those that were slower
-    gelu       as `build_gelu` gives it
-    ms         of the layer, None when it was not measured
-    full_ms    of the full-precision layer in the same dtype, beside it
-    unmeasured why ranks decided, "" where measurements did or nobody asked for them
+    emulated     the arithmetic is not the format's own: no time of it says anything about the format
+    weight_only  the plan rounds activations, this leaves them in floating point
+    refusals     (backend, reason) of each preferred backend that said no, of wrong ones and of those that were slower
+    gelu         as `build_gelu` gives it
+    ms           of the layer, None when it was not measured
+    full_ms      of the full-precision layer in the same dtype, beside it
+    unmeasured   why ranks decided, "" where measurements did or nobody asked for them
     """
 
     backend: str
@@ -89,6 +92,7 @@ class Choice:
     ms: float | None = None
     full_ms: float | None = None
     unmeasured: str = ""
+    weight_only: bool = False
 
     @property
     def speedup(self) -> float | None:
@@ -217,8 +221,12 @@ def asked(
     other = f"backend {wanted!r} was selected with dq.set_backend"
     return {
         name: module.why_not(op, plan, device, conv) if wanted in ("auto", name) or name == "reference" else other
-        for name, module in backends().items()
+        for name, module in sorted(backends().items(), key=lambda item: _rank(item[1], op, plan, device))
     }
+
+
+def _rank(module: ModuleType, op: str, plan: LayerPlan, device: str) -> int:
+    return module.rank(op, plan, device) if hasattr(module, "rank") else module.RANK
 
 
 def chosen(
@@ -236,6 +244,18 @@ def emulates(backend: str, op: str, plan: LayerPlan) -> bool:
     return hasattr(module, "emulated") and module.emulated(op, plan)
 
 
+def leaves_floating(backend: str, op: str, plan: LayerPlan) -> bool:
+    """Whether a backend leaves activations in floating point that the plan rounds."""
+    module = backends()[backend]
+    return hasattr(module, "weight_only") and module.weight_only(op, plan)
+
+
+def with_rounding(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> str:
+    """The backend preferred by rank among those that round the activations a plan rounds, natively or emulated."""
+    said = asked(op, plan, device, conv, "auto")
+    return next(name for name, reason in said.items() if reason is None and not leaves_floating(name, op, plan))
+
+
 def choose(op: str, plan: LayerPlan, device: str, conv: Conv | None = None, backend: str | None = None) -> Choice:
     """The backend preferred by rank that accepts the layer on a device type ("cpu", "cuda", "meta").
 
@@ -250,4 +270,5 @@ def built(name: str, refusals: Refusals, op: str, plan: LayerPlan, conv: Conv | 
     module = backends()[name]
     gelu = module.build_gelu(plan) if op == "linear" and hasattr(module, "build_gelu") else None
     run = module.build(op, plan, conv)
-    return Choice(name, module.label(op, plan), emulates(name, op, plan), run, refusals, gelu)
+    floating = leaves_floating(name, op, plan)
+    return Choice(name, module.label(op, plan), emulates(name, op, plan), run, refusals, gelu, weight_only=floating)

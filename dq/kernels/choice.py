@@ -16,7 +16,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -154,15 +154,16 @@ def _chosen(problem: Problem, backend: str | None, tensors: Tensors | None) -> C
 def _chosen_there(problem: Problem, backend: str | None, tensors: Tensors | None) -> Choice:
     op, plan, conv, device = problem.op, problem.plan, problem.conv, problem.device
     said = kernels.asked(op, plan, device.type, conv, backend)
+    emulating = {name for name in said if kernels.emulates(name, op, plan)}
     if not measures(device.type, backend):
-        return kernels.built(*_decide(said, {}, {}), op, plan, conv)
+        return kernels.built(*_decide(said, {}, {}, emulating), op, plan, conv)
     table, unmeasured = times.table(device), ""
     able = [name for name, reason in said.items() if reason is None and name != "reference"]
     if tensors is not None:
         unmeasured = _fill(problem, tensors, able, table)
     wrong = {name: reason for name, reason in _verdicts(problem, table).items() if reason and name in able}
     ms = table.ms.get(problem.key, {})
-    name, refusals = _decide(said, wrong, ms)
+    name, refusals = _decide(said, wrong, ms, emulating)
     found = kernels.built(name, refusals, op, plan, conv)
     return replace(found, ms=ms.get(name), full_ms=ms.get(FULL), unmeasured=unmeasured)
 
@@ -173,17 +174,24 @@ def _verdicts(problem: Problem, table: times.Table) -> dict[str, str]:
 
 
 def _decide(
-    said: Mapping[str, str | None], wrong: Mapping[str, str], ms: Mapping[str, float]
+    said: Mapping[str, str | None], wrong: Mapping[str, str], ms: Mapping[str, float], emulating: Set[str]
 ) -> tuple[str, kernels.Refusals]:
-    """The backend, why each one preferred to it does not serve, and all that are wrong."""
+    """The backend, why each one preferred to it does not serve, and all that are wrong.
+
+    One that emulates serves only where no other does: its arithmetic is not the plan's.
+    """
     able = [name for name, reason in said.items() if reason is None and name not in wrong]
+    right, able = able, [name for name in able if name not in emulating] or able
     best = min((ms[name] for name in able if name in ms), default=0.0)
     name = next((name for name in able if name in ms and ms[name] <= MARGIN * best), able[0])
     preferred = list(said)[: list(said).index(name)]
     reasons = {other: reason for other, reason in said.items() if reason and other in preferred}
-    slower = {other: ms[other] for other in preferred if other in able and other in ms}
+    timed = {other: ms[other] for other in preferred if other in right and other in ms and name in ms}
     reasons |= {
-        other: f"slower here: {took:.3g} ms where {name} takes {ms[name]:.3g}" for other, took in slower.items()
+        other: f"slower here: {took:.3g} ms where {name} takes {ms[name]:.3g}"
+        if took > ms[name] or other not in emulating
+        else f"it emulates what {name} multiplies"
+        for other, took in timed.items()
     }
     reasons |= wrong
     return name, tuple((other, reasons[other]) for other in said if other in reasons)

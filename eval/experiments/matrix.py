@@ -2,6 +2,7 @@
 
 native         multiplied in the format's own arithmetic
 decoded        weights unpacked to the compute dtype in every call, then a product in floating point
+weight-only    the same with activations that the plan rounds and nobody multiplies there
 emulated       activations rounded as a kernel would, the product in floating point: right, and never fast
 not measured   no row of eval/results has a time of that kernel on such a processor
 """
@@ -81,6 +82,8 @@ def word(kind: str, pair: Pair, processor: Processor) -> str:
         label = kernels.backends()[name].label(kind, given)
     if kernels.emulates(name, kind, given):
         return "emulated"
+    if kernels.leaves_floating(name, kind, given):
+        return "weight-only" if timed(label, processor) else "weight-only" + UNTIMED
     how = "decoded" if given.act is None else "native"
     return how if timed(label, processor) else how + UNTIMED
 
@@ -131,7 +134,7 @@ def matrix(kinds: Iterable[str] = ("linear", "conv")) -> list[str]:
 
 def _measured(words: Iterable[str]) -> bool:
     """Whether anything of a column was timed; else its head says that nothing was, once for all."""
-    return any(each in ("native", "decoded") for each in words)
+    return any(each in ("native", "decoded", "weight-only") for each in words)
 
 
 def _head(group: list[Processor]) -> str:

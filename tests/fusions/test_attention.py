@@ -136,6 +136,24 @@ def test_attention_is_found_by_what_forward_reaches():
     assert attention.attach(model) == ["0"]
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_calls_on_another_device_enter_no_mode(named, monkeypatch):
+    def entered(self, int8):
+        raise AssertionError("a mode was entered")
+
+    monkeypatch.setattr(attention._Attention, "__init__", entered)
+    x = torch.empty(1, 4, 8, device="meta")
+    module = Custom()
+    assert (
+        attention._attend(
+            module, lambda *args, **given: "inner", *(() if named else (x,)), **({"x": x} if named else {})
+        )
+        == "inner"
+    )
+    with pytest.raises(AssertionError, match="entered"):
+        attention._attend(module, lambda x: x, torch.empty(1, 4, 8))
+
+
 @PRECISIONS
 @pytest.mark.parametrize("name", [PIXART, FLUX, UNET])
 @torch.no_grad()

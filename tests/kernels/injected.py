@@ -37,6 +37,7 @@ class Times:
 
 def inject(monkeypatch, tmp_path, ms: dict[str, float], **backends) -> Times:
     """Choose by measurement among `dense`, `reference` and these backends, in a cache of its own, with given times."""
+    monkeypatch.setattr(kernels.backends()["dense"], "emulated", lambda op, plan: False)  # a contender like others
     monkeypatch.setenv("DQ_CHOICE", "measured")
     monkeypatch.setenv("DQ_CACHE", str(tmp_path))
     found = backends | {name: kernels.backends()[name] for name in ("dense", "reference")}
