@@ -9,6 +9,9 @@
 | fp8       | fp8, channel    | fp8 a token                       | e4m3 x e4m3 -> fp32                               |
 | nvfp4     | nvfp4           | nvfp4                             | block-scaled e2m1                                 |
 | decode    | 4 bits, any     | none                              | unpacked to the compute dtype, torch's product    |
+| decode    | int8, channel   | none                              | as `dense`                                        |
+
+Products of at most 16 rows with weights of whole numbers and no activation format read them as they are stored.
 """
 
 from __future__ import annotations
@@ -41,8 +44,10 @@ def route(plan: LayerPlan) -> Route | str:
         return "an input split is a product per part, and no Triton kernel adds them"
     weight, act = plan.weight, plan.act
     if act is None:
+        if weight.format == "int8" and weight.grain.kind == "channel":
+            return Route("decode", "", "Triton few rows int8, else decode int8 + F.linear")
         if weight.format not in DECODED:
-            return f"weight-only {weight.format}: torch decodes it as fast"
+            return f"weight-only {weight}: torch decodes it as fast"
         return Route("decode", "", f"Triton decode {weight.format} + F.linear")
     pair = f"{weight.format} x {act.format}"
     if weight.format == act.format == "fp8":

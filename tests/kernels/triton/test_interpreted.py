@@ -477,7 +477,7 @@ def test_the_backend_is_chosen_and_says_why_it_refuses():
         ("int4/group:64+channel", "int4/group:64"): "same groups",
         ("int8a/channel", "int8a/token"): "both sides",
         ("fp8/channel", "int8/token"): "no Triton kernel multiplies",
-        ("int8/channel", None): "torch decodes it as fast",
+        ("int8/group:64", None): "torch decodes it as fast",
     }
     for (weight, act), reason in refused.items():
         assert reason in backend.why_not("linear", plan("linear", (8, 64), weight, act), "cpu")
