@@ -8,6 +8,8 @@ decide where nothing was. A backend is one module (or package) here that exports
     label(op, plan)                 the name of the kernel, shown by `dq.explain`
     emulated(op, plan)              optional: whether activations are rounded as a kernel would and then multiplied in
                                     floating point; a backend without it never does that
+    rerounded(op, plan)             optional: least rows of which the backend multiplies `reference.rerounded` weights,
+                                    within a known bound of the layer's own; None where it never does
     build(op, plan, conv)           -> run(x, tensors) -> y; everything constant is resolved here, so that the returned
                                     callable is plain tensor code that `torch.compile` can trace
     build_gelu(plan)                optional: the same for a linear followed by a tanh GELU, None when it has none

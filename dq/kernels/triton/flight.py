@@ -123,6 +123,8 @@ def descriptor(t: Tensor, shape: list[int], block: list[int]):
 def launch(x: Codes, w: Codes, epilogue: Epilogue, config: configs.Config | None = None) -> Tensor:
     """`ops.w8a8_gemm` of int8 codes without a branch; tile sizes may be fixed by the caller."""
     x, w = x._replace(q=ops.rowed(x.q)), w._replace(q=w.q.contiguous())
+    if not ops.takes_tma(x.q, w.q, "sm_90"):
+        return ops.launch_gemm(x, w, epilogue)  # a weight that begins anywhere, as in a file that is mapped
     (n, k), m = w.q.shape, x.q.shape[0]
     out = x.q.new_empty(m, n, dtype=epilogue.dtype)
     if m == 0:

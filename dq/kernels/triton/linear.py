@@ -24,20 +24,26 @@ from dq.formats.integer import Integer
 from dq.kernels import Tensors, dense
 from dq.kernels.triton import ops, stored
 from dq.kernels.triton.ops import Blocks, Codes, Epilogue, RowFormat
-from dq.kernels.triton.routes import route
+from dq.kernels.triton.routes import REGISTER_ROWS, route, rounds_again
 from dq.plan import LayerPlan, TensorPlan
 
-REGISTER_ROWS = 512  # rows up to which int4 weights are unpacked in registers; an estimate, no GPU was at hand
 SPLIT = 128  # columns that `w4a8` reads at a time
 
 Run = Callable[[torch.Tensor, Tensors], torch.Tensor]
+Product = Callable[[Codes, Codes, Epilogue], torch.Tensor]
 
 
-def build(plan: LayerPlan, gelu: bool = False) -> Run:
-    """-> run(x (..., K), tensors) -> y (..., N) in x's dtype; with `gelu` its tanh GELU (not weight-only)."""
+def build(plan: LayerPlan, gelu: bool = False, product: Product | None = None) -> Run:
+    """-> run(x (..., K), tensors) -> y (..., N) in x's dtype; with `gelu` its tanh GELU (not weight-only).
+
+    product  of int8 codes in place of `ops.w8a8_gemm`, for a layer of the route "w8"
+    """
     kind = route(plan).kind
     makers = {"w8": _integer, "w4": _integer, "two-level": _two_level, "groups": _groups, "fp8": _fp8, "nvfp4": _nvfp4}
-    run = makers[kind](plan, gelu) if kind in makers else _decode(plan)
+    if product is None:
+        run = makers[kind](plan, gelu) if kind in makers else _decode(plan)
+    else:
+        run = _integer(plan, gelu, product)
     differentiable = dense.build("linear", plan, None)
     outputs, inputs = plan.shape
 
@@ -74,7 +80,7 @@ def _stored(t: Tensors) -> torch.Tensor | None:
     return None if t.act_scale is None else t.act_scale.reshape(-1)[:1]
 
 
-def _integer(plan: LayerPlan, gelu: bool) -> Run:
+def _integer(plan: LayerPlan, gelu: bool, eight: Product | None = None) -> Run:
     """int8 or int4 weights with one scale an output channel."""
     bits, columns, shift = plan.weight.spec.bits, plan.columns, plan.act.shift
     plain, split, affine_weight = _row_format(plan), _row_format(plan, SPLIT), plan.weight.spec.affine
@@ -92,7 +98,7 @@ def _integer(plan: LayerPlan, gelu: bool) -> Run:
             bias = offset if bias is None else bias.float() + offset
         in_workspace = bits == 4 and not in_registers
         weight = ops.w4_to_s8(t.weight, k=columns) if in_workspace else t.weight
-        product = ops.w4a8_gemm if in_registers else ops.w8a8_gemm
+        product = ops.w4a8_gemm if in_registers else eight or ops.w8a8_gemm
         epilogue = _epilogue(x, t, bias, gelu)
         return product(codes, Codes(weight, scale, zero, sums if codes.zero is not None else None), epilogue)
 
@@ -114,7 +120,7 @@ def _two_level(plan: LayerPlan, gelu: bool) -> Run:
 def _groups(plan: LayerPlan, gelu: bool) -> Run:
     """int4 weights with a scale a group, activations with one scale a row or the same groups."""
     columns, size, shift = plan.columns, plan.weight.grain.size, plan.act.shift
-    rows, rerounds = _row_format(plan, size), rerounded(plan)
+    rows, rerounds = _row_format(plan, size), rounds_again(plan)
     many = _integer(replace(plan, weight=TensorPlan("int8", "channel")), gelu)
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
@@ -129,15 +135,10 @@ def _groups(plan: LayerPlan, gelu: bool) -> Run:
     return run
 
 
-def rerounded(plan: LayerPlan) -> bool:
-    """Whether products of more than REGISTER_ROWS rows are those of `rounded_again` weights."""
-    return route(plan).kind == "groups" and plan.act.grain.kind != "group"
-
-
 def rounded_again(plan: LayerPlan, t: Tensors) -> Tensors:
     """The tensors of the same layer with int8 weights, one scale a row."""
     codes = stored.rerounded(t.weight, t.scale, plan.columns, plan.weight.grain.size)
-    return t._replace(weight=codes.q, scale=codes.scale)
+    return t._replace(weight=codes.q, scale=codes.scale[:, None])
 
 
 def exact_sums() -> bool:

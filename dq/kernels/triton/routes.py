@@ -24,6 +24,7 @@ from dq.plan import LayerPlan
 GROUPS = (64, 128)  # columns that share a scale: half of them is a step of an 8-bit product, which takes 32 or more
 LONGEST_BLOCKS = 16384  # columns of a row that nvfp4 activations are rounded from in registers
 LONGEST_SUM = 131072  # 8-bit products that an int32 holds the sum of
+REGISTER_ROWS = 512  # rows up to which int4 weights are unpacked in registers; an estimate, no GPU was at hand
 DECODED = ("int4", "int4a", "nvfp4", "mxfp4")
 
 
@@ -57,6 +58,11 @@ def route(plan: LayerPlan) -> Route | str:
     if not isinstance(act.spec, Integer) or not isinstance(weight.spec, Integer) or weight.spec.bits not in (4, 8):
         return f"no Triton kernel multiplies {pair}"
     return _integer(plan, pair)
+
+
+def rounds_again(plan: LayerPlan) -> bool:
+    """Whether a layer in groups multiplies, for more than REGISTER_ROWS rows, weights rounded once more."""
+    return route(plan).kind == "groups" and plan.act.grain.kind != "group"
 
 
 def _fp8(plan: LayerPlan) -> str | None:
