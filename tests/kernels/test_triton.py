@@ -322,7 +322,7 @@ def test_the_bench_refuses_without_a_gpu():
 
 
 def test_tiles_are_chosen_by_waves_and_not_by_size():
-    """4608 x 3072 on the 132 multiprocessors of an H100: 432 wide tiles take 3.27 waves, so 4; 864 square ones 6.55."""
+    """4608 x 3072 on the 132 multiprocessors of an H100: 432 wide tiles take 3.27 waves, 864 square 6.55."""
     wide, square = ({"BM": 128, "BN": n, "BK": 128} for n in (256, 128))
     shape = (4608, 3072, 3072)
     assert configs.suited([wide, square], shape, 132) is square
@@ -348,9 +348,7 @@ def test_a_second_program_of_a_multiprocessor_hides_the_ends_of_a_tile():
 def test_the_two_programs_fit_on_hopper():
     for name in ("gemm_tma", "gemm_tma_branch", "gemm_flight"):
         shared = [c for c in configs.candidates(name, "sm_90") if c.get("resident") == 2]
-        assert len(shared) == 1 and all(
-            2 * c["stages"] * (c["BM"] + c["BN"]) * c["BK"] <= 226 * 1024 for c in shared
-        )
+        assert len(shared) == 1 and all(2 * c["stages"] * (c["BM"] + c["BN"]) * c["BK"] <= 226 * 1024 for c in shared)
 
 
 def test_the_fast_gelu_is_finer_than_rounding_its_input_to_bf16():

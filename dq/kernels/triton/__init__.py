@@ -21,7 +21,7 @@ import torch
 from dq import kernels
 from dq.kernels import Conv, Tensors
 from dq.kernels.triton import chips
-from dq.kernels.triton.routes import REGISTER_ROWS, Route, route, rounds_again
+from dq.kernels.triton.routes import REGISTER_ROWS, Route, rounds_again, route
 from dq.plan import LayerPlan
 
 RANK = 30

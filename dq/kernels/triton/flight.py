@@ -12,7 +12,6 @@ differ are looked up here by what is there.
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -24,7 +24,7 @@ from dq.formats.integer import Integer
 from dq.kernels import Tensors, dense
 from dq.kernels.triton import ops, stored
 from dq.kernels.triton.ops import Blocks, Codes, Epilogue, RowFormat
-from dq.kernels.triton.routes import REGISTER_ROWS, route, rounds_again
+from dq.kernels.triton.routes import REGISTER_ROWS, rounds_again, route
 from dq.plan import LayerPlan, TensorPlan
 
 SPLIT = 128  # columns that `w4a8` reads at a time

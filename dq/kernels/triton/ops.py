@@ -339,8 +339,8 @@ def launch_w4a8(
     if group:
         ragged, token = bool(bytes_ % (group // 2)), x.scale.numel() == m and k > group
         packed.w4a8_groups[grid](
-            x.q, w.q, x.scale, w.scale, *rest, group, config["GROUP"], ragged, asm, token, gelu_kind(epilogue), *chunks,
-            **options(config),
+            x.q, w.q, x.scale, w.scale, *rest, group, config["GROUP"], ragged, asm, token, gelu_kind(epilogue),
+            *chunks, **options(config),
         )  # fmt: skip
     else:
         ragged, swap = bool(bytes_ % 64), bool(config["SWAP"])
@@ -418,8 +418,8 @@ def _fake_w4_to_s8(w, *, k, **rest):
 def w4_to_s8(w: Tensor, *, k: int, times: Tensor | None = None, group: int = 1) -> Tensor:
     """w (N, ceil(k / 2)) int8 bytes of two int4 codes -> int8 codes (N, k).
 
-    times (N, groups): multipliers, each of `group` columns, int8 of two-level scales, fp32 to round again (`few.rerounded`);
-    products fit int8
+    times (N, groups): multipliers, each of `group` columns, int8 of two-level scales, fp32 to round again (see
+    `stored.rerounded`); products fit int8
     """
     (w, times), out, c = flat(w, times), _fake_w4_to_s8(w, k=k), UNPACK
     groups = 0 if times is None else times.shape[1]

@@ -45,7 +45,7 @@ def few_rows(
 
 
 def rerounded(w: Tensor, scale: Tensor, k: int, group: int) -> Codes:
-    """int4 weights with a scale a group (N, groups) -> int8 codes (N, k) with one scale S a row: `reference.rerounded`.
+    """int4 weights with a scale a group (N, groups) -> int8 codes (N, k), a scale S a row: `reference.rerounded`.
 
     |difference| <= S / 2 for every weight, S = 8 / 127 of the row's largest group scale: at most 0.032 of that scale,
     where rounding to int4 had cost up to half of it.

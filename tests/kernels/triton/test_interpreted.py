@@ -491,7 +491,13 @@ def test_the_backend_is_chosen_and_says_why_it_refuses():
 
 # --- weights as they are stored --------------------------------------------------------------------------------------
 
-FEW = [("int8/channel", 0), ("int4/channel", 0), ("int4/group:64", 2), ("int4a/channel", 0), ("int4/group:64+channel", 0)]
+FEW = [
+    ("int8/channel", 0),
+    ("int4/channel", 0),
+    ("int4/group:64", 2),
+    ("int4a/channel", 0),
+    ("int4/group:64+channel", 0),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -536,7 +542,7 @@ def test_rounding_again_costs_half_a_step_of_the_row_at_most():
 
 
 def test_many_rows_of_groups_are_a_product_of_rows_rounded_again(monkeypatch):
-    """Near to the layer's own rounding, far below that of four bits; grouped activations keep the scale of each group."""
+    """Near to the layer's own rounding, far below that of four bits; grouped activations keep theirs."""
     from dq.kernels.triton import linear
 
     p = plan("linear", (40, 150), "int4/group:64", "int8/token")
