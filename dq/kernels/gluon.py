@@ -31,7 +31,8 @@ def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> 
     reason = triton.why_not(op, plan, device, conv)
     if reason:
         return reason
-    if plan.act is None or route(plan).kind != "w8":
+    found = route(plan)
+    if plan.act is None or isinstance(found, str) or found.kind != "w8":
         return f"the Gluon product takes int8 weights and activations, got {plan.weight} x {plan.act}"
     if plan.rank or plan.columns % 16:
         return "the Gluon product takes inputs in multiples of 16 and no low-rank branch"
@@ -46,7 +47,7 @@ def _other_release() -> str | None:
 
 
 def label(op: str, plan: LayerPlan) -> str:
-    return f"Gluon gemm {plan.weight.format} x {plan.act.format}"
+    return f"Gluon gemm {plan.weight.format} x int8"
 
 
 def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
