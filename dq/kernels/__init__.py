@@ -10,6 +10,8 @@ decide where nothing was. A backend is one module (or package) here that exports
                                     floating point; a backend without it never does that
     weight_only(op, plan)           optional: whether activations that the plan rounds are left in floating point
     rank(op, plan, device)          optional: RANK where it depends on them
+    rerounded(op, plan)             optional: least rows of which the backend multiplies `reference.rerounded` weights,
+                                    within a known bound of the layer's own; None where it never does
     build(op, plan, conv)           -> run(x, tensors) -> y; everything constant is resolved here, so that the returned
                                     callable is plain tensor code that `torch.compile` can trace
     build_gelu(plan)                optional: the same for a linear followed by a tanh GELU, None when it has none

@@ -8,6 +8,7 @@ Activations are quantized and decoded again (straight-through gradient), weights
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -171,3 +172,16 @@ def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor
         return y.to(x.dtype)
 
     return linear if op == "linear" else convolve
+
+
+def rerounded(plan: LayerPlan, t: Tensors) -> tuple[LayerPlan, Tensors]:
+    """A layer of int4 weights in groups with int8 weights of one scale S a row, rounded once more.
+
+    |difference| <= S / 2 for every weight, S = 8 / 127 of the row's largest group scale: at most 0.032 of that scale,
+    where rounding to int4 had cost up to half of it.
+    """
+    size = plan.weight.grain.size or plan.columns
+    row = (t.scale.amax(1, keepdim=True) * (8 / 127)).clamp(min=torch.finfo(torch.float32).tiny)
+    times = (t.scale / row).repeat_interleave(size, 1)[:, : plan.columns]
+    codes = (plan.weight.spec.unpack(t.weight, plan.columns) * times).round().to(torch.int8)
+    return replace(plan, weight=TensorPlan("int8", "channel")), t._replace(weight=codes, scale=row)

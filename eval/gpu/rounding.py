@@ -11,7 +11,7 @@ from torch import Tensor
 from dq import layers
 from dq.formats import get
 from dq.kernels import Tensors, reference
-from dq.kernels.triton import ops
+from dq.kernels.triton import ops, stored
 from dq.kernels.triton.ops import RowFormat
 from dq.plan import LayerPlan, TensorPlan
 from eval.gpu.tiles import poisoned, split_order, tiled, unequal
@@ -95,9 +95,32 @@ def check_unpacking(k: int, device: str) -> str:
         wrong = wrong or unequal(ops.weight_sums(packed, k=k, bits=4).cpu(), w.sum(1))
         wrong = wrong or unequal(ops.weight_sums(w.to(device), k=k, bits=8).cpu(), w.sum(1))
         sums = ops.weight_sums(packed, k=k, bits=4, scale=scale, group=64).cpu().double()
+        again = stored.rerounded(packed, scale, k, 64)
     truth = (w.double() * scale.cpu().double().repeat_interleave(64, 1)[:, :k]).sum(1)
     off = (sums - truth).abs().max()
+    row = scale.amax(1).cpu() * (8 / ops.INT8_TOP)
+    times = (scale.cpu() / row[:, None]).repeat_interleave(64, 1)[:, :k]
+    if not wrong and (again.q.cpu() - w * times).abs().max() > 0.5 + 1e-4:
+        wrong = "codes that were rounded again are not the nearest"
+    wrong = wrong or unequal(again.scale.cpu(), row) or check_few_rows(k, device)
     return wrong or ("" if off < 1e-3 else f"scaled sums are off by {off:.3g}")
+
+
+def check_few_rows(k: int, device: str) -> str:
+    """Products of few rows: one of each column in turn reads the weight itself, in bf16."""
+    dice = torch.Generator().manual_seed(k)
+    w, bias = torch.randint(-8, 8, (150, k), generator=dice).to(torch.int8), torch.zeros(150)
+    scale, where = torch.rand(150, -(-k // 64), generator=dice) + 0.5, torch.randperm(k, generator=dice)[:16]
+    x = F.one_hot(where, k).bfloat16().to(device)
+    for bits, rows, step in ((8, w, scale[:, :1]), (4, get("int4").pack(w), scale)):
+        truth = w.float() * step.repeat_interleave(64 if bits == 4 else k, 1)[:, :k]
+        given = {"bias": bias.to(device), "bits": bits, "group": 64 if bits == 4 else 0}
+        with poisoned():
+            y = stored.few_rows(x, rows.to(device), step.to(device), **given)
+        wrong = unequal(y.cpu(), truth.bfloat16()[:, where].t())
+        if wrong:
+            return f"few rows of {bits} bits: {wrong}"
+    return ""
 
 
 def check_decoding(weight: str, device: str) -> str:

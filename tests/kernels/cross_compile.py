@@ -32,8 +32,8 @@ FP8 = {"sm_89": "QMMA", "sm_90": "QGMMA", "sm_100": "UTCQMMA", "sm_103": "UTCQMM
 FP4 = {"sm_100": "UTCOMMA", "sm_103": "UTCOMMA", "sm_120": "OMMA"}
 INT8 |= {"gfx942": "v_mfma_i32", "gfx950": "v_mfma_i32"}
 FP8 |= {"gfx950": "v_mfma_f32_32x32x64_f8f6f4"}
-BARE = {"bias_p": "*bf16", "xd_p": None, "up_p": None, "out_p": "*bf16", "GELU": True, "CHUNKS": 0, "CHUNK": 16}
-WHOLE = BARE | {"xd_p": "*bf16", "up_p": "*bf16", "GELU": False, "CHUNKS": 1, "CHUNK": 32}
+BARE = {"bias_p": "*bf16", "xd_p": None, "up_p": None, "out_p": "*bf16", "GELU": 1, "CHUNKS": 0, "CHUNK": 16}
+WHOLE = BARE | {"xd_p": "*bf16", "up_p": "*bf16", "GELU": 0, "CHUNKS": 1, "CHUNK": 32}
 PLAIN = {"zx_p": None, "wsum_p": None, "zw_p": None, "qsum_p": None}
 SIZES = ("M", "N", "K", "R", "tokens", "gate_pitch", "pitch", "KP", "KB", "V", "W", "WP", "L", "LK", "LP", "groups")
 SIZES += ("blocks", "quads", "H", "G", "batch_pitch", "token_pitch")
@@ -60,7 +60,7 @@ class Specimen:
 
 @dataclass(frozen=True)
 class Found:
-    """What a compilation gave. opcodes: counts of the disassembly, {} on AMD."""
+    """What a compilation gave. opcodes: counts of the disassembly, {} on AMD. text: assembly of AMD, PTX of NVIDIA."""
 
     registers: int
     stack: int
@@ -81,7 +81,6 @@ def target(arch: str):
 def build(specimen: Specimen, arch: str) -> Found:
     """Compile for `arch`; whatever the compiler raises comes through."""
     import triton
-    from triton.compiler import ASTSource
 
     signature, constants, hints = {}, {}, {}
     for i, name in enumerate(specimen.kernel.arg_names):
@@ -92,10 +91,19 @@ def build(specimen: Specimen, arch: str) -> Found:
                 hints[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name], constants[(i,)] = "constexpr", value
-    source = ASTSource(fn=specimen.kernel, signature=signature, constexprs=constants, attrs=hints)
-    options = {"num_warps": specimen.warps, "num_stages": specimen.stages, "enable_fp_fusion": True}
+    source = _source(specimen.kernel)(specimen.kernel, signature, constants, hints)
+    options = {"num_warps": specimen.warps, "enable_fp_fusion": True}
+    options |= {"num_stages": specimen.stages} if specimen.stages else {}
     compiled = triton.compile(source, target=target(arch), options=options)
     return _read_nvidia(compiled) if arch.startswith("sm_") else _read_amd(compiled)
+
+
+def _source(kernel) -> type:
+    """What the compiler takes, of Triton or of Gluon."""
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+
+    return GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
 
 
 def _size(name: str) -> str:
@@ -131,7 +139,8 @@ def _read_nvidia(compiled) -> Found:
     names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", text, re.MULTILINE)
     columns = getattr(compiled.metadata, "tmem_size", 0) or 0
     opcodes = dict(collections.Counter(names))
-    return Found(int(registers), int(stack), compiled.metadata.shared, columns, opcodes, "")
+    ptx = compiled.asm["ptx"]
+    return Found(int(registers), int(stack), compiled.metadata.shared, columns, opcodes, ptx)
 
 
 def _read_amd(compiled) -> Found:
@@ -173,6 +182,8 @@ def specimens(arch: str, every: bool = False) -> list[Specimen]:
 
 def _products(name: str, config: configs.Config, arch: str) -> list[Specimen]:
     """The kernel of a table of configurations, with int8 and where the chip has it fp8 operands."""
+    if name == "gemm_flight":
+        return [_flight(config)]
     if name.startswith("gemm"):
         made = [_gemm(name, config, arch, kind) for kind in (["i8", "fp8e4nv"] if arch in FP8 else ["i8"])]
         return made + _promoted(made[-1], config, arch)
@@ -206,6 +217,7 @@ def _gemm(name: str, config: configs.Config, arch: str, kind: str) -> Specimen:
 
     values, opcode, label = tiled(name, config, arch, kind)
     values |= {**PLAIN, **(WHOLE if name.endswith("_branch") else BARE)}
+    values["GELU"] = 2 if values["GELU"] and arch.startswith("sm_") else values["GELU"]
     kernel = gemm.gemm_tma if "_tma" in name else gemm.gemm
     return Specimen(label, kernel, values, opcode, *launched(config), unit(kind))
 
@@ -217,6 +229,17 @@ def _promoted(fp8: Specimen, config: configs.Config, arch: str) -> list[Specimen
     if arch != "sm_90" or config["BM"] * config["BN"] > ops.PROMOTED_TILE:
         return []
     return [replace(fp8, label=f"{fp8.label}-exact", values=fp8.values | {"SHORT": ops.PROMOTED})]
+
+
+def _flight(config: configs.Config) -> Specimen:
+    from dq.kernels.triton import flight
+
+    values = {key: config[key] for key in ("BM", "BN", "BK", "GROUP")} | {"S": config["stages"], "W": config["warps"]}
+    for name, rows in (("a", config["BM"]), ("b", config["BN"])):
+        values[name] = f"tensordesc<i8[{rows}, {config['BK']}],{flight.shared(rows, config['BK'])!r}>"
+    values |= {"sx_p": "*fp32", "sw_p": "*fp32", **PLAIN, "bias_p": "*bf16", "out_p": "*bf16", "GELU": 2}
+    warps, _, tile = launched(config)
+    return Specimen("gemm_flight", flight.gemm_flight, values, "IGMMA", warps, 0, tile, "int8")
 
 
 def _w4a8(name: str, config: configs.Config, arch: str) -> Specimen:
@@ -273,11 +296,16 @@ def _unpacking() -> list[Specimen]:
 
     block = {"b_p": "*i8", "scale_p": "*fp32", "BN": 16, "BB": 128, "G": 64}
     code = {"b_p": "*i8", "times_p": None, "out_p": "*i8", "G": 1, "BN": 16, "BB": 128}
+    few = {"x_p": "*bf16", "b_p": "*i8", "scale_p": "*fp32", "zero_p": None, "bias_p": "*bf16", "out_p": "*bf16"}
+    few |= {"BITS": 8, "G": 0, "BM": 16, "BN": 16, "BK": 256}
     real = block | {"zero_p": None, "global_p": None, "out_p": "*bf16", "FORMAT": 0}
     fp4 = real | {"scale_p": "*i8", "global_p": "*fp32", "FORMAT": 1, "G": 16}
     return [
         Specimen("w4_to_s8", packed.w4_to_s8, code, None, 4, 1),
         Specimen("w4_to_s8-two-level", packed.w4_to_s8, code | {"times_p": "*i8", "G": 64}, None, 4, 1),
+        Specimen("w4_to_s8-rounded", packed.w4_to_s8, code | {"times_p": "*fp32", "G": 64}, None, 4, 1),
+        Specimen("few_rows-int8", packed.few_rows, few, None, 4, 3),
+        Specimen("few_rows-int4", packed.few_rows, few | {"BITS": 4, "G": 64}, None, 4, 3),
         Specimen("w4_to_bf16", packed.w4_to_float, real, None, 4, 1),
         Specimen("nvfp4_to_bf16", packed.w4_to_float, fp4, None, 4, 1),
         Specimen("weight_sums", packed.weight_sums, block | {"out_p": "*fp32", "BITS": 4}, None, 4, 1),

@@ -13,6 +13,7 @@ kernels with all shipped configurations, in ten minutes, and another release tha
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import pytest
 
@@ -28,6 +29,7 @@ GATE = {
     "sm_90": (
         "quant_rows", "quant_rows-affine", "quant_groups", "quant_rows-fp8", "w4_to_s8", "w4_to_s8-two-level",
         "nvfp4_to_bf16",
+        "few_rows-int8", "few_rows-int4", "w4_to_s8-rounded",
         "gemm_tma-i8", "gemm_tma_branch-fp8e4nv", "gemm_tma-fp8e4nv-exact", "w4a8", "w4a8_groups",
     ),
     "sm_100": ("nvfp4_quant", "gemm_tma-fp8e4nv", "gemm_tma_branch-i8", "nvfp4"),
@@ -68,6 +70,36 @@ def test_weights_unpacked_in_registers_are_not_shuffled_byte_by_byte():
     specimen = next(s for s in cross_compile.specimens("sm_80") if s.label == "w4a8")
     found = compiled(specimen, "sm_80").opcodes
     assert found["PRMT"] < 2 * found["IMMA"]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_int32_sums_stay_in_flight_on_hopper(place):
+    """One product runs on while the next one starts; Triton's own waits for each, which the last line shows."""
+    every = cross_compile.specimens("sm_90", every=True)
+    flying = [specimen for specimen in every if specimen.label == "gemm_flight"]
+    found = compiled(flying[place], "sm_90")
+    assert cross_compile.judge(flying[place], "sm_90", found) == []
+    assert pending(found) == [1, 0] and len(flying) == 2
+    if place:  # two programs of a multiprocessor: registers and shared memory of both
+        assert 2 * found.registers * 32 * flying[1].warps <= 65536
+        assert 2 * (found.shared + 1024) <= 228 * 1024
+
+
+def test_triton_waits_for_each_product_of_int8():
+    """Why `flight` exists; one that no longer does makes it superfluous."""
+    specimen = next(s for s in cross_compile.specimens("sm_90") if s.label == "gemm_tma-i8")
+    assert set(pending(compiled(specimen, "sm_90"))) == {0}
+
+
+def pending(found):
+    """Products that may go on at each wait, in the order of the code."""
+    return [int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", found.text)]
+
+
+@pytest.mark.parametrize("arch, fast", [("sm_80", True), ("sm_90", True), ("gfx942", False)])
+def test_gelu_is_one_slow_instruction_of_nvidia(arch, fast):
+    found = compiled(next(s for s in cross_compile.specimens(arch) if s.label == "gemm-i8"), arch)
+    assert ("tanh.approx.f32" in found.text) is fast
 
 
 @pytest.mark.parametrize("arch", cross_compile.CHIPS)

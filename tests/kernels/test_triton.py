@@ -123,7 +123,7 @@ def test_a_release_of_triton_that_does_not_reach_a_unit_is_refused(monkeypatch, 
     """sm_100: it would multiply int8 with the instruction of sm_80, slower than bf16; weight-only layers need none."""
     monkeypatch.setattr(kernels, "architecture", lambda: "sm_100")
     monkeypatch.setattr(backend, "_missing_triton", lambda: None)
-    monkeypatch.setattr(backend, "_version", lambda: version)
+    monkeypatch.setattr(backend, "version", lambda: version)
     plans = {name: plan("linear", (64, 64), *pair) for name, pair in UNITS.items()}
     plans["decode"] = plan("linear", (64, 64), "int4/group:64", None)
     reasons = {name: backend.why_not("linear", each, "cuda") for name, each in plans.items()}
@@ -164,11 +164,11 @@ def elsewhere(monkeypatch, tmp_path):
         others = [path for path in sys.path if not (Path(path) / "triton").is_dir()]
         monkeypatch.setattr(sys, "path", [str(tmp_path), *others])
         backend._missing_triton.cache_clear()
-        backend._version.cache_clear()
+        backend.version.cache_clear()
 
     yield put
     backend._missing_triton.cache_clear()
-    backend._version.cache_clear()
+    backend.version.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -316,3 +316,77 @@ def test_the_bench_refuses_without_a_gpu():
     done = python("-m", "eval.gpu.bench", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2 and done.stdout == ""
     assert "no CUDA device is visible; run it on a machine with a GPU" in told_by("eval.gpu.bench", done.stderr)
+
+
+# --- tiles by estimate -----------------------------------------------------------------------------------------------
+
+
+def test_tiles_are_chosen_by_waves_and_not_by_size():
+    """4608 x 3072 on the 132 multiprocessors of an H100: 432 wide tiles take 3.27 waves, 864 square 6.55."""
+    wide, square = ({"BM": 128, "BN": n, "BK": 128} for n in (256, 128))
+    shape = (4608, 3072, 3072)
+    assert configs.suited([wide, square], shape, 132) is square
+    assert configs.suited([wide, square], (4608, 11264, 3072), 132) is wide, "12 waves of 132 tiles without a rest"
+    assert configs.estimate(wide, shape, 132) == 4 * 128 * 256 * (3072 + 512)
+    assert configs.estimate(square, shape, 132) == 7 * 128 * 128 * (3072 + 512)
+
+
+def test_small_tiles_pay_for_reading_their_operands_again():
+    """64 x 64 takes 27 waves where 128 x 128 takes 7: fewer products, but each byte serves half as many."""
+    small, square = ({"BM": n, "BN": n, "BK": 128} for n in (64, 128))
+    assert configs.suited([square, small], (4608, 3072, 3072), 132) is square
+    assert configs.suited([square, small], (64, 3072, 3072), 132) is small, "few rows: both take one wave"
+
+
+def test_a_second_program_of_a_multiprocessor_hides_the_ends_of_a_tile():
+    one = {"BM": 128, "BN": 128, "BK": 128}
+    two = one | {"resident": 2}
+    assert configs.suited([one, two], (4608, 3072, 3072), 132) is two
+    assert configs.estimate(two, (4608, 3072, 3072), 132) < configs.estimate(one, (4608, 3072, 3072), 132)
+
+
+def test_the_two_programs_fit_on_hopper():
+    for name in ("gemm_tma", "gemm_tma_branch", "gemm_flight"):
+        shared = [c for c in configs.candidates(name, "sm_90") if c.get("resident") == 2]
+        assert len(shared) == 1 and all(2 * c["stages"] * (c["BM"] + c["BN"]) * c["BK"] <= 226 * 1024 for c in shared)
+
+
+def test_the_fast_gelu_is_finer_than_rounding_its_input_to_bf16():
+    """By arithmetic, with tanh off by all that NVIDIA's instruction may be (PTX ISA), in either direction."""
+    x = torch.linspace(-12, 12, 100_001, dtype=torch.float64)
+    tanh = torch.tanh(0.7978845608028654 * x * (1 + 0.044715 * x * x))
+    truth = torch.nn.functional.gelu(x, approximate="tanh")
+    bound = 2**-11.98 * x.abs()
+    for sign in (-1, 1):
+        off = (0.5 * x * (1 + tanh * (1 + sign * 2**-10.987)) - truth).abs()
+        assert (off <= bound + 1e-12).all() and off.max() > 0.9 * bound.max()
+    half_a_unit = 2**-9 * x.abs()  # of the input in bf16, at most
+    assert (bound <= half_a_unit / 7.8).all()
+
+
+def test_the_gluon_product_is_a_candidate_beside_tritons_and_never_first():
+    int8 = plan("linear", (64, 64))
+    with kernels.imagined(kernels.Machine(gpu="sm_90")):
+        said = kernels.asked("linear", int8, "cuda")
+        assert said["gluon"] is None and said["triton"] is None
+        assert list(said).index("triton") < list(said).index("gluon")
+        assert kernels.chosen("linear", int8, "cuda")[0] == "triton"
+        for other, word in (
+            (plan("linear", (64, 64), rank=2), "no low-rank branch"),
+            (plan("linear", (64, 72)), "multiples of 16"),
+            (plan("linear", (64, 64), "int4/group:64", "int8/token"), "int8 weights and activations"),
+            (plan("linear", (64, 64), "int8/channel", None), "int8 weights and activations"),
+        ):
+            assert word in kernels.backends()["gluon"].why_not("linear", other, "cuda")
+    with kernels.imagined(kernels.Machine(gpu="sm_89")):
+        assert "of sm_90" in kernels.backends()["gluon"].why_not("linear", int8, "cuda")
+
+
+@pytest.mark.parametrize("version, tried", [("3.5.1", False), ("3.6.0", True), ("3.9.0", True), ("3.10.0", False)])
+def test_gluon_of_a_release_that_nobody_compiled_with_is_refused(monkeypatch, version, tried):
+    gluon = kernels.backends()["gluon"]
+    monkeypatch.setattr(kernels, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(backend, "_missing_triton", lambda: None)
+    monkeypatch.setattr(backend, "version", lambda: version)
+    reason = gluon.why_not("linear", plan("linear", (64, 64)), "cuda")
+    assert (reason is None) is tried and (tried or "was not tried" in reason)

@@ -21,7 +21,7 @@ import torch
 from dq import kernels
 from dq.kernels import Conv, Tensors
 from dq.kernels.triton import chips
-from dq.kernels.triton.routes import Route, route
+from dq.kernels.triton.routes import REGISTER_ROWS, Route, rounds_again, route
 from dq.plan import LayerPlan
 
 RANK = 30
@@ -48,7 +48,7 @@ def _missing_device(device: str) -> str | None:
 
 
 @cache
-def _version() -> str | None:
+def version() -> str | None:
     """Of the module: wheels of several names bring it (triton-rocm, triton-windows). None without one.
 
     Raises whatever a broken one raises.
@@ -63,7 +63,7 @@ def _version() -> str | None:
 @cache
 def _missing_triton() -> str | None:
     try:
-        found = _version()
+        found = version()
     except Exception as error:  # a build for another Python or driver: dq does without
         return f"triton does not load: {' '.join(str(error).split())[:120]}"
     return "triton is not installed" if found is None else chips.too_old(found)
@@ -78,7 +78,7 @@ def _missing_unit(found: Route, device: str) -> str | None:
     arch = kernels.architecture()
     if configs.nearest(arch) not in configs.ARCHITECTURES:
         return f"no Triton tile sizes for {arch}, only for {', '.join(configs.ARCHITECTURES)}"
-    release = chips.release(_version() or "") if kernels.machine() is None else None
+    release = chips.release(version() or "") if kernels.machine() is None else None
     return chips.missing(found.unit, arch, release)
 
 
@@ -91,6 +91,11 @@ def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor
     from dq.kernels.triton import linear
 
     return linear.build(plan)
+
+
+def rerounded(op: str, plan: LayerPlan) -> int | None:
+    """See `dq.kernels`."""
+    return REGISTER_ROWS + 1 if op == "linear" and rounds_again(plan) else None
 
 
 def build_gelu(plan: LayerPlan) -> Callable[[torch.Tensor, Tensors], torch.Tensor] | None:

@@ -4,8 +4,8 @@ A file `configs/<arch>.json` holds for each kernel the candidates that compile t
 tile first, and `best`: the fastest one per problem where somebody has measured it. A file of the same form in the
 user's cache folder ($DQ_CACHE, else $XDG_CACHE_HOME/dq, else ~/.cache/dq) comes first; `tune` writes it, one for each
 model of card and release of Triton, because neither an H20 nor another compiler has an H100's fastest tiles. A problem
-without a measured entry takes the largest candidate that still gives every multiprocessor a tile. A kernel that is
-timed apart by its operands has a name of its own behind a colon, "gemm:fp8", and the candidates of "gemm".
+without a measured entry takes the candidate of the least estimated time, waves x time of a tile (`suited`). A kernel
+that is timed apart by its operands has a name of its own behind a colon, "gemm:fp8", and the candidates of "gemm".
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx95
 # chips without a file of their own take that of the nearest one: same instructions, at least its shared memory
 NEAREST = {"sm_86": "sm_89", "sm_87": "sm_89", "sm_103": "sm_100", "sm_121": "sm_120"}
 ROUNDED_UP = 64  # rows of a problem are told apart in powers of two from here on
+# of the estimate; from Hopper's rates for 8 bits, 4096 products and 64 bytes from L2 a clock of a multiprocessor
+PER_BYTE = 64  # products in the time of a byte
+IDLE = 512  # columns in whose time a tile starts and ends, half of it beside another program of its multiprocessor
 
 Config = Mapping[str, int]
 
@@ -118,16 +121,23 @@ def pick(kernel: str, m: int, n: int, k: int, arch: str | None = None) -> Config
     arch = arch or architecture()
     key = problem(kernel, m, n, k)
     found = kept(arch).get(key) or shipped(arch)["best"].get(key)
-    return found or suited(candidates(kernel, arch), m, n, multiprocessors())
+    return found or suited(candidates(kernel, arch), (m, n, k), multiprocessors())
 
 
-def suited(choices: list[Config], m: int, n: int, processors: int) -> Config:
-    """The first (largest) candidate with at least one tile per multiprocessor, else the one with most tiles."""
+def estimate(config: Config, shape: tuple[int, int, int], processors: int) -> int:
+    """Waves x time of a tile of a product (m, n, k), in products of one multiprocessor: compares tiles, says no ms.
 
-    def tiles(config: Config) -> int:
-        return -(-m // config["BM"]) * -(-n // config["BN"])
+    A tile takes as long as its products or its operands, whichever is slower, and a wave as long as a tile: programs
+    that share a multiprocessor ("resident") share its rate.
+    """
+    (m, n, k), bm, bn = shape, config["BM"], config["BN"]
+    waves = -(-(-(-m // bm) * -(-n // bn)) // processors)
+    return waves * max(bm * bn, PER_BYTE * (bm + bn)) * (k + IDLE // config.get("resident", 1))
 
-    return next((config for config in choices if tiles(config) >= processors), max(choices, key=tiles))
+
+def suited(choices: list[Config], shape: tuple[int, int, int], processors: int) -> Config:
+    """The candidate with the least `estimate`, the larger one of equals."""
+    return min(choices, key=lambda config: estimate(config, shape, processors))
 
 
 def tune(kernel: str, m: int, n: int, k: int, time_ms: Callable[[Config], float]) -> tuple[Config, float]:

@@ -38,10 +38,21 @@ def narrow(x, kind: tl.constexpr):
 
 
 @triton.jit
-def gelu_tanh(x):
-    """GELU in its tanh form: 0.5 x (1 + tanh u) = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+def gelu_tanh(x, FAST: tl.constexpr = False):
+    """GELU in its tanh form: 0.5 x (1 + tanh u) = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
+
+    FAST: tanh by NVIDIA's own instruction, whose relative error is at most 2^-10.987 (PTX ISA, `tanh.approx.f32`).
+    That leaves |error| <= 2^-11.98 |x|, an eighth of what rounding x to bf16 does; one slow instruction in place of
+    two, and no division.
+    """
     u = 0.7978845608028654 * x * (1.0 + 0.044715 * x * x)
-    return x * tl.sigmoid(2.0 * u)
+    if FAST and not INTERPRETED:
+        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [u], tl.float32, True, 1)
+        half = 0.5 * x
+        y = half * t + half
+    else:
+        y = x * tl.sigmoid(2.0 * u)
+    return y
 
 
 @triton.jit

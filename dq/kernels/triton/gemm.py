@@ -33,14 +33,17 @@ def finish(
     y, m, n, M, N, R, bias_p, xd_p, up_p, out_p,
     GELU: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Low-rank branch, bias and f of the scaled tile y (fp32, rows m, columns n), then the store in out's dtype."""
+    """Low-rank branch, bias and f of the scaled tile y (fp32, rows m, columns n), then the store in out's dtype.
+
+    GELU: 0 for none, 1, or 2 for the fast one (see `gelu_tanh`).
+    """
     m = m.to(tl.int64)
     if xd_p is not None:
         y = branch(y, m, n, M, N, R, xd_p, up_p, CHUNKS, CHUNK)
     if bias_p is not None:
         y += tl.load(bias_p + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if GELU:
-        y = gelu_tanh(y)
+    if GELU > 0:
+        y = gelu_tanh(y, GELU == 2)
     place = (m * N)[:, None] + n[None, :]
     tl.store(out_p + place, narrow(y, out_p.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 

@@ -2,9 +2,11 @@
 
     y = s_x s_w (q w - zero points) + (x down^T) up^T + bias,    shifted inputs: bias' = bias - shift sum_k W[n, k]
 
-Sums of weights, which shifts and zero points need, are taken anew in each call: they read the weight once, and a kept
-copy would have to follow every load, LoRA fusion and move. int4 weights are unpacked in registers for few rows, where
-the product waits for memory, and to an int8 workspace for many, where one pass over the weight is a few percent.
+Sums of weights, which shifts and zero points need, are taken once for a weight (`stored.sums`). int4 weights are
+unpacked in registers for few rows, where the product waits for memory, and to an int8 workspace for many, where one
+pass over the weight is a few percent. In groups, where every group would be scaled by itself, those of many rows are
+rounded once more, to int8 with one scale a row, unless activations come in groups, too (`stored.rerounded`).
+Weight-only products of few rows read the stored weight in the kernel; those of many are torch's.
 Under autograd a layer whose input needs gradients runs `dense`, which is differentiable.
 """
 
@@ -18,23 +20,30 @@ import torch
 import torch.nn.functional as F
 
 from dq.errors import DQError
+from dq.formats.integer import Integer
 from dq.kernels import Tensors, dense
-from dq.kernels.triton import ops
+from dq.kernels.triton import ops, stored
 from dq.kernels.triton.ops import Blocks, Codes, Epilogue, RowFormat
-from dq.kernels.triton.routes import route
+from dq.kernels.triton.routes import REGISTER_ROWS, rounds_again, route
 from dq.plan import LayerPlan, TensorPlan
 
-REGISTER_ROWS = 512  # rows up to which int4 weights are unpacked in registers; an estimate, no GPU was at hand
 SPLIT = 128  # columns that `w4a8` reads at a time
 
 Run = Callable[[torch.Tensor, Tensors], torch.Tensor]
+Product = Callable[[Codes, Codes, Epilogue], torch.Tensor]
 
 
-def build(plan: LayerPlan, gelu: bool = False) -> Run:
-    """-> run(x (..., K), tensors) -> y (..., N) in x's dtype; with `gelu` its tanh GELU (not weight-only)."""
+def build(plan: LayerPlan, gelu: bool = False, product: Product | None = None) -> Run:
+    """-> run(x (..., K), tensors) -> y (..., N) in x's dtype; with `gelu` its tanh GELU (not weight-only).
+
+    product  of int8 codes in place of `ops.w8a8_gemm`, for a layer of the route "w8"
+    """
     kind = route(plan).kind
     makers = {"w8": _integer, "w4": _integer, "two-level": _two_level, "groups": _groups, "fp8": _fp8, "nvfp4": _nvfp4}
-    run = makers[kind](plan, gelu) if kind in makers else _decode(plan)
+    if product is None:
+        run = makers[kind](plan, gelu) if kind in makers else _decode(plan)
+    else:
+        run = _integer(plan, gelu, product)
     differentiable = dense.build("linear", plan, None)
     outputs, inputs = plan.shape
 
@@ -71,7 +80,7 @@ def _stored(t: Tensors) -> torch.Tensor | None:
     return None if t.act_scale is None else t.act_scale.reshape(-1)[:1]
 
 
-def _integer(plan: LayerPlan, gelu: bool) -> Run:
+def _integer(plan: LayerPlan, gelu: bool, eight: Product | None = None) -> Run:
     """int8 or int4 weights with one scale an output channel."""
     bits, columns, shift = plan.weight.spec.bits, plan.columns, plan.act.shift
     plain, split, affine_weight = _row_format(plan), _row_format(plan, SPLIT), plan.weight.spec.affine
@@ -82,14 +91,14 @@ def _integer(plan: LayerPlan, gelu: bool) -> Run:
         codes = ops.quant_rows(x, split if in_registers else plain, given=_stored(t), sums=affine_weight)
         scale, bias = _column_scale(plan, t), t.bias
         zero = t.zero.expand(plan.rows, 1).reshape(-1) if affine_weight else None
-        sums = ops.weight_sums(t.weight, k=columns, bits=bits) if needs_sums else None
+        sums = stored.sums(t.weight, k=columns, bits=bits) if needs_sums else None
         if shift:
             whole = sums.float() if zero is None else sums.float() - columns * zero.float()
             offset = (-shift) * whole * scale
             bias = offset if bias is None else bias.float() + offset
         in_workspace = bits == 4 and not in_registers
         weight = ops.w4_to_s8(t.weight, k=columns) if in_workspace else t.weight
-        product = ops.w4a8_gemm if in_registers else ops.w8a8_gemm
+        product = ops.w4a8_gemm if in_registers else eight or ops.w8a8_gemm
         epilogue = _epilogue(x, t, bias, gelu)
         return product(codes, Codes(weight, scale, zero, sums if codes.zero is not None else None), epilogue)
 
@@ -111,16 +120,25 @@ def _two_level(plan: LayerPlan, gelu: bool) -> Run:
 def _groups(plan: LayerPlan, gelu: bool) -> Run:
     """int4 weights with a scale a group, activations with one scale a row or the same groups."""
     columns, size, shift = plan.columns, plan.weight.grain.size, plan.act.shift
-    rows = _row_format(plan, size)
+    rows, rerounds = _row_format(plan, size), rounds_again(plan)
+    many = _integer(replace(plan, weight=TensorPlan("int8", "channel")), gelu)
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+        if rerounds and x.shape[0] > REGISTER_ROWS:
+            return many(x, rounded_again(plan, t))
         codes, bias = ops.quant_rows(x, rows, given=_stored(t)), t.bias
         if shift:
-            offset = (-shift) * ops.weight_sums(t.weight, k=columns, bits=4, scale=t.scale, group=size)
+            offset = (-shift) * stored.sums(t.weight, k=columns, bits=4, scale=t.scale, group=size)
             bias = offset if bias is None else bias.float() + offset
         return ops.w4a8_groups_gemm(codes, Codes(t.weight, t.scale), size, _epilogue(x, t, bias, gelu))
 
     return run
+
+
+def rounded_again(plan: LayerPlan, t: Tensors) -> Tensors:
+    """The tensors of the same layer with int8 weights, one scale a row."""
+    codes = stored.rerounded(t.weight, t.scale, plan.columns, plan.weight.grain.size)
+    return t._replace(weight=codes.q, scale=codes.scale[:, None])
 
 
 def exact_sums() -> bool:
@@ -150,7 +168,38 @@ def _nvfp4(plan: LayerPlan, gelu: bool) -> Run:
 
 
 def _decode(plan: LayerPlan) -> Run:
-    """Weight-only 4 bits: the weight in the compute dtype for the time of the call."""
+    """Weight-only: few rows in one kernel; for more, 4 bits in the compute dtype for the time of the call."""
+    few, many = _few_rows(plan), _dense(plan) if plan.weight.spec.bits == 8 else _unpacked(plan)
+
+    def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+        return few(x, t) if few and x.shape[0] <= stored.FEW else many(x, t)
+
+    return run
+
+
+def _dense(plan: LayerPlan) -> Run:
+    return dense.build("linear", plan, None)
+
+
+def _few_rows(plan: LayerPlan) -> Run | None:
+    """Of at most `stored.FEW` rows; None for formats that it does not read."""
+    if not isinstance(plan.weight.spec, Integer):
+        return None
+    spec, grain = plan.weight.spec, plan.weight.grain
+    affine = spec.affine
+
+    def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+        if grain.two_level:
+            t = t._replace(scale=spec.step(t.scale, t.scale_global), scale_global=None)
+        scale = t.scale.reshape(-1, t.scale.shape[-1]).expand(plan.rows, -1)
+        zero = t.zero.expand(plan.rows, -1) if affine else None
+        y = stored.few_rows(x, t.weight, scale, zero=zero, bias=t.bias, bits=spec.bits, group=grain.size or 0)
+        return y if t.down is None else y + dense.low_rank(x, t, plan, None)
+
+    return run
+
+
+def _unpacked(plan: LayerPlan) -> Run:
     form, size, columns = plan.weight.format.removesuffix("a"), plan.weight.grain.size or 0, plan.columns
     spec, two_level = plan.weight.spec, plan.weight.grain.two_level
 

@@ -78,7 +78,7 @@ class Epilogue(NamedTuple):
     bias    (N,) of any float type, None without
     down_x  (M, R), the input after the first half of a low-rank branch, None without
     up      (N, R), its second half
-    gelu    whether the tanh GELU follows
+    gelu    whether the tanh GELU follows; for bf16 the fast one where the GPU is NVIDIA's
     """
 
     dtype: torch.dtype
@@ -213,6 +213,12 @@ def _chunks(epilogue: Epilogue) -> tuple[int, int, int]:
     return rank, -(-rank // size), size
 
 
+def gelu_kind(epilogue: Epilogue) -> int:
+    """Which GELU the kernels are compiled with: 0 none, 1 exact, 2 by NVIDIA's tanh, finer than bf16 and not fp16."""
+    fast = epilogue.dtype is torch.bfloat16 and not torch.version.hip and not INTERPRETED.value
+    return (2 if fast else 1) if epilogue.gelu else 0
+
+
 def _zeros(x: Codes, w: Codes) -> dict[str, Tensor | None]:
     """Zero points and the sums that go with them, as the operators take them."""
     return {"zx": x.zero, "wsum": w.sums, "zw": w.zero, "qsum": x.sums}
@@ -245,7 +251,7 @@ def gemm_config(name: str, m: int, n: int, k: int, fp8: bool, within: int | None
     if within is None:
         return configs.pick(name + (":fp8" if fp8 else ""), m, n, k)
     small = [c for c in configs.candidates(name, configs.architecture()) if c["BM"] * c["BN"] <= within]
-    return configs.suited(small, m, n, configs.multiprocessors())
+    return configs.suited(small, (m, n, k), configs.multiprocessors())
 
 
 def launch_gemm(
@@ -271,10 +277,10 @@ def launch_gemm(
     tiles = -(-m // tile[0]) * -(-n // tile[1])
     ends = (*_zeros(x, w).values(), epilogue.bias, epilogue.down_x, epilogue.up)
     rest = (*flat(x.scale, w.scale, *ends), out, m, n, k, rank)
-    last = (fp8, min(PROMOTED, tile[2]) if short else None, epilogue.gelu, *chunks)
+    last = (fp8, min(PROMOTED, tile[2]) if short else None, gelu_kind(epilogue), *chunks)
     if tma:
         a, b = descriptor(x.q, (m, k), [tile[0], tile[2]]), descriptor(w.q, (n, k), [tile[1], tile[2]])
-        programs = configs.multiprocessors()
+        programs = configs.multiprocessors() * config.get("resident", 1)
         gemm.gemm_tma[(min(tiles, programs),)](a, b, *rest, *tile, programs, *last, **options(config))
     else:
         ragged = bool(k % tile[2])
@@ -333,14 +339,14 @@ def launch_w4a8(
     if group:
         ragged, token = bool(bytes_ % (group // 2)), x.scale.numel() == m and k > group
         packed.w4a8_groups[grid](
-            x.q, w.q, x.scale, w.scale, *rest, group, config["GROUP"], ragged, asm, token, epilogue.gelu, *chunks,
-            **options(config),
+            x.q, w.q, x.scale, w.scale, *rest, group, config["GROUP"], ragged, asm, token, gelu_kind(epilogue),
+            *chunks, **options(config),
         )  # fmt: skip
     else:
         ragged, swap = bool(bytes_ % 64), bool(config["SWAP"])
         packed.w4a8[grid](
             x.q, w.q, x.scale, w.scale, *_zeros(x, w).values(), *rest, config["GROUP"], ragged, asm, swap,
-            epilogue.gelu, *chunks, **options(config),
+            gelu_kind(epilogue), *chunks, **options(config),
         )  # fmt: skip
     return out
 
@@ -412,9 +418,10 @@ def _fake_w4_to_s8(w, *, k, **rest):
 def w4_to_s8(w: Tensor, *, k: int, times: Tensor | None = None, group: int = 1) -> Tensor:
     """w (N, ceil(k / 2)) int8 bytes of two int4 codes -> int8 codes (N, k).
 
-    times (N, groups) int8: multipliers of two-level scales, each of `group` columns; products fit int8
+    times (N, groups): multipliers, each of `group` columns, int8 of two-level scales, fp32 to round again (see
+    `stored.rerounded`); products fit int8
     """
-    w, out, c = w.contiguous(), _fake_w4_to_s8(w, k=k), UNPACK
+    (w, times), out, c = flat(w, times), _fake_w4_to_s8(w, k=k), UNPACK
     groups = 0 if times is None else times.shape[1]
     packed.w4_to_s8[_unpack_grid(w)](
         w, times, out, w.shape[0], k, w.shape[1], groups, group, c["BN"], c["BB"], **options(c)
@@ -539,7 +546,7 @@ def launch_nvfp4(x: Blocks, w: Blocks, epilogue: Epilogue, config: configs.Confi
     b = descriptor(w.q.view(torch.uint8), (n, half), [bn, bk // 2])
     nvfp4.nvfp4_gemm[grid](
         a, a_scale, b, b_scale, x.whole, w.whole, *flat(epilogue.bias, epilogue.down_x, epilogue.up), out,
-        m, n, 2 * half, rank, bm, bn, bk, config["GROUP"], programs, epilogue.gelu, *chunks, **options(config),
+        m, n, 2 * half, rank, bm, bn, bk, config["GROUP"], programs, gelu_kind(epilogue), *chunks, **options(config),
     )  # fmt: skip
     return out
 

@@ -11,7 +11,7 @@ a few microseconds beside a large product, which then runs at the full rate of 8
 import triton
 import triton.language as tl
 
-from dq.kernels.triton.elements import INTERPRETED, e2m1_value, e4m3_value, grouped, narrow
+from dq.kernels.triton.elements import INTERPRETED, dot16, e2m1_value, e4m3_value, grouped, narrow, rne
 from dq.kernels.triton.gemm import epilogue, finish
 
 INT4, NVFP4, MXFP4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -122,7 +122,9 @@ def pair(p, SIGNED: tl.constexpr):
 def w4_to_s8(
     b_p, times_p, out_p, N, K, KB, groups, G: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    """b (N, KB) bytes -> int8 codes (N, K), with times_p (N, groups) times the int8 multiplier of their G columns."""
+    """b (N, KB) bytes -> int8 codes (N, K), with times_p (N, groups) times the multiplier of their G columns: int8, or
+    fp32 and rounded.
+    """
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     j, k = tl.program_id(1) * BB + tl.arange(0, BB), tl.program_id(1) * 2 * BB + tl.arange(0, 2 * BB)
     p = tl.load(b_p + (n * KB)[:, None] + j[None, :], mask=(n < N)[:, None] & (j < KB)[None, :], other=0)
@@ -130,7 +132,8 @@ def w4_to_s8(
     codes = pair(p, True)
     if times_p is not None:
         place = (n * groups)[:, None] + (k // G)[None, :]
-        codes = codes * tl.load(times_p + place, mask=inside, other=0).to(tl.int32)
+        times = tl.load(times_p + place, mask=inside, other=0)
+        codes = rne(codes * times) if times.dtype == tl.float32 else codes * times.to(tl.int32)
     tl.store(out_p + (n * K)[:, None] + k[None, :], codes.to(tl.int8), mask=inside)
 
 
@@ -190,3 +193,40 @@ def weight_sums(
             w = w.to(tl.float32) * tl.load(scale_p + place, mask=inside, other=0.0)
         total += tl.sum(w, 1)
     tl.store(out_p + n, total, mask=real)
+
+
+@triton.jit
+def few_rows(
+    x_p, b_p, scale_p, zero_p, bias_p, out_p, M, N, K, KB, groups, pitch,
+    BITS: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """y = x w^T + bias for at most BM rows of x: reads the stored weight once, codes of BITS 8 or 4 (N, KB) bytes.
+
+    scale_p, zero_p (N, groups), a scale for G columns; a single one a row follows the sum where there are no zero
+    points, so that the weight in 16 bits is exact, else weights are rounded once as `w4_to_float` does.
+    """
+    m, n = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
+    n_in = tl.where(n < N, n, 0).to(tl.int64)
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        inside = (n < N)[:, None] & (k < K)[None, :]
+        if BITS == 8:
+            w = tl.load(b_p + (n_in * KB)[:, None] + k[None, :], mask=inside, other=0).to(tl.float32)
+        else:
+            j = start // 2 + tl.arange(0, BK // 2)
+            p = tl.load(b_p + (n_in * KB)[:, None] + j[None, :], mask=(n < N)[:, None] & (j < KB)[None, :], other=0)
+            w = pair(p, True).to(tl.float32)
+        if G > 0:
+            place = (n_in * groups)[:, None] + (k // G)[None, :]
+            if zero_p is not None:
+                w -= tl.load(zero_p + place, mask=inside, other=0).to(tl.float32)
+            w *= tl.load(scale_p + place, mask=inside, other=0.0)
+        x = tl.load(x_p + (m * pitch)[:, None] + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+        acc = dot16(x, narrow(w, x_p.dtype.element_ty).T, acc)
+    if G == 0:
+        acc *= tl.load(scale_p + n, mask=n < N, other=0.0)[None, :]
+    if bias_p is not None:
+        acc += tl.load(bias_p + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    place = (m * N)[:, None] + n[None, :]
+    tl.store(out_p + place, narrow(acc, out_p.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])

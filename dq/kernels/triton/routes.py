@@ -9,6 +9,9 @@
 | fp8       | fp8, channel    | fp8 a token                       | e4m3 x e4m3 -> fp32                               |
 | nvfp4     | nvfp4           | nvfp4                             | block-scaled e2m1                                 |
 | decode    | 4 bits, any     | none                              | unpacked to the compute dtype, torch's product    |
+| decode    | int8, channel   | none                              | as `dense`                                        |
+
+Products of at most 16 rows with weights of whole numbers and no activation format read them as they are stored.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from dq.plan import LayerPlan
 GROUPS = (64, 128)  # columns that share a scale: half of them is a step of an 8-bit product, which takes 32 or more
 LONGEST_BLOCKS = 16384  # columns of a row that nvfp4 activations are rounded from in registers
 LONGEST_SUM = 131072  # 8-bit products that an int32 holds the sum of
+REGISTER_ROWS = 512  # rows up to which int4 weights are unpacked in registers; an estimate, no GPU was at hand
 DECODED = ("int4", "int4a", "nvfp4", "mxfp4")
 
 
@@ -41,8 +45,10 @@ def route(plan: LayerPlan) -> Route | str:
         return "an input split is a product per part, and no Triton kernel adds them"
     weight, act = plan.weight, plan.act
     if act is None:
+        if weight.format == "int8" and weight.grain.kind == "channel":
+            return Route("decode", "", "Triton few rows int8, else decode int8 + F.linear")
         if weight.format not in DECODED:
-            return f"weight-only {weight.format}: torch decodes it as fast"
+            return f"weight-only {weight}: torch decodes it as fast"
         return Route("decode", "", f"Triton decode {weight.format} + F.linear")
     pair = f"{weight.format} x {act.format}"
     if weight.format == act.format == "fp8":
@@ -52,6 +58,11 @@ def route(plan: LayerPlan) -> Route | str:
     if not isinstance(act.spec, Integer) or not isinstance(weight.spec, Integer) or weight.spec.bits not in (4, 8):
         return f"no Triton kernel multiplies {pair}"
     return _integer(plan, pair)
+
+
+def rounds_again(plan: LayerPlan) -> bool:
+    """Whether a layer in groups multiplies, for more than REGISTER_ROWS rows, weights rounded once more."""
+    return route(plan).kind == "groups" and plan.act.grain.kind != "group"
 
 
 def _fp8(plan: LayerPlan) -> str | None:

@@ -11,7 +11,7 @@ pytest.importorskip("triton.language")
 import torch
 
 from dq.kernels import triton as backend
-from dq.kernels.triton import configs, ops
+from dq.kernels.triton import configs, ops, stored
 from eval.gpu import checks, lab, launches, rounding, tiles
 from eval.gpu.checks import Outcome
 
@@ -117,7 +117,16 @@ def test_every_shipped_tile_is_checked(monkeypatch, arch):
     seen = []
     monkeypatch.setattr(tiles, "check", lambda p: seen.append((p.kernel, str(dict(p.config)))) or "")
     assert checks.sound(list(checks.check_tiles("cpu")))
+    assert set(seen) == {each for each in shipped if each[0] != tiles.FLIGHT}, "Gluon has no interpreter"
+    monkeypatch.setattr(tiles, "INTERPRETED", tiles.INTERPRETED.__class__(False))
+    checks.sound(list(checks.check_tiles("cpu")))
     assert set(seen) == set(shipped)
+
+
+def test_the_fast_gelu_may_be_off_by_its_bound_and_no_more():
+    truth, off = torch.tensor([-0.004, 0.5, 3.0]), tiles.FAST_GELU
+    assert tiles.far(truth + off, truth, 2, off) == tiles.far(truth - off, truth, 2, off) == ""
+    assert tiles.far(truth + off, truth, 2) and tiles.far(truth + 1.1 * off, truth, 2, off)
 
 
 @pytest.mark.slow
@@ -168,10 +177,12 @@ def test_faults_of_unpacking_are_found(monkeypatch):
         ("weight_sums", lambda: rounding.check_unpacking(255, "cpu")),
         ("w4_to_float", lambda: rounding.check_decoding("nvfp4", "cpu")),
         ("tile_scales", lambda: rounding.check_blocks(160, "cpu")),
+        ("few_rows", lambda: rounding.check_unpacking(255, "cpu")),
     ):
+        where = stored if name == "few_rows" else ops
         with monkeypatch.context() as patch:
-            right = getattr(ops, name)
-            patch.setattr(ops, name, lambda *args, right=right, **more: right(*args, **more).roll(1, 0))
+            right = getattr(where, name)
+            patch.setattr(where, name, lambda *args, right=right, **more: right(*args, **more).roll(1, 0))
             assert check(), name
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 pytest.importorskip("triton.language")
@@ -12,9 +14,9 @@ import torch.nn.functional as F
 from dq import kernels, layers
 from dq.errors import DQError
 from dq.formats import get
-from dq.kernels import reference
+from dq.kernels import proof, reference
 from dq.kernels import triton as backend
-from dq.kernels.triton import ops
+from dq.kernels.triton import ops, stored
 from dq.kernels.triton.ops import Blocks, Codes, Epilogue, RowFormat
 from eval.gpu.tiles import split_order, ulps
 from tests.kernels.test_kernels import plan, tensors, truth_and_torch, within_twice_torch
@@ -449,6 +451,7 @@ def operands(name):
         "w4_to_s8": ((half,), {"k": 64, "times": w[:, :4].abs() % 16 + 1, "group": 16}),
         "w4_to_float": ((half, scale[:, None]), {"k": 64, "form": "int4", "dtype": torch.bfloat16}),
         "weight_sums": ((half,), {"k": 64, "bits": 4}),
+        "few_rows": ((x, half, scale[:, None]), {"bits": 4, "group": 64, "bias": scale}),
         "nvfp4_quant": ((x,), {}),
         "tile_scales": ((w[:, :4],), {}),
         "nvfp4_gemm": ((ops.nvfp4_quant(x).q, blocks.q, *[blocks.scale] * 2, positive(5), blocks.whole), epilogue),
@@ -477,10 +480,142 @@ def test_the_backend_is_chosen_and_says_why_it_refuses():
         ("int4/group:64+channel", "int4/group:64"): "same groups",
         ("int8a/channel", "int8a/token"): "both sides",
         ("fp8/channel", "int8/token"): "no Triton kernel multiplies",
-        ("int8/channel", None): "torch decodes it as fast",
+        ("int8/group:64", None): "torch decodes it as fast",
     }
     for (weight, act), reason in refused.items():
         assert reason in backend.why_not("linear", plan("linear", (8, 64), weight, act), "cpu")
     assert "split" in backend.why_not("linear", plan("linear", (8, 64), splits=(32,)), "cpu")
     assert "convolution" in backend.why_not("conv", plan("conv2d", (8, 4, 3, 3)), "cpu")
     assert kernels.choose("linear", plan("linear", (8, 64)), "cpu").backend == "triton"
+
+
+# --- weights as they are stored --------------------------------------------------------------------------------------
+
+FEW = [
+    ("int8/channel", 0),
+    ("int4/channel", 0),
+    ("int4/group:64", 2),
+    ("int4a/channel", 0),
+    ("int4/group:64+channel", 0),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("weight, rank", FEW)
+def test_few_rows_of_weight_only_layers_take_one_kernel(monkeypatch, weight, rank, dtype):
+    p, called = plan("linear", (40, 150), weight, None, rank=rank), []
+    right = ops.packed.few_rows
+    monkeypatch.setattr(ops.packed, "few_rows", Counted(right, called))
+    t = tensors(p, dtype)
+    for rows in (1, 16, 17):
+        x = randn(rows, 150, seed=rows, dtype=dtype)
+        ours = backend.build("linear", p, None)(x, t)
+        within_twice_torch(ours, *truth_and_torch("linear", p, None, x, t), dtype)
+    assert len(called) == 2, "16 rows at most"
+
+
+class Counted:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel, called):
+        self.kernel, self.called = kernel, called
+
+    def __getitem__(self, grid):
+        self.called.append(grid)
+        return self.kernel[grid]
+
+
+def test_more_rows_than_a_tile_are_refused_by_the_kernel_for_few():
+    with pytest.raises(DQError, match="got 17 rows, expected at most 16"):
+        stored.few_rows(randn(17, 32), codes(4, 32), positive(4, 1), bits=8)
+
+
+def test_rounding_again_costs_half_a_step_of_the_row_at_most():
+    w, scale = codes(9, 150, low=-8, high=7), positive(9, 3) * torch.tensor([1.0, 0.01, 0.0])
+    scale[4] = 0
+    found = stored.rerounded(get("int4").pack(w), scale, 150, 64)
+    exactly = w.double() * scale.double().repeat_interleave(64, 1)[:, :150]
+    step = scale.amax(1, keepdim=True).double() * 8 / 127
+    off = (found.q.double() * found.scale[:, None] - exactly).abs()
+    assert (off <= step * (0.5 + 1e-5)).all() and off.max() > 0
+    assert int(found.q.abs().max()) == 127 and not found.q[4].any()
+
+
+def test_many_rows_of_groups_are_a_product_of_rows_rounded_again(monkeypatch):
+    """Near to the layer's own rounding, far below that of four bits; grouped activations keep theirs."""
+    from dq.kernels.triton import linear
+
+    p = plan("linear", (40, 150), "int4/group:64", "int8/token")
+    t, x = tensors(p), randn(37, 150, seed=2)
+    exactly = backend.build("linear", p, None)(x, t)
+    monkeypatch.setattr(linear, "REGISTER_ROWS", 36)
+    many = backend.build("linear", p, None)(x, t)
+    eight, again = reference.rerounded(p, t)
+    assert all(torch.equal(a, b) for a, b in zip(linear.rounded_again(p, t)[:2], again[:2], strict=True))
+    torch.testing.assert_close(many, reference.build("linear", eight, None)(x, again), rtol=1e-5, atol=1e-4)
+    rounded = reference.input_rounder(p, -1)(x, None).double()
+    most = rounded.abs().sum(1, keepdim=True) * (t.scale.amax(1) * 4 / 127).double()
+    assert not torch.equal(many, exactly) and ((many - exactly).double().abs() <= most + 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    "weight, act, rows",
+    [
+        ("int4/group:64", "int8/token", 513),
+        ("int4/group:64", "int4/group:64", None),
+        ("int4/group:64+channel", "int8/token", None),  # exact as it is
+        ("int8/channel", "int8/token", None),
+    ],
+)
+def test_the_backend_says_when_it_rounds_again(weight, act, rows):
+    assert backend.rerounded("linear", plan("linear", (40, 192), weight, act)) == rows
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_many_rows_of_groups_prove_themselves_too(monkeypatch, fault):
+    """Beside the weights that were rounded again: right to fp32, and a scale that is 1 % off is found."""
+    right = stored.rerounded
+    if fault:
+        monkeypatch.setattr(stored, "rerounded", lambda *args: right(*args)._replace(scale=right(*args).scale * 1.01))
+    p = plan("linear", (80, 192), "int4/group:64", "int8/token")
+    wrong = proof.why_wrong("triton", "linear", p, None, torch.empty(0))
+    assert (wrong is not None) is fault and (not fault or "wrong on a small problem" in wrong)
+
+
+def test_sums_of_a_weight_are_taken_once_until_it_changes(monkeypatch):
+    taken, right = [], ops.weight_sums
+    monkeypatch.setattr(ops, "weight_sums", lambda *args, **more: taken.append(1) or right(*args, **more))
+    w = codes(9, 64)
+    first = stored.sums(w, k=64, bits=8)
+    assert stored.sums(w, k=64, bits=8) is first and len(taken) == 1
+    w[2, 3] += 1 if w[2, 3] < 0 else -1
+    assert torch.equal(stored.sums(w, k=64, bits=8), w.sum(1, dtype=torch.int32)) and len(taken) == 2
+    w.data = codes(9, 64, seed=5)
+    assert torch.equal(stored.sums(w, k=64, bits=8), w.sum(1, dtype=torch.int32)) and len(taken) == 3
+    half, scale = get("int4").pack(w >> 4), positive(9, 1)
+    before = stored.sums(half, k=64, bits=4, scale=scale, group=64)
+    scale *= 2
+    assert torch.allclose(stored.sums(half, k=64, bits=4, scale=scale, group=64), 2 * before) and len(taken) == 5
+    with torch.inference_mode():
+        stored.sums(w, k=64, bits=8)
+    assert len(taken) == 6, "tensors there do not say that they change"
+
+
+def test_sums_go_with_their_weight():
+    kept = len(stored._kept)
+    w = codes(9, 64)
+    stored.sums(w, k=64, bits=8)
+    assert len(stored._kept) == kept + 1
+    del w
+    gc.collect()
+    assert len(stored._kept) == kept
+
+
+def test_two_programs_share_a_multiprocessor_where_the_tile_says_so(monkeypatch):
+    kernel, grids = Launched(), []
+    monkeypatch.setattr(ops.gemm, "gemm_tma", kernel)
+    monkeypatch.setattr(Launched, "__getitem__", lambda self, grid: grids.append(grid) or (lambda *args, **more: None))
+    x, w = (unscaled(codes(256, 64, seed)) for seed in (0, 1))
+    for resident in ({}, {"resident": 2}):
+        gemm(x, w, tma=True, config=SMALL | resident)
+    assert grids == [(4,), (8,)]  # 64 tiles on the interpreter's four multiprocessors
