@@ -9,6 +9,9 @@ with branch and roundings in place, one choice for all layers of one input; "not
 - Inputs after GELU may take measured zero points besides the paper's fixed shift of 0.171875 and unsigned codes.
 - Each layer has a branch of its own, as large as BRANCH_SHARE of its bytes allows: rank 32 on wide layers, less on
   narrow ones. Convolutions round activations to 8 bits, one scale a sample; the paper leaves them in 16 bits.
+`svdquant-int4-nunchaku` has only what diffusers' nunchaku-lite operators hold: inputs that are smoothed and rounded
+symmetrically (no rotation, no zero points, no shift), branches of a multiple of 16 columns, and int4 where others keep
+int8 (modulation, large embedders). `dq export --to nunchaku-lite` writes it for them.
 """
 
 from __future__ import annotations
@@ -31,23 +34,36 @@ WIDE = 2**20  # weights from which branch and rounding take one turn: GPTQ is a 
 GELU_SHIFT = 0.171875  # minus the least value of GELU, rounded up
 ONE_SIDED = 0.25  # an input whose low end is closer to 0 than this share of its high end is called one-sided
 
-OPTIONS = {"rank": RANK, "share": BRANCH_SHARE}
+# multiple: ranks are multiples of it, and at least it; plain: inputs are smoothed and rounded as planned, nothing else
+OPTIONS = {"rank": RANK, "share": BRANCH_SHARE, "multiple": 1, "plain": False}
 # weights and activations of linears; convolutions have the same weights and round activations to 8 bits
-RECIPES = tuple(
+RECIPES = (
+    *(
+        Recipe(
+            name,
+            pair,
+            (pair[0], "int8a/tensor"),
+            method="svdquant",
+            options=OPTIONS,
+            status="experimental" if name.endswith("nvfp4") else "stable",
+        )
+        for name, pair in {
+            "svdquant-int4": ("int4/group:64", "int4/group:64"),
+            "svdquant-nvfp4": ("nvfp4", "nvfp4"),
+            "svdquant-w4a8": ("int4/group:64+channel", "int8/token"),
+            "svdquant-int8": ("int8/channel", "int8/token"),
+        }.items()
+    ),
     Recipe(
-        name,
-        pair,
-        (pair[0], "int8a/tensor"),
+        "svdquant-int4-nunchaku",
+        ("int4/group:64", "int4/group:64"),
+        ("int4/group:64", "int8a/tensor"),
+        modulation="int4/group:64",
+        edge="int4/group:64",
         method="svdquant",
-        options=OPTIONS,
-        status="experimental" if name.endswith("nvfp4") else "stable",
-    )
-    for name, pair in {
-        "svdquant-int4": ("int4/group:64", "int4/group:64"),
-        "svdquant-nvfp4": ("nvfp4", "nvfp4"),
-        "svdquant-w4a8": ("int4/group:64+channel", "int8/token"),
-        "svdquant-int8": ("int8/channel", "int8/token"),
-    }.items()
+        options={**OPTIONS, "multiple": 16, "plain": True},
+        status="experimental",
+    ),
 )
 
 
@@ -57,7 +73,8 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     for shared in groups.shared(unit, seen):
         wishes = {name: _wish(shared.plans[name], module, options) for name, module in shared.modules.items()}
         least = min(each.rank for each in wishes.values())
-        made |= groups.fit(shared, seen, wish(shared.plan, shared, least) if shared.plan.act else None, wishes)
+        search = wish(shared.plan, shared, least, options["plain"]) if shared.plan.act else None
+        made |= groups.fit(shared, seen, search, wishes)
     return made
 
 
@@ -68,11 +85,14 @@ def _wish(plan: LayerPlan, module: nn.Module, options: Mapping) -> weights.Weigh
         rank = plan.rank
     elif plan.act is not None:
         rank = groups.affordable_rank(plan, options["rank"], options["share"], module.weight.element_size())
+        rank = max(rank // options["multiple"], options["multiple"] > 1) * options["multiple"]
     return weights.WeightWish(rank, iterations=2 if plan.rows * plan.columns < WIDE else 1)
 
 
-def wish(plan: LayerPlan, shared: smooth.Shared, rank: int) -> smooth.SmoothSearch:
-    """What is tried for an input: rotations for linears, unsigned codes for one-sided 4-bit integers."""
+def wish(plan: LayerPlan, shared: smooth.Shared, rank: int, plain: bool = False) -> smooth.SmoothSearch:
+    """What is tried for an input: rotations for linears, unsigned codes for one-sided 4-bit integers; not if plain."""
+    if plain:
+        return smooth.SmoothSearch(rank)
     rotations = smooth.orders(plan) if plan.kind == "linear" else ()
     acts = ()
     if plan.act.format == "int4":
