@@ -1,6 +1,6 @@
 """Saved models written as other libraries read them. A target is one module here that exports
-    NAME                  as `dq export --to` takes it
-    write(source, out)    a saved quantized pipeline or denoiser, into an empty folder; DQError for what it cannot hold
+NAME                  as `dq export --to` takes it
+write(source, out)    a saved quantized pipeline or denoiser, into an empty folder; DQError for what it cannot hold
 """
 
 from __future__ import annotations

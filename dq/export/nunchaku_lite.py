@@ -1,12 +1,12 @@
-"""Checkpoints of diffusers' `nunchaku_lite` quantizer: 4-bit linears on the operators of nunchaku (SVDQuant, 2411.05007).
+"""Checkpoints of diffusers' `nunchaku_lite` quantizer: 4-bit linears on nunchaku's operators (SVDQuant, 2411.05007).
 
     svdq_w4a4   y = sum_g s_xg s_wg (q_g w_g) + up (down x) + bias,  q = rne(x / smooth_factor / s_x), 7 the largest
     awq_w4a16   y = x (s_g c + z_g) + bias,  c = 0 ... 15,  z_g = -8 s_g
 
 dq multiplies by its smoothing and gives the smoothed input to the branch; there the input is divided, and the branch
 gets it as it came: smooth_factor = 1 / smooth, down times smooth. Scales, smoothing and factors are rounded to the
-compute dtype (dq keeps scales and smoothing in fp32), codes stay as they are. All branches have the rank of the largest:
-zeros are added. Layers that dq kept are copied. The order of the bytes is that of `dq.kernels.nunchaku.layout`.
+compute dtype (dq keeps scales and smoothing in fp32), codes stay as they are. All branches have the rank of the
+largest: zeros are added. Layers that dq kept are copied. The bytes lie as in `dq.kernels.nunchaku.layout`.
 """
 
 from __future__ import annotations

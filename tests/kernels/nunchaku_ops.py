@@ -1,4 +1,4 @@
-"""The arithmetic of the nunchaku-lite operators on packed tensors, in torch: what stands in place of the Hub's in tests.
+"""The arithmetic of the nunchaku-lite operators on packed tensors, in torch: in tests, in place of the Hub's.
 
     q = clamp(rne(x / smooth * rcp(s))),  s = absmax of 64 neighbours / 7, kept in the dtype of x
     y = sum_g (q_g . w_g) * (s_g * sw_g)  + bias,  one group after the other, rounded to the dtype of x each time
@@ -45,9 +45,10 @@ def quantize_w4a4_act_fuse_lora(x, output, oscales, lora_down, lora_act_out, smo
 
 def gemm_w4a4(act, wgt, out, qout, ascales, wscales, oscales, poolout, lora_act_in, lora_up, *rest):
     """Writes out (rows, outputs)."""
-    lora_down, lora_act_out, norm_q, norm_k, rotary, bias, smooth, vk, linear, unsigned, scales, silu, fp4 = rest[:13]
-    assert not any(each is not None for each in (qout, oscales, poolout, lora_down, rotary, linear, *rest[13:18]))
-    assert not unsigned and not silu and not fp4 and scales == [1.0] * (lora_up.shape[1] // 16) and len(rest) == 19
+    bias, (unsigned, scales, silu, fp4) = rest[5], rest[9:13]
+    others = (qout, oscales, poolout, *rest[:5], *rest[6:9], *rest[13:18])  # of other fusions
+    assert len(rest) == 19 and not any(each is not None for each in others) and rest[18] == 0
+    assert not unsigned and not silu and not fp4 and scales == [1.0] * (lora_up.shape[1] // 16)
     (rows, outputs), dtype = out.shape, out.dtype
     assert act.shape[0] % 256 == 0 and wgt.shape[0] % 128 == 0 and wscales.dtype == lora_up.dtype == dtype
     q = unpack_bits(act[:rows].view(torch.int8), 4, 2 * act.shape[1], signed=True).float()

@@ -4,8 +4,9 @@ A warp multiplies by mma.m16n8k64 (int4) and mma.m16n8k16 (low-rank branch): lan
 of output i and of inputs next to each other that begin at a multiple of j (PTX ISA, "Matrix fragments for mma"). Two
 such products side by side make a tile of 16 outputs, 8 tiles a block of 128, and what a lane reads lies together:
 
-    weight   (out / 128, in / 64, tile, i, j, half, part) of words of 8 codes  out = 128 b + 16 tile + 8 half + i
-                                                                            in  = 64 g + 32 part + 8 j + code of the word
+    weight   (out / 128, in / 64, tile, i, j, half, part) of words of 8 codes
+                                                           out = 128 b + 16 tile + 8 half + i
+                                                           in  = 64 g + 32 part + 8 j + code of the word
     scale    (out / 128, in / 64, tile, j, half, pair)     out = 128 b + 16 tile + 8 half + 2 j + pair
     bias, smoothing (out / 128, tile, j, half, pair)       as the scale
     branch   (out / 16, in / 16, i, j, half, part, pair)   out = 16 a + 8 half + i, in = 16 c + 8 part + 2 j + pair;
