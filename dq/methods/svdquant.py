@@ -36,34 +36,28 @@ ONE_SIDED = 0.25  # an input whose low end is closer to 0 than this share of its
 
 # multiple: ranks are multiples of it, and at least it; plain: inputs are smoothed and rounded as planned, nothing else
 OPTIONS = {"rank": RANK, "share": BRANCH_SHARE, "multiple": 1, "plain": False}
+NUNCHAKU = {
+    "modulation": "int4/group:64",
+    "edge": "int4/group:64",
+    "options": {**OPTIONS, "multiple": 16, "plain": True},
+}
 # weights and activations of linears; convolutions have the same weights and round activations to 8 bits
-RECIPES = (
-    *(
-        Recipe(
-            name,
-            pair,
-            (pair[0], "int8a/tensor"),
-            method="svdquant",
-            options=OPTIONS,
-            status="experimental" if name.endswith("nvfp4") else "stable",
-        )
-        for name, pair in {
-            "svdquant-int4": ("int4/group:64", "int4/group:64"),
-            "svdquant-nvfp4": ("nvfp4", "nvfp4"),
-            "svdquant-w4a8": ("int4/group:64+channel", "int8/token"),
-            "svdquant-int8": ("int8/channel", "int8/token"),
-        }.items()
-    ),
+RECIPES = tuple(
     Recipe(
-        "svdquant-int4-nunchaku",
-        ("int4/group:64", "int4/group:64"),
-        ("int4/group:64", "int8a/tensor"),
-        modulation="int4/group:64",
-        edge="int4/group:64",
+        name,
+        (weight, act),
+        (weight, "int8a/tensor"),
         method="svdquant",
-        options={**OPTIONS, "multiple": 16, "plain": True},
-        status="experimental",
-    ),
+        status="experimental" if more or name.endswith("nvfp4") else "stable",
+        **({"options": OPTIONS} | more),
+    )
+    for name, (weight, act, more) in {
+        "svdquant-int4": ("int4/group:64", "int4/group:64", {}),
+        "svdquant-int4-nunchaku": ("int4/group:64", "int4/group:64", NUNCHAKU),
+        "svdquant-nvfp4": ("nvfp4", "nvfp4", {}),
+        "svdquant-w4a8": ("int4/group:64+channel", "int8/token", {}),
+        "svdquant-int8": ("int8/channel", "int8/token", {}),
+    }.items()
 )
 
 
