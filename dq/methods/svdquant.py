@@ -34,7 +34,8 @@ WIDE = 2**20  # weights from which branch and rounding take one turn: GPTQ is a 
 GELU_SHIFT = 0.171875  # minus the least value of GELU, rounded up
 ONE_SIDED = 0.25  # an input whose low end is closer to 0 than this share of its high end is called one-sided
 
-# multiple: ranks are multiples of it, and at least it; plain: inputs are smoothed and rounded as planned, nothing else
+# multiple: ranks of linears are multiples of it, and at least it
+# plain: inputs are smoothed and rounded as planned, nothing else
 OPTIONS = {"rank": RANK, "share": BRANCH_SHARE, "multiple": 1, "plain": False}
 NUNCHAKU = {
     "modulation": "int4/group:64",
@@ -73,13 +74,14 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
 
 
 def _wish(plan: LayerPlan, module: nn.Module, options: Mapping) -> weights.WeightWish:
-    """A branch of as many columns as its bytes allow; none for weight-only layers."""
+    """A branch of as many columns as its bytes allow, at least the unit of a linear's; none for weight-only layers."""
     rank = 0
     if options["rank"] is None:  # chosen under a budget
         rank = plan.rank
     elif plan.act is not None:
         rank = groups.affordable_rank(plan, options["rank"], options["share"], module.weight.element_size())
-        rank = max(rank // options["multiple"], options["multiple"] > 1) * options["multiple"]
+        unit = options["multiple"] if plan.kind == "linear" else 1
+        rank = max(rank // unit, unit > 1) * unit
     return weights.WeightWish(rank, iterations=2 if plan.rows * plan.columns < WIDE else 1)
 
 

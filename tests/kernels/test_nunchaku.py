@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dq import kernels, layers
+from dq.host import peft
 from dq.kernels import Machine, choice, nunchaku, proof, reference
 from dq.kernels.nunchaku import layout
 from dq.plan import LayerPlan, TensorPlan
@@ -236,3 +237,16 @@ def test_gradients_and_other_dtypes_take_the_plain_way(served):
 def test_it_is_listed_and_experimental():
     assert kernels.backends()["nunchaku"] is nunchaku and nunchaku.STATUS == "experimental"
     assert choice.mode() in choice.MODES
+
+
+@torch.no_grad()
+def test_a_branch_that_an_adapter_grew_past_a_tile_is_served_by_another_kernel_in_dqs_order(served):
+    layer = linear()
+    layer(inputs())
+    assert layer.stored.dim() == 6
+    down, up = torch.randn(4, 256).bfloat16(), torch.randn(128, 4).bfloat16()
+    peft.widen(layer, down, up)
+    assert layer.plan.rank == 20
+    y = layer(inputs())
+    assert layer.choice.backend == "dense" and layer.stored.dim() == 2
+    assert torch.equal(y, kernels.backends()["dense"].build("linear", layer.plan, None)(inputs(), layer.tensors()))
