@@ -41,6 +41,7 @@ ROOMS = (
     "budget",
     "stages",
     "api",
+    "export",
     # measuring half
     "bench",
     "cli",

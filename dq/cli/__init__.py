@@ -1,4 +1,4 @@
-"""The command line: `dq quantize | plan | inspect | generate | bench`.
+"""The command line: `dq quantize | plan | inspect | export | generate | bench`.
 
 Exit codes: 0 done, 2 wrong use (one line on stderr), 1 a fault of ours (a traceback). Help, completion, `inspect` and
 what is wrong with the options themselves are answered without importing torch.

@@ -151,6 +151,27 @@ def inspect(
 
 
 @app.command()
+def export(
+    folder: Annotated[Path, Argument(help="A saved quantized pipeline or denoiser.")],
+    *,
+    to: Annotated[str, Option(help="Who reads it: nunchaku-lite (diffusers' quantizer).", **OUTPUT)],
+    out: Annotated[Path, Option(help="Folder to write; must be new or empty.", **OUTPUT)],
+    force: Annotated[bool, Option(help="Replace a model that stands in --out.", **OUTPUT)] = False,
+) -> None:
+    """Write a saved quantized model as another library reads it."""
+    options.check_place(out, force)
+    source = saved.find(str(folder))
+    from dq import export as targets
+
+    target = targets.get(to)
+    if not isinstance(source, Path):
+        raise DQError(f"{str(folder)!r} is a Hub id, expected a folder that dq saved")
+    with options.replacing(out, force) as place:
+        target.write(source, place)
+    print(f"exported to {out}")
+
+
+@app.command()
 def generate(
     folder: Annotated[str, Argument(help="A pipeline: a folder, a Hub id or an embedded name.")],
     *,

@@ -15,6 +15,9 @@ decide where nothing was. A backend is one module (or package) here that exports
     build(op, plan, conv)           -> run(x, tensors) -> y; everything constant is resolved here, so that the returned
                                     callable is plain tensor code that `torch.compile` can trace
     build_gelu(plan)                optional: the same for a linear followed by a tanh GELU, None when it has none
+    lay(tensors), restore(tensors)  optional: weight and scale in the order that its kernels read, told by more than
+                                    two dimensions, no byte more; and back. `run` takes both; a layer that it serves
+                                    keeps them so, in the same Parameters
 Ops: "linear" x (..., in) -> (..., out); "conv" x (batch, in, *space) -> (batch, out, *space), batch always present.
 """
 
@@ -27,7 +30,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 from typing import NamedTuple
@@ -80,6 +83,7 @@ class Choice:
     weight_only  the plan rounds activations, this leaves them in floating point
     refusals     (backend, reason) of each preferred backend that said no, of wrong ones and of those that were slower
     gelu         as `build_gelu` gives it
+    lays         whether it reads weights that lie in an order of its own
     ms           of the layer, None when it was not measured
     full_ms      of the full-precision layer in the same dtype, beside it
     unmeasured   why ranks decided, "" where measurements did or nobody asked for them
@@ -95,6 +99,7 @@ class Choice:
     full_ms: float | None = None
     unmeasured: str = ""
     weight_only: bool = False
+    lays: bool = False
 
     @property
     def speedup(self) -> float | None:
@@ -272,5 +277,25 @@ def built(name: str, refusals: Refusals, op: str, plan: LayerPlan, conv: Conv | 
     module = backends()[name]
     gelu = module.build_gelu(plan) if op == "linear" and hasattr(module, "build_gelu") else None
     run = module.build(op, plan, conv)
-    floating = leaves_floating(name, op, plan)
-    return Choice(name, module.label(op, plan), emulates(name, op, plan), run, refusals, gelu, weight_only=floating)
+    lays = hasattr(module, "lay")
+    found = Choice(name, module.label(op, plan), emulates(name, op, plan), run, refusals, gelu, lays=lays)
+    return replace(found, weight_only=leaves_floating(name, op, plan))
+
+
+def laid(name: str, tensors: Tensors) -> Tensors:
+    """A layer's tensors in the order that a backend reads; as they are where it reads dq's own."""
+    module = backends()[name]
+    return module.lay(tensors) if hasattr(module, "lay") else tensors
+
+
+def is_laid(tensors: Tensors) -> bool:
+    """Whether a backend laid them: their shapes tell it, wherever they were copied or moved to."""
+    return tensors.weight.dim() > 2 or tensors.scale.dim() > 2
+
+
+def restored(tensors: Tensors) -> Tensors:
+    """A layer's tensors in dq's own order, rows and columns."""
+    for module in backends().values():
+        if is_laid(tensors) and hasattr(module, "restore"):
+            tensors = module.restore(tensors)
+    return tensors

@@ -223,13 +223,14 @@ def _time(problem: Problem, tensors: Tensors, names: list[str], table: times.Tab
     for name in names:
         run = kernels.backends()[name].build(problem.op, problem.plan, problem.conv)
         try:
-            run(x, tensors)
+            given = kernels.laid(name, tensors)
+            run(x, given)
         except torch.OutOfMemoryError:
             continue
         except Exception as error:
             table.judge(problem.key, {name: proof.failed(error)})
         else:
-            runs[name] = lambda run=run: run(x, tensors)
+            runs[name] = lambda run=run, given=given: run(x, given)
     runs[FULL] = _full(problem, x)
     table.add(problem.key, clocked(runs))
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dq import kernels
 from dq.errors import DQError
 from dq.formats.base import FormatError, check_finite
 from dq.kernels import Conv, Tensors, reference
@@ -161,16 +162,28 @@ class _Packed(Served, _Frozen):
                 self.register_parameter(name, None)
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
-        """The bias last, as in files."""
+        """The bias last, and all in dq's own order, as in files."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if kernels.is_laid(self._order()):
+            found = kernels.restored(self._order())
+            destination |= {f"{prefix}weight": found.weight.detach(), f"{prefix}scale": found.scale.detach()}
         if (bias := destination.pop(f"{prefix}bias", None)) is not None:
             destination[f"{prefix}bias"] = bias
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._restore()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _conv(self) -> Conv | None:
         return None
 
     def tensors(self) -> Tensors:
-        """The tensors as the kernel sees them, with the activation scales of the running step."""
+        """The tensors in dq's own order, with the activation scales of the running step."""
+        found = self._raw()
+        return kernels.restored(found) if kernels.is_laid(found) else found
+
+    def _raw(self) -> Tensors:
+        """`tensors`, in the order in which they lie: a kernel's own, where one laid them."""
         own: dict[str, Any] = self._parameters  # eight look-ups by attribute take as long as a small product
         stored = own["act_scale"]
         if stored is not None:
@@ -191,9 +204,9 @@ class _Packed(Served, _Frozen):
         if self.plan.rotate:
             x = hadamard.rotate(x, self.plan.rotate, 1 if self.op == "conv" else -1, matrix=self._turn)
         if not gelu:
-            return choice.run(x, self.tensors())
+            return choice.run(x, self._raw() if choice.lays else self.tensors())
         if choice.gelu is None:
-            return F.gelu(choice.run(x, self.tensors()), approximate="tanh")
+            return F.gelu(choice.run(x, self._raw() if choice.lays else self.tensors()), approximate="tanh")
         return choice.gelu(x, self.tensors())
 
     @torch.no_grad()

@@ -34,6 +34,7 @@ class Served(nn.Module):
     wide: bool
     backend: str | None
     stored: nn.Parameter
+    scale: torch.Tensor
     tensors: Callable[[], Tensors]
     _conv: Callable[[], Conv | None]
 
@@ -62,7 +63,27 @@ class Served(nn.Module):
         found = self._known.get((typical.dtype, typical.klass)) or choice.known(typical, self.backend)
         self._choice = found
         self._bound = (device, self.backend or kernels.selected())  # last: another thread that reads it runs the rest
+        self._settle(found, device)
         return found
+
+    def _order(self) -> Tensors:
+        """What a backend may lay, as it lies."""
+        return Tensors(self._parameters["weight"], self._parameters["scale"])  # pyright: ignore[reportArgumentType]
+
+    def _restore(self) -> None:
+        """Weight and scales in dq's own order, in the Parameters themselves."""
+        if kernels.is_laid(self._order()):
+            found = kernels.restored(self._order())
+            self.stored.data, self.scale.data = found.weight, found.scale
+
+    def _settle(self, found: Choice, device: str) -> None:
+        """Weight and scales in the order that the kernel reads, in place of any other."""
+        here = self.stored.device.type == device != "meta" and kernels.machine() is None
+        if found.lays and here:
+            wanted = kernels.laid(found.backend, self._order())
+            self.stored.data, self.scale.data = wanted.weight, wanted.scale
+        else:
+            self._restore()
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -90,9 +111,12 @@ class Served(nn.Module):
 
     def meet(self, device: torch.device, dtype: torch.dtype, klass: int) -> Choice:
         """The kernel for a class of rows, measured where it was not yet."""
+        first = not self._met
         found = choice.meet(self._problem(device, dtype, klass), self.tensors(), self.backend)
         self._met = self._met | {(dtype, klass): found}  # a new one: another thread may be reading
         self._choice = self._met[self.busiest]
+        if first:  # later, a graph may have been captured that reads the weights where they are
+            self._settle(found, device.type)
         return found
 
     def meet_typical(self) -> Choice:

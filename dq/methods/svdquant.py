@@ -9,6 +9,9 @@ with branch and roundings in place, one choice for all layers of one input; "not
 - Inputs after GELU may take measured zero points besides the paper's fixed shift of 0.171875 and unsigned codes.
 - Each layer has a branch of its own, as large as BRANCH_SHARE of its bytes allows: rank 32 on wide layers, less on
   narrow ones. Convolutions round activations to 8 bits, one scale a sample; the paper leaves them in 16 bits.
+`svdquant-int4-nunchaku` has only what diffusers' nunchaku-lite operators hold: inputs that are smoothed and rounded
+symmetrically (no rotation, no zero points, no shift), branches of a multiple of 16 columns, and int4 where others keep
+int8 (modulation, large embedders). `dq export --to nunchaku-lite` writes it for them.
 """
 
 from __future__ import annotations
@@ -31,22 +34,30 @@ WIDE = 2**20  # weights from which branch and rounding take one turn: GPTQ is a 
 GELU_SHIFT = 0.171875  # minus the least value of GELU, rounded up
 ONE_SIDED = 0.25  # an input whose low end is closer to 0 than this share of its high end is called one-sided
 
-OPTIONS = {"rank": RANK, "share": BRANCH_SHARE}
+# multiple: ranks of linears are multiples of it, and at least it
+# plain: inputs are smoothed and rounded as planned, nothing else
+OPTIONS = {"rank": RANK, "share": BRANCH_SHARE, "multiple": 1, "plain": False}
+NUNCHAKU = {
+    "modulation": "int4/group:64",
+    "edge": "int4/group:64",
+    "options": {**OPTIONS, "multiple": 16, "plain": True},
+}
 # weights and activations of linears; convolutions have the same weights and round activations to 8 bits
 RECIPES = tuple(
     Recipe(
         name,
-        pair,
-        (pair[0], "int8a/tensor"),
+        (weight, act),
+        (weight, "int8a/tensor"),
         method="svdquant",
-        options=OPTIONS,
-        status="experimental" if name.endswith("nvfp4") else "stable",
+        status="experimental" if more or name.endswith("nvfp4") else "stable",
+        **({"options": OPTIONS} | more),
     )
-    for name, pair in {
-        "svdquant-int4": ("int4/group:64", "int4/group:64"),
-        "svdquant-nvfp4": ("nvfp4", "nvfp4"),
-        "svdquant-w4a8": ("int4/group:64+channel", "int8/token"),
-        "svdquant-int8": ("int8/channel", "int8/token"),
+    for name, (weight, act, more) in {
+        "svdquant-int4": ("int4/group:64", "int4/group:64", {}),
+        "svdquant-int4-nunchaku": ("int4/group:64", "int4/group:64", NUNCHAKU),
+        "svdquant-nvfp4": ("nvfp4", "nvfp4", {}),
+        "svdquant-w4a8": ("int4/group:64+channel", "int8/token", {}),
+        "svdquant-int8": ("int8/channel", "int8/token", {}),
     }.items()
 )
 
@@ -57,22 +68,27 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     for shared in groups.shared(unit, seen):
         wishes = {name: _wish(shared.plans[name], module, options) for name, module in shared.modules.items()}
         least = min(each.rank for each in wishes.values())
-        made |= groups.fit(shared, seen, wish(shared.plan, shared, least) if shared.plan.act else None, wishes)
+        search = wish(shared.plan, shared, least, options["plain"]) if shared.plan.act else None
+        made |= groups.fit(shared, seen, search, wishes)
     return made
 
 
 def _wish(plan: LayerPlan, module: nn.Module, options: Mapping) -> weights.WeightWish:
-    """A branch of as many columns as its bytes allow; none for weight-only layers."""
+    """A branch of as many columns as its bytes allow, at least the unit of a linear's; none for weight-only layers."""
     rank = 0
     if options["rank"] is None:  # chosen under a budget
         rank = plan.rank
     elif plan.act is not None:
         rank = groups.affordable_rank(plan, options["rank"], options["share"], module.weight.element_size())
+        unit = options["multiple"] if plan.kind == "linear" else 1
+        rank = max(rank // unit, unit > 1) * unit
     return weights.WeightWish(rank, iterations=2 if plan.rows * plan.columns < WIDE else 1)
 
 
-def wish(plan: LayerPlan, shared: smooth.Shared, rank: int) -> smooth.SmoothSearch:
-    """What is tried for an input: rotations for linears, unsigned codes for one-sided 4-bit integers."""
+def wish(plan: LayerPlan, shared: smooth.Shared, rank: int, plain: bool = False) -> smooth.SmoothSearch:
+    """What is tried for an input: rotations for linears, unsigned codes for one-sided 4-bit integers; not if plain."""
+    if plain:
+        return smooth.SmoothSearch(rank)
     rotations = smooth.orders(plan) if plan.kind == "linear" else ()
     acts = ()
     if plan.act.format == "int4":
