@@ -1,4 +1,4 @@
-"""Integer and fp8 matrix units through ops that PyTorch ships: `_int_mm` and `_scaled_mm`.
+"""Integer matrix units through the op that PyTorch ships: `_int_mm`.
 
     y[m, n] = (sum_k q[m, k] w[n, k] - z[m] sum_k w[n, k]) * sx[m] * sw[n] + bias[n]     q, w int8, sums exact
 
@@ -7,7 +7,6 @@ z is the zero point of affine activations; sum_k w comes from one more row of on
 convolution is the product of its int8 patches (im2col) with its weight, one activation scale and zero point a sample;
 padding is the zero point. oneDNN's int8 convolution is 1.1-1.3 times as fast once its weight is laid out, but laying
 it out costs as much as the convolution, on every call or as a second copy of the weight.
-fp8 products are summed in fp32: `use_fast_accum`, with which Hopper keeps 14 bits, stays off.
 Under autograd a layer whose input needs gradients runs `dense`, which is differentiable.
 """
 
@@ -29,16 +28,12 @@ from dq.plan import LayerPlan
 
 RANK = 50
 STATUS = "stable"
-FP8_SINCE = 89  # compute capability of the first NVIDIA GPUs with fp8 units
-FP8_AMD = ("gfx950", "gfx1200", "gfx1201")  # whose e4m3 is NVIDIA's; gfx942 has one of its own
 
 
 def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> str | None:
     """None when one of the kernels here runs the layer on `device`; else why not, in one line."""
     if plan.act is None:
         return "weight-only: activations stay in floating point"
-    if plan.act.format == plan.weight.format == "fp8":
-        return _why_not_fp8(op, plan, device)
     if not isinstance(plan.act.spec, Integer) or not _symmetric(plan.weight.spec):
         return f"torch has no {plan.weight.format} x {plan.act.format} kernel"
     if plan.act.scale != "dynamic" and plan.act.spec.affine:
@@ -66,22 +61,7 @@ def _symmetric(spec: Format) -> bool:
     return isinstance(spec, Integer) and not spec.affine
 
 
-def _why_not_fp8(op: str, plan: LayerPlan, device: str) -> str | None:
-    if op != "linear" or device != "cuda":
-        return f"torch's fp8 matrix product is for linears on CUDA, this is a {op} on {device}"
-    arch = kernels.architecture()
-    if arch.startswith("sm_") and int(arch[3:]) < FP8_SINCE:
-        return "fp8 tensor cores need compute capability 8.9"
-    if arch.startswith("gfx") and arch not in FP8_AMD:
-        return f"{arch} has no units for this fp8 (e4m3fn)"
-    if plan.shape[0] % 16 or plan.shape[1] % 16 or plan.splits or plan.act.scale != "dynamic":
-        return f"_scaled_mm needs both sizes in multiples of 16 and one dynamic scale per row, got {plan.shape}"
-    return None if plan.weight.granularity == "channel" else "_scaled_mm needs one weight scale per output channel"
-
-
 def label(op: str, plan: LayerPlan) -> str:
-    if plan.weight.format == "fp8":
-        return "torch._scaled_mm fp8 x fp8"
     assert plan.act is not None
     pair = f"{plan.weight.format} x {plan.act.format}"
     patches = " on patches" if op == "conv" and plan.act.granularity != "token" else ""
@@ -92,7 +72,7 @@ def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor
     """See the package docstring."""
     assert plan.act is not None  # `why_not` asked for it
     if op == "linear":
-        fast: Callable = _fp8_linear if plan.weight.format == "fp8" else _int_linear
+        fast: Callable = _int_linear
     else:
         fast = _pixelwise if plan.act.granularity == "token" else _int_conv
     run, differentiable = fast(plan, conv), dense.build(op, plan, conv)
@@ -151,22 +131,6 @@ def _int_linear(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, T
         if t.bias is not None:
             y = y.add_(t.bias)
         return y.to(x.dtype).reshape(*x.shape[:-1], plan.shape[0])
-
-    return run
-
-
-def _fp8_linear(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
-    columns, top = plan.columns, torch.finfo(torch.float8_e4m3fn).max
-
-    def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
-        rows = x.reshape(-1, columns).float()
-        scale = (rows.abs().amax(-1, keepdim=True) / top).clamp_(min=SCALE_FLOOR)
-        q = (rows / scale).clamp(-top, top).to(torch.float8_e4m3fn)
-        w = t.weight.view(torch.float8_e4m3fn).t()
-        scales = {"scale_a": scale, "scale_b": t.scale.reshape(1, -1)}
-        y = torch._scaled_mm(q, w, **scales, out_dtype=torch.bfloat16, use_fast_accum=False)
-        y = y.to(x.dtype) if t.bias is None else y.to(x.dtype) + t.bias.to(x.dtype)
-        return y.reshape(*x.shape[:-1], plan.shape[0])
 
     return run
 

@@ -38,9 +38,9 @@ def test_a_described_machine_decides_who_runs_a_layer():
     assert backend(INT8, "cuda", Machine(gpu="sm_90")) == "triton"
     assert backend(FP8, "cuda", Machine(gpu="sm_75")) == "weightonly"
     assert backend(FP8, "cuda", Machine(gpu="sm_86")) == "weightonly"  # the tile sizes of sm_89, but not its fp8 units
-    assert backend(FP8, "cuda", Machine(gpu="sm_89")) == "triton"
+    assert backend(FP8, "cuda", Machine(gpu="sm_89")) == "scaled"
     assert backend(FP8, "cuda", Machine(gpu="gfx942")) == "weightonly"  # its fp8 is another one
-    assert backend(FP8, "cuda", Machine(gpu="gfx950")) == "triton"
+    assert backend(FP8, "cuda", Machine(gpu="gfx950")) == "scaled"
 
 
 def test_the_reason_is_the_machines_own():

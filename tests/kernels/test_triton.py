@@ -16,7 +16,7 @@ from dq import kernels
 from dq.errors import DQError
 from dq.kernels import triton as backend
 from dq.kernels.triton import chips, configs
-from tests.kernels.test_kernels import plan, tensors
+from tests.kernels.test_kernels import plan
 from tests.lines import told_by
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,27 +206,6 @@ def test_rows_too_long_for_a_kernel_are_refused(pair, columns, said):
     with kernels.imagined(kernels.Machine(gpu="sm_100")):
         assert said in backend.why_not("linear", plan("linear", (16, columns), *pair), "cuda")
         assert backend.why_not("linear", plan("linear", (16, 16384), *pair), "cuda") is None
-
-
-@pytest.mark.parametrize(
-    "arch", ["sm_80", "sm_86", "sm_87", "sm_89", "sm_120", "gfx90a", "gfx942", "gfx1100", "gfx950"]
-)
-def test_torchs_fp8_product_is_taken_where_the_chip_has_this_e4m3(arch):
-    """ROCm's chips before gfx950 and gfx12 have none or another one, whatever compute capability they report."""
-    asked = plan("linear", (64, 64), "fp8/channel", "fp8/token")
-    with kernels.imagined(kernels.Machine(gpu=arch)):
-        reason = kernels.backends()["torchops"].why_not("linear", asked, "cuda")
-    assert (reason is None) is (arch in ("sm_89", "sm_120", "gfx950")), reason
-
-
-def test_torchs_fp8_product_sums_in_fp32(monkeypatch):
-    seen = {}
-    monkeypatch.setattr(
-        torch, "_scaled_mm", lambda q, w, **how: seen.update(how) or q.float().bfloat16() @ w.bfloat16()
-    )
-    given = plan("linear", (16, 16), "fp8/channel", "fp8/token")
-    kernels.backends()["torchops"].build("linear", given, None)(torch.randn(3, 16), tensors(given))
-    assert seen["use_fast_accum"] is False
 
 
 def test_it_stands_before_torchs_ops():
