@@ -6,8 +6,8 @@
     e4m3        q = e4m3(clip(x / s))           s = max(absmax / 448, SCALE_FLOOR)
 
 Formulas and bits are those of `dq.formats`; a test compares them. Under `torch.compile` backends call these and keep
-only the product opaque, so that normalization, modulation, smoothing or GELU before them and the codes are one kernel,
-and products of one x (q, k, v) share one rounding: equal nodes of a graph are merged, an opaque operator's may not be.
+only the product opaque, so that normalization, modulation, smoothing or GELU before them and the codes are one kernel.
+q, k and v round in that one kernel, but each writes codes of its own: Inductor merges equal nodes under autograd only.
 In eager mode every line is a pass over memory, so backends have kernels of their own there.
 """
 

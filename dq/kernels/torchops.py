@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from dq import kernels
 from dq.formats.base import SCALE_FLOOR, Format
 from dq.formats.integer import Integer
-from dq.kernels import Conv, Tensors, dense
+from dq.kernels import Conv, Tensors, dense, rows
 from dq.kernels.reference import PER_ROW, out_sizes, row_codes, row_scale
 from dq.plan import LayerPlan
 
@@ -105,6 +105,11 @@ def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor
 
 def quantize_rows(x: torch.Tensor, spec: Integer, scale: torch.Tensor | None = None):
     """x (rows, columns) -> int8 codes, fp32 scale (rows, 1), zero point (rows, 1) or None. A stored scale is kept."""
+    if torch.compiler.is_compiling():  # with nothing in place, so that it is fused into what comes before
+        if spec.affine:
+            return rows.affine(x, spec.bits)
+        codes = rows.symmetric(x, spec.max_code) if scale is None else rows.stored(x, scale, spec.max_code)
+        return *codes, None
     if spec.affine:
         e = spec.encode(x, PER_ROW)
         return e.codes, e.scale, e.zero
@@ -129,19 +134,19 @@ def _int_linear(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, T
     assert isinstance(act, Integer)
     parts, decode, row = plan.parts, row_codes(plan), row_scale(plan)
 
-    def part(rows: torch.Tensor, codes: torch.Tensor, stored: torch.Tensor | None) -> torch.Tensor:
-        q, scale, zero = quantize_rows(rows, act, stored)
+    def part(z: torch.Tensor, codes: torch.Tensor, stored: torch.Tensor | None) -> torch.Tensor:
+        q, scale, zero = quantize_rows(z, act, stored)
         if zero is None:
             return _int_product(q, codes).float().mul_(scale)
         product = _int_product(torch.cat([q, torch.ones_like(q[:1])]), codes)
         return (product[:-1] - zero.int() * product[-1:]).float().mul_(scale)
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
-        rows = x.reshape(-1, columns)
+        flat = x.reshape(-1, columns)
         codes, y = decode(t), None
         for i, (first, last) in enumerate(parts):
             stored = None if t.act_scale is None else t.act_scale[i]
-            z = part(rows[:, first:last], codes[:, first:last], stored).mul_(row(t)[:, i : i + 1].t())
+            z = part(flat[:, first:last], codes[:, first:last], stored).mul_(row(t)[:, i : i + 1].t())
             y = z if y is None else y.add_(z)
         if t.bias is not None:
             y = y.add_(t.bias)
@@ -151,12 +156,10 @@ def _int_linear(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, T
 
 
 def _fp8_linear(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
-    columns, top = plan.columns, torch.finfo(torch.float8_e4m3fn).max
+    columns = plan.columns
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
-        rows = x.reshape(-1, columns).float()
-        scale = (rows.abs().amax(-1, keepdim=True) / top).clamp_(min=SCALE_FLOOR)
-        q = (rows / scale).clamp(-top, top).to(torch.float8_e4m3fn)
+        q, scale = rows.e4m3(x.reshape(-1, columns))
         w = t.weight.view(torch.float8_e4m3fn).t()
         scales = {"scale_a": scale, "scale_b": t.scale.reshape(1, -1)}
         y = torch._scaled_mm(q, w, **scales, out_dtype=torch.bfloat16, use_fast_accum=False)

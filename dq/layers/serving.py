@@ -40,7 +40,7 @@ class Served(nn.Module):
     def _unbind(self) -> None:
         self._choice: Any = None  # of the rows it met that are most, else by rank
         self._bound: Any = None  # (device type, wanted backend) that all the others are for
-        self._turn: torch.Tensor | None = None
+        self._turns: tuple[torch.Tensor, ...] = ()
         self._met: dict[tuple[torch.dtype, int], Choice] = {}  # by dtype and class of rows of the calls it had
         self._known: dict[tuple[torch.dtype, int], Choice] = {}  # what was measured before, for calls that cannot
         self._measures = False  # whether what was measured decides, and not `_choice` alone
@@ -49,7 +49,7 @@ class Served(nn.Module):
         """Choose kernels for a device type, among those of the layer's backend if it has one of its own."""
         with _adding:
             _layers.add(self)
-        self._turn = hadamard.hadamard(self.plan.rotate).to(device) if self.plan.rotate else None
+        self._place(torch.device(device))
         self._met, self._measures = {}, choice.measures(device, self.backend)
         classes = [self._problem(torch.device(device), self._dtype, klass) for klass in range(len(choice.TYPICAL))]
         self._known = {
@@ -62,6 +62,13 @@ class Served(nn.Module):
         self._choice = found
         self._bound = (device, self.backend or kernels.selected())  # last: another thread that reads it runs the rest
         return found
+
+    def _place(self, device: torch.device) -> None:
+        """The rotation where the layer's weights are (a card has a number), or else on `device`: fp32 and as its inputs."""
+        at, order = self.stored.device, self.plan.rotate
+        place = at if at.type == device.type else device
+        dtypes = (torch.float32, self._dtype) if order else ()
+        self._turns = tuple(hadamard.placed(order, place, dtype) for dtype in dtypes)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -138,10 +145,11 @@ class Served(nn.Module):
         """Bind where the weights are now, unless they have no data there."""
         if self._bound is not None and not self.stored.is_meta:
             self.ready(self.stored.device.type)
+            self._place(self.stored.device)  # another card of one type needs no other kernel
 
     def __getstate__(self) -> dict:
         """Without its kernels, which are chosen anew where it is used: a pickled layer goes to other machines."""
-        return super().__getstate__() | {"_choice": None, "_bound": None, "_turn": None, "_met": {}, "_known": {}}
+        return super().__getstate__() | {"_choice": None, "_bound": None, "_turns": (), "_met": {}, "_known": {}}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
