@@ -1,7 +1,7 @@
-"""Rows of activations to int8 or e4m3 codes in plain aten, nothing in place: what a compiler fuses into its neighbours.
+"""Rows of activations to int8 or e4m3 codes in aten, nothing in place, which a compiler fuses with its neighbours.
 
     symmetric   q = rne(x / s),                 s = max(absmax / top, SCALE_FLOOR)
-    affine      q = clip(rne(x / s) + z),       s = max((max - min) / (high - low), SCALE_FLOOR), range widened to hold 0
+    affine      q = clip(rne(x / s) + z),       s = max((max - min) / (high - low), SCALE_FLOOR), range holds 0
     stored      q = clip(rne(x / s)),           s given
     e4m3        q = e4m3(clip(x / s))           s = max(absmax / 448, SCALE_FLOOR)
 

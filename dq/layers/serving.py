@@ -64,7 +64,7 @@ class Served(nn.Module):
         return found
 
     def _place(self, device: torch.device) -> None:
-        """The rotation where the layer's weights are (a card has a number), or else on `device`: fp32 and as its inputs."""
+        """The rotation on the card of the layer's weights, or else on `device`: in fp32 and in its inputs' dtype."""
         at, order = self.stored.device, self.plan.rotate
         place = at if at.type == device.type else device
         dtypes = (torch.float32, self._dtype) if order else ()
