@@ -17,8 +17,7 @@ from functools import cache
 import torch
 
 from dq import kernels
-from dq.formats.base import SCALE_FLOOR
-from dq.kernels import Conv, Tensors, dense, triton
+from dq.kernels import Conv, Tensors, dense, rows, triton
 from dq.plan import LayerPlan, TensorPlan
 
 RANK = 25
@@ -27,7 +26,6 @@ FP8_SINCE = 89  # compute capability of the first NVIDIA GPUs with fp8 units
 FP8_AMD = ("gfx950", "gfx1200", "gfx1201")  # whose e4m3 is NVIDIA's; gfx942 has one of its own
 ROWS = LayerPlan("linear", (16, 16), TensorPlan("fp8", "channel"), TensorPlan("fp8", "token"))
 E4M3 = torch.float8_e4m3fn
-E4M3_MAX = torch.finfo(E4M3).max
 
 
 def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> str | None:
@@ -78,17 +76,16 @@ def product(q: torch.Tensor, scale: torch.Tensor, t: Tensors, dtype: torch.dtype
 
 def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (rows, K) -> e4m3 codes (rows, K), fp32 scales (rows, 1): max(absmax / 448, SCALE_FLOOR)."""
-    if not torch.compiler.is_compiling() and _in_one_kernel(x.device.type):
+    if not torch.compiler.is_compiling() and _in_one_kernel(x.device):
         from dq.kernels.triton import ops
 
         codes = ops.quant_rows(x, ops.RowFormat(top=ops.FP8_TOP))
         return codes.q, codes.scale.reshape(-1, 1)
-    x = x.float()
-    scale = (x.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=SCALE_FLOOR)
-    return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
+    return rows.e4m3(x)
 
 
 @cache
-def _in_one_kernel(device: str) -> bool:
-    """Whether Triton rounds rows on a device type; its product need not run there."""
-    return triton.why_not("linear", ROWS, device) is None
+def _in_one_kernel(device: torch.device) -> bool:
+    """Whether Triton rounds rows on a device; its product need not run there."""
+    with kernels.on(device):
+        return triton.why_not("linear", ROWS, device.type) is None

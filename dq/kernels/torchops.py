@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from dq import kernels
 from dq.formats.base import SCALE_FLOOR, Format
 from dq.formats.integer import Integer
-from dq.kernels import Conv, Tensors, dense
+from dq.kernels import Conv, Tensors, dense, rows
 from dq.kernels.reference import PER_ROW, out_sizes, row_codes, row_scale
 from dq.kernels.triton import chips
 from dq.plan import LayerPlan
@@ -88,6 +88,11 @@ def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor
 
 def quantize_rows(x: torch.Tensor, spec: Integer, scale: torch.Tensor | None = None):
     """x (rows, columns) -> int8 codes, fp32 scale (rows, 1), zero point (rows, 1) or None. A stored scale is kept."""
+    if torch.compiler.is_compiling():  # with nothing in place, so that it is fused into what comes before
+        if spec.affine:
+            return rows.affine(x, spec.bits)
+        codes = rows.symmetric(x, spec.max_code) if scale is None else rows.stored(x, scale, spec.max_code)
+        return *codes, None
     if spec.affine:
         e = spec.encode(x, PER_ROW)
         return e.codes, e.scale, e.zero
@@ -114,19 +119,19 @@ def _int_linear(plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor, T
     assert isinstance(act, Integer)
     parts, decode, row = plan.parts, row_codes(plan), row_scale(plan)
 
-    def part(rows: torch.Tensor, codes: torch.Tensor, stored: torch.Tensor | None) -> torch.Tensor:
-        q, scale, zero = quantize_rows(rows, act, stored)
+    def part(z: torch.Tensor, codes: torch.Tensor, stored: torch.Tensor | None) -> torch.Tensor:
+        q, scale, zero = quantize_rows(z, act, stored)
         if zero is None:
             return _int_product(q, codes).float().mul_(scale)
         product = _int_product(torch.cat([q, torch.ones_like(q[:1])]), codes)
         return (product[:-1] - zero.int() * product[-1:]).float().mul_(scale)
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
-        rows = x.reshape(-1, columns)
+        flat = x.reshape(-1, columns)
         codes, y = decode(t), None
         for i, (first, last) in enumerate(parts):
             stored = None if t.act_scale is None else t.act_scale[i]
-            z = part(rows[:, first:last], codes[:, first:last], stored).mul_(row(t)[:, i : i + 1].t())
+            z = part(flat[:, first:last], codes[:, first:last], stored).mul_(row(t)[:, i : i + 1].t())
             y = z if y is None else y.add_(z)
         if t.bias is not None:
             y = y.add_(t.bias)

@@ -53,17 +53,27 @@ class Clock:
 
     def set(self, timestep: torch.Tensor | float) -> None:
         """Move to the bucket of `timestep` (any shape; per-token timesteps are reduced by max, the noisiest token)."""
-        value = torch.as_tensor(timestep).detach().float().reshape(-1).amax().reshape(1)
+        value = _noisiest(timestep)
         if self.edges.device != value.device:
             self.edges = self.edges.to(value.device)
         if self.index.device != value.device:
             self._newest = self.index = self.index.to(value.device)
         self.index.copy_(torch.bucketize(value, self.edges, right=True))
 
+    def found(self, timestep: torch.Tensor | float) -> torch.Tensor:
+        """The bucket of `timestep` as a new tensor (1,) on its device; moves nothing."""
+        value = _noisiest(timestep)
+        return torch.bucketize(value, self.edges.to(value.device), right=True)
+
     def to(self, device: torch.device) -> torch.Tensor:
         """The index tensor on `device`."""
         index = self.index
         return index if index.device == device else index.to(device)
+
+
+def _noisiest(timestep: torch.Tensor | float) -> torch.Tensor:
+    """(1,) fp32."""
+    return torch.as_tensor(timestep).detach().float().reshape(-1).amax().reshape(1)
 
 
 class _ReadTimestep:
@@ -77,8 +87,15 @@ class _ReadTimestep:
     def __call__(self, module: nn.Module, inner: Callable, *args, **kwargs):
         if self.name not in kwargs and len(args) <= self.position:
             raise DQError(f"{type(module).__name__} is quantized with per-step scales: pass {self.name!r}")
-        self.clock.set(kwargs[self.name] if self.name in kwargs else args[self.position])
-        return inner(*args, **kwargs)
+        timestep = kwargs[self.name] if self.name in kwargs else args[self.position]
+        if not torch.compiler.is_compiling():
+            self.clock.set(timestep)
+            return inner(*args, **kwargs)
+        before = self.clock.index  # a traced call writes to no input, which CUDA graphs would refuse to capture
+        self.clock.index = self.clock.found(timestep)
+        y = inner(*args, **kwargs)
+        self.clock.index = before
+        return y
 
 
 def argument_position(model: nn.Module, argument: str | None) -> int:

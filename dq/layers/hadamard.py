@@ -38,6 +38,13 @@ def hadamard(order: int) -> torch.Tensor:
         return matrix / order**0.5
 
 
+@cache
+def placed(order: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """`hadamard(order)` on a device in a dtype: one for all layers there, neither copied nor cast again by a call."""
+    with torch.inference_mode(False):
+        return hadamard(order).to(device, dtype)
+
+
 def exists(order: int) -> bool:
     """Whether a Hadamard matrix of this order is built here."""
     return _factors(order) is not None
@@ -48,7 +55,7 @@ def rotate(
 ) -> torch.Tensor:
     """x times R (or its transpose) along the channels `dim`, in x's dtype; their number is a multiple of `order`.
 
-    matrix  hadamard(order) where the caller keeps it, so that a compiled graph need not build it
+    matrix  hadamard(order) where the caller keeps it (see `placed`), so that a compiled graph need not build it
     """
     matrix = (hadamard(order) if matrix is None else matrix).to(x.device, x.dtype)
     rows = x.movedim(dim, -1)

@@ -202,7 +202,8 @@ class _Packed(Served, _Frozen):
         if self.smooth is not None:
             x = x * per_channel(self.smooth, x, self.op == "conv")
         if self.plan.rotate:
-            x = hadamard.rotate(x, self.plan.rotate, 1 if self.op == "conv" else -1, matrix=self._turn)
+            turn = next((each for each in self._turns if each.dtype is x.dtype), self._turns[0])
+            x = hadamard.rotate(x, self.plan.rotate, 1 if self.op == "conv" else -1, matrix=turn)
         if not gelu:
             return choice.run(x, self._raw() if choice.lays else self.tensors())
         if choice.gelu is None:

@@ -41,7 +41,7 @@ class Served(nn.Module):
     def _unbind(self) -> None:
         self._choice: Any = None  # of the rows it met that are most, else by rank
         self._bound: Any = None  # (device, wanted backend) that all the others are for
-        self._turn: torch.Tensor | None = None
+        self._turns: tuple[torch.Tensor, ...] = ()
         self._met: dict[tuple[torch.dtype, int], Choice] = {}  # by dtype and class of rows of the calls it had
         self._known: dict[tuple[torch.dtype, int], Choice] = {}  # what was measured before, for calls that cannot
         self._measures = False  # whether what was measured decides, and not `_choice` alone
@@ -51,7 +51,7 @@ class Served(nn.Module):
         device = kernels.placed(device)
         with _adding:
             _layers.add(self)
-        self._turn = hadamard.hadamard(self.plan.rotate).to(device) if self.plan.rotate else None
+        self._place(device)
         self._met, self._measures = {}, choice.measures(device.type, self.backend)
         classes = [self._problem(device, self._dtype, klass) for klass in range(len(choice.TYPICAL))]
         self._known = {
@@ -76,14 +76,21 @@ class Served(nn.Module):
             found = kernels.restored(self._order())
             self.stored.data, self.scale.data = found.weight, found.scale
 
-    def _settle(self, found: Choice, device: str) -> None:
+    def _settle(self, found: Choice, device: torch.device) -> None:
         """Weight and scales in the order that the kernel reads, in place of any other."""
-        here = self.stored.device.type == device != "meta" and kernels.machine() is None
+        here = self.stored.device.type == device.type != "meta" and kernels.machine() is None
         if found.lays and here:
             wanted = kernels.laid(found.backend, self._order())
             self.stored.data, self.scale.data = wanted.weight, wanted.scale
         else:
             self._restore()
+
+    def _place(self, device: torch.device) -> None:
+        """The rotation on the card of the layer's weights, or else on `device`: in fp32 and in its inputs' dtype."""
+        at, order = self.stored.device, self.plan.rotate
+        place = at if at.type == device.type else device
+        dtypes = (torch.float32, self._dtype) if order else ()
+        self._turns = tuple(hadamard.placed(order, place, dtype) for dtype in dtypes)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -163,10 +170,11 @@ class Served(nn.Module):
         """Bind where the weights are now, unless they have no data there."""
         if self._bound is not None and not self.stored.is_meta:
             self.ready(self.stored.device)
+            self._place(self.stored.device)  # offloading hooks move them within one type, too
 
     def __getstate__(self) -> dict:
         """Without its kernels, which are chosen anew where it is used: a pickled layer goes to other machines."""
-        return super().__getstate__() | {"_choice": None, "_bound": None, "_turn": None, "_met": {}, "_known": {}}
+        return super().__getstate__() | {"_choice": None, "_bound": None, "_turns": (), "_met": {}, "_known": {}}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

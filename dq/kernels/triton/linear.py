@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from dq.errors import DQError
 from dq.formats.integer import Integer
-from dq.kernels import Tensors, dense
+from dq.kernels import Tensors, dense, rows
 from dq.kernels.triton import ops, stored
 from dq.kernels.triton.ops import Blocks, Codes, Epilogue, RowFormat
 from dq.kernels.triton.routes import REGISTER_ROWS, rounds_again, route
@@ -80,6 +80,23 @@ def _stored(t: Tensors) -> torch.Tensor | None:
     return None if t.act_scale is None else t.act_scale.reshape(-1)[:1]
 
 
+def _rounded(x: torch.Tensor, form: RowFormat, given: torch.Tensor | None = None, sums: bool = False) -> Codes:
+    """Codes of rows by the kernel; while traced in aten where a row is rounded as a whole, so that what comes before
+    is fused with it, and one input that several layers round is rounded in one place."""
+    whole = not (form.group or form.split or form.shift or sums) and given is None
+    whole &= not form.affine or form.top == ops.INT8_TOP
+    if not (torch.compiler.is_compiling() and whole):
+        return ops.quant_rows(x, form, given=given, sums=sums)
+    if form.top == ops.FP8_TOP:
+        q, scale = rows.e4m3(x)
+    elif form.affine:
+        q, scale, zero = rows.affine(x)
+        return Codes(q, scale.reshape(-1), zero.reshape(-1).int())
+    else:
+        q, scale = rows.symmetric(x, form.top)
+    return Codes(q, scale.reshape(-1))
+
+
 def _integer(plan: LayerPlan, gelu: bool, eight: Product | None = None) -> Run:
     """int8 or int4 weights with one scale an output channel."""
     bits, columns, shift = plan.weight.spec.bits, plan.columns, plan.act.shift
@@ -88,7 +105,7 @@ def _integer(plan: LayerPlan, gelu: bool, eight: Product | None = None) -> Run:
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         in_registers = bits == 4 and x.shape[0] <= REGISTER_ROWS
-        codes = ops.quant_rows(x, split if in_registers else plain, given=_stored(t), sums=affine_weight)
+        codes = _rounded(x, split if in_registers else plain, _stored(t), affine_weight)
         scale, bias = _column_scale(plan, t), t.bias
         zero = t.zero.expand(plan.rows, 1).reshape(-1) if affine_weight else None
         sums = stored.sums(t.weight, k=columns, bits=bits) if needs_sums else None
@@ -150,11 +167,11 @@ def exact_sums() -> bool:
 
 
 def _fp8(plan: LayerPlan, gelu: bool) -> Run:
-    rows, exact = RowFormat(top=ops.FP8_TOP), exact_sums()
+    form, exact = RowFormat(top=ops.FP8_TOP), exact_sums()
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         weight = Codes(t.weight.view(ops.E4M3), _column_scale(plan, t))
-        return ops.w8a8_gemm(ops.quant_rows(x, rows), weight, _epilogue(x, t, t.bias, gelu), exact)
+        return ops.w8a8_gemm(_rounded(x, form), weight, _epilogue(x, t, t.bias, gelu), exact)
 
     return run
 
