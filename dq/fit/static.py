@@ -6,7 +6,8 @@ x (rows, in), W (out, in), smooth (in,), s (buckets, parts). A stored scale per 
 a scale per token does, but a factor per channel, folded into the weight, evens them out beforehand: smooth_c =
 max_row |W_rc|^beta / max |x_c|^alpha (SmoothQuant, arXiv 2211.10438). Candidates are scored at the layer's output on
 calls that their ranges were not fitted to, each row at the scale of its own step; doing nothing is one of them. What
-new prompts add beyond the range seen is the risk of stored scales: wider ranges are candidates too.
+new prompts add beyond the range seen is the risk of stored scales: wider ranges are candidates too, and none covers
+less than half of the largest value that any call had.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SCORED = 4096  # rows or pixels a candidate is scored on
 POWERS = ((0.5, 0.0), (0.5, 0.5), (0.75, 0.0), (0.75, 0.25), (1.0, 0.0))  # (alpha, beta)
 QUIET = 1e-2  # channels quieter than this share of the loudest count as so loud
 MARGINS = (1.0, 1.25, 1.6)
+FLOOR = 0.5  # share of the largest value ever seen that a searched range covers at least
 GAIN = 0.9  # share of the error that a shift or a rotation, which cost time in every call, must come under
 
 
@@ -66,16 +68,12 @@ def wish(options: Mapping[str, Any]) -> StaticWish:
 
 @dataclass(frozen=True)
 class Change:
-    """A candidate. powers: (alpha, beta) of the smoothing or None; rotate, shift: as in plans.
-
-    flat: one range for all steps even in a table, where too few calls of each step were seen to tell steps apart.
-    """
+    """A candidate. powers: (alpha, beta) of the smoothing or None; rotate, shift: as in plans."""
 
     powers: tuple[float, float] | None = None
     rotate: int = 0
     shift: float = 0.0
     margin: float = 1.0
-    flat: bool = False
 
 
 class Layer:
@@ -115,8 +113,8 @@ class Layer:
         """Those rows or maps of the quantized stream as they are rounded."""
         return made.transform(made.padded(self.seen.hat[rows].float()))
 
-    def ranges(self, made: DraftLinear, wish: StaticWish, rows: torch.Tensor, flat: bool = False) -> torch.Tensor:
-        """(steps, parts) scales fitted to those rows."""
+    def ranges(self, made: DraftLinear, wish: StaticWish, rows: torch.Tensor) -> torch.Tensor:
+        """(steps, parts) scales fitted to those rows, none far below what the largest value ever seen asks for."""
         act, steps = made.plan.act, made.plan.steps
         assert act is not None
         plain = made.plan.rotate == 0 and act.shift == 0
@@ -124,15 +122,16 @@ class Layer:
             return self._widest(made)
         importance = made.weight.data.square().transpose(0, 1).flatten(1).sum(1)
         z = self.transformed(made, rows)
-        if flat:
-            values = tables.boil_down(z, torch.zeros_like(rows), made.plan, 1, importance)
-            return tables.finite_set(values, act, wish.power).repeat(steps, 1)
         values = tables.boil_down(z, self.bucket[rows], made.plan, steps, importance)
         if wish.ranges == "minmax":
             return tables.widest(values, act)
         if wish.ranges == "network" and steps > 1:
-            return tables.network(values, act, self.whole.edges, seed=self.whole.seed)
-        return tables.widened(tables.finite_set(values, act, wish.power))
+            found = tables.network(values, act, self.whole.edges, seed=self.whole.seed)
+        else:
+            found = tables.finite_set(values, act, wish.power)
+        if self.seen.absmax is None or not plain:
+            return found
+        return torch.maximum(found, FLOOR * self._widest(made).to(found.device))
 
     def _widest(self, made: DraftLinear) -> torch.Tensor:
         """(steps, parts) scales that cover everything that was ever seen."""
@@ -198,7 +197,7 @@ def fit(module: nn.Module, plan: LayerPlan, seen: LayerSeen, whole: Seen, wish: 
     best, tried = _choose(layer, wish)
     rows = layer.everything
     made = layer.start(best, rows)
-    made.act_scale.data.copy_(layer.ranges(made, wish, rows, best.flat) * best.margin)
+    made.act_scale.data.copy_(layer.ranges(made, wish, rows) * best.margin)
     if wish.round == "gptq" and seen.gram is not None:
         tried += _round(layer, made)
     made.tried, made.clock = tried, middle(whole.buckets)
@@ -213,7 +212,7 @@ def _choose(layer: Layer, wish: StaticWish) -> tuple[Change, int]:
     for change in changes if len(changes) * len(wish.margins) > 1 or wish.shift or wish.rotate else ():
         _score(layer, change, quick, scores)
     best = min(scores, key=scores.get) if scores else Change()
-    plain = replace(best, margin=1.0, flat=False)
+    plain = replace(best, margin=1.0)
     further = [replace(base, rotate=_order(layer.plan)) for base in {plain: 0, Change(): 0} if wish.rotate]
     further += [_centre(layer, plain, layer.used)] if wish.shift else []
     for change in further:
@@ -230,11 +229,10 @@ def _order(plan: LayerPlan) -> int:
 
 def _score(layer: Layer, change: Change, wish: StaticWish, scores: dict[Change, float]) -> None:
     made = layer.start(change, layer.used)
-    for flat in (False, True) if made.plan.steps > 1 and wish.ranges != "minmax" else (False,):
-        scale = layer.ranges(made, wish, layer.used, flat)
-        for margin in wish.margins:
-            made.act_scale.data.copy_(scale * margin)
-            scores[replace(change, margin=margin, flat=flat)] = layer.error(made)
+    scale = layer.ranges(made, wish, layer.used)
+    for margin in wish.margins:
+        made.act_scale.data.copy_(scale * margin)
+        scores[replace(change, margin=margin)] = layer.error(made)
 
 
 def _round(layer: Layer, made: DraftLinear) -> int:

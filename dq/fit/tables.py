@@ -121,11 +121,6 @@ def finite_set(values: Values, act: TensorPlan, power: float = POWER) -> torch.T
     return best
 
 
-def widened(scale: torch.Tensor) -> torch.Tensor:
-    """(buckets, parts): the largest of each scale and its neighbours'; few calls a step miss some values."""
-    return F.max_pool1d(scale.t()[None], 3, 1, 1)[0].t().contiguous()
-
-
 def _relative(values: Values, scale: torch.Tensor, act: TensorPlan) -> torch.Tensor:
     """Mean over filled buckets of error / optimal-order error (s^2), with LSQ's gradient to `scale`."""
     buckets, parts, points = values.value.shape

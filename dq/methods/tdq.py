@@ -18,7 +18,7 @@ from dq.fit.drafts import DraftLinear
 from dq.plan import Recipe
 from dq.trace.seen import Needs, Seen, Unit
 
-NEEDS = Needs(rows=4096, gram=True, absmax=True, hat=False)
+NEEDS = Needs(rows=512, steps=True, gram=True, absmax=True, hat=False)
 FORMATS = ("int8/channel", "int8/tensor/table")
 RECIPES = (Recipe("tdq-w8a8", FORMATS, FORMATS, method="tdq"),)
 

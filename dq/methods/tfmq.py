@@ -27,7 +27,7 @@ from dq.methods import qdiffusion
 from dq.plan import LayerPlan, Plan, Recipe
 from dq.trace.seen import LayerSeen, Needs, Seen, Unit, UnitCall
 
-NEEDS = Needs(rows=4096, gram=True, absmax=True, calls=True, hat=True)
+NEEDS = Needs(rows=512, steps=True, gram=True, absmax=True, calls=True, hat=True)
 ACTS = "int8/tensor/table"
 RECIPES = (
     Recipe("tfmq-w8a8", ("int8/channel", ACTS), ("int8/channel", ACTS), method="tfmq"),

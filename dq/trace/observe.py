@@ -23,6 +23,7 @@ from dq.trace.classes import storable
 from dq.trace.seen import LayerSeen, Needs, Unit
 
 GRAM_ROWS = 8192  # rows that go into second moments; twice the columns where that is more
+CROP = 64  # pixels of the piece of a map that is sampled: enough for its middle to see what its outputs need
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class CallInfo:
     """One calibration call, as statistics see it.
 
     index     place among all calls
-    rank      place in a random order of all calls: whole maps and odd rows are shared out along it
+    rank      place in a random order of all calls: odd rows and crops are shared out along it
     bucket    step bucket
     branches  guidance branch of each batch row
     seed      of the positions sampled in this call
@@ -205,14 +206,20 @@ class Observer:
 
     def _take(self, layer: _Layer, x: torch.Tensor) -> _Taken:
         """The sampled rows of x, and the sampled rows of columns."""
-        rows, sample, columns = layer.rows(x), None, None
-        most = self._call.share(layer.samples(x, self.needs.rows), self.calls) if self.needs.rows else 0
-        if most:
-            sample = rows.index_select(0, self._positions(len(rows), most).to(x.device))
+        count, sample, columns = layer.count(x), None, None
+        if most := self._most(layer, x):
+            sample = layer.picked(x, self._positions(count, most).to(x.device))
         if self.needs.gram and layer.has_gram:
             picked = self._positions(layer.positions(x), self._call.share(layer.gram_rows, self.calls))
             columns = layer.columns(x, picked)
-        return _Taken(x.shape, len(rows), sample, columns)
+        return _Taken(x.shape, count, sample, columns)
+
+    def _most(self, layer: _Layer, x: torch.Tensor) -> int:
+        """How many rows or crops this call gives: `rows` in all or for each bucket, a crop of every call at least."""
+        rows = self.needs.rows * (self.buckets if self.needs.steps else 1)
+        if not rows or layer.linear:
+            return self._call.share(rows, self.calls)
+        return self._call.share(max(self.calls, rows // prod(layer.crop(x))), self.calls)
 
     def _positions(self, count: int, most: int) -> torch.Tensor:
         """`most` of `count` positions, rising; the same for all layers with that count, and for both streams."""
@@ -267,9 +274,30 @@ class _Layer:
         """(n, in) rows of a linear, (n, in, *space) maps of a convolution."""
         return x.reshape(-1, x.shape[-1]) if self.linear else x
 
-    def samples(self, x: torch.Tensor, rows: int) -> int:
-        """How many rows or maps hold about `rows` tokens or pixels."""
-        return rows if self.linear else max(1, rows // prod(x.shape[2:]))
+    def crop(self, x: torch.Tensor) -> list[int]:
+        """Sides of the crops that maps are cut into: about CROP pixels, and at least what one output is made of."""
+        side, steps = round(CROP ** (1 / self.dims)), zip(self.module.kernel_size, self.module.dilation, strict=True)
+        return [
+            min(size, max(side, step * (kernel - 1) + 1))
+            for size, (kernel, step) in zip(x.shape[2:], steps, strict=True)
+        ]
+
+    def count(self, x: torch.Tensor) -> int:
+        """Rows of a linear's input, crops in a convolution's maps."""
+        return x.numel() // x.shape[-1] if self.linear else len(x) * prod(self._places(x))
+
+    def _places(self, x: torch.Tensor) -> list[int]:
+        return [size // side for size, side in zip(x.shape[2:], self.crop(x), strict=True)]
+
+    def picked(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """(k, in) rows or (k, in, *crop) crops of the input at these of its `count` positions."""
+        if self.linear:
+            return self.rows(x).index_select(0, positions)
+        places, tiles = self._places(x), x
+        for dim, side in enumerate(self.crop(x)):
+            tiles = tiles.unfold(2 + dim, side, side)
+        where = torch.unravel_index(positions, (len(x), *places))
+        return tiles[(where[0], slice(None), *where[1:])]
 
     def per_channel(self, x: torch.Tensor) -> torch.Tensor:
         """(n, inner, in) view of x."""

@@ -22,8 +22,9 @@ from dq.plan import LayerPlan
 class Needs:
     """What a method wants recorded. Nothing else is.
 
-    rows      input rows (tokens) sampled per linear over all calls; for convolutions whole input maps, as many as hold
-              about so many pixels; 0 for none
+    rows      input rows (tokens) sampled per linear over all calls; for convolutions crops of input maps, as many as
+              hold about so many pixels and at least one of every call; 0 for none
+    steps     `rows` are of each step bucket, not of all of them together
     gram      second moments of the input, as matrices (columns, columns)
     absmax    largest magnitude per input channel, step bucket and guidance branch
     calls     the unit's own inputs and outputs can be read again (block reconstruction)
@@ -31,6 +32,7 @@ class Needs:
     """
 
     rows: int = 0
+    steps: bool = False
     gram: bool = False
     absmax: bool = False
     calls: bool = False
@@ -41,9 +43,9 @@ class Needs:
 class LayerSeen:
     """Inputs of one layer over the calibration calls. Row order is the same in every field.
 
-    x        sample under the full stream, in its dtype: (n, in) rows of a linear, (n, in, *space) of a convolution
-    hat      the same rows or maps under the quantized stream; x itself where the method does not ask for it
-    bucket   (n,) int64: step bucket of each row or map
+    x        sample under the full stream, in its dtype: (n, in) rows of a linear, (n, in, *crop) of a convolution
+    hat      the same rows or crops under the quantized stream; x itself where the method does not ask for it
+    bucket   (n,) int64: step bucket of each row or crop
     branch   (n,) int64: guidance branch, 0 conditional or unguided, 1 unconditional
     absmax   (buckets, 2, in) fp32: per step bucket and branch, over everything seen (full stream); 0 where unseen
     low, high  (buckets, 2) fp32: range of all values, likewise

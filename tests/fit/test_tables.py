@@ -140,8 +140,3 @@ def test_maps_of_a_convolution_and_shifts():
     layer = LayerPlan("conv2d", shape, weight, TensorPlan.parse("int8/tensor/table/-0.5"), steps=2)
     found = tables.widest(tables.boil_down(x, bucket, layer, 2), layer.act)
     assert found.shape == (2, 1) and (found <= 0.5 / 127 + 1e-6).all()
-
-
-def test_widened_tables_cover_their_neighbours():
-    table = torch.tensor([[1.0, 5.0], [2.0, 4.0], [1.5, 3.0], [1.0, 2.0]])
-    assert tables.widened(table).tolist() == [[2.0, 5.0], [2.0, 5.0], [2.0, 4.0], [1.5, 3.0]]

@@ -104,10 +104,36 @@ def test_moments_of_a_convolution_are_over_its_patches():
     seen = seen_by(Holder(conv), xs, Needs(rows=80, gram=True))["layer"]
     patches = F.unfold(torch.cat(xs), 3, padding=1, stride=2).transpose(1, 2).reshape(-1, 27)
     torch.testing.assert_close(seen.gram, patches.t() @ patches / len(patches))
-    assert seen.x.shape == (2, 3, 6, 6)  # 80 pixels are about two maps of 36
+    assert seen.x.shape == (3, 3, 6, 6)  # 80 pixels are two maps of 36, but every call gives one
     assert all(any(torch.equal(one, other) for other in torch.cat(xs)) for one in seen.x)
     grouped = seen_by(Holder(nn.Conv2d(4, 4, 3, groups=2)), [normal(2, 4, 6, 6)], Needs(rows=36, gram=True))["layer"]
     assert grouped.gram is None and grouped.x.shape == (1, 4, 6, 6)
+
+
+@pytest.mark.parametrize("conv", [nn.Conv2d(3, 2, 3, padding=1), nn.Conv1d(3, 2, 3), nn.Conv3d(3, 2, 3)], ids=str)
+def test_every_call_gives_crops_of_its_own_map_and_rows_may_be_meant_for_each_step(conv):
+    dims = len(conv.kernel_size)
+    side = {1: 150, 2: 20, 3: 9}[dims]
+    xs = [normal(2, 3, *[side] * dims, seed=i) + 100 * i for i in range(6)]
+    crop = {1: 64, 2: 8, 3: 4}[dims]
+    few = seen_by(Holder(conv), xs, Needs(rows=1))["layer"]
+    assert few.x.shape == (6, 3, *[crop] * dims), "one crop of every call, however few rows are asked for"
+    assert (few.x.flatten(1).mean(1) / 100).round().tolist() == [0, 1, 2, 3, 4, 5]
+    many = seen_by(Holder(conv), xs, Needs(rows=4 * crop**dims, steps=True))["layer"]
+    assert len(many.x) == 4 * 3 and many.bucket.bincount().tolist() == [4, 4, 4]
+    for one in many.x:
+        source = xs[int((one.mean() / 100).round())]
+        windows = source
+        for dim in range(dims):
+            windows = windows.unfold(2 + dim, crop, 1)
+        windows = windows.movedim(1, 1 + dims).flatten(0, dims)
+        assert (windows == one).flatten(1).all(1).any(), "a piece of the map as it was"
+
+
+def test_crops_hold_what_one_output_is_made_of():
+    conv = nn.Conv2d(3, 2, 5, dilation=3)
+    seen = seen_by(Holder(conv), [normal(1, 3, 30, 30)], Needs(rows=64))["layer"]
+    assert seen.x.shape == (1, 3, 13, 13) and conv(seen.x).shape == (1, 2, 1, 1)
 
 
 def test_ranges_are_by_bucket_and_branch_over_all_values():
