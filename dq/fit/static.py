@@ -231,7 +231,7 @@ def _score(layer: Layer, change: Change, wish: StaticWish, scores: dict[Change, 
     made = layer.start(change, layer.used)
     scale = layer.ranges(made, wish, layer.used)
     for margin in wish.margins:
-        made.act_scale.data.copy_(scale * margin)
+        made.act_scale.data.copy_(scale * margin)  # pyright: ignore[reportOptionalMemberAccess]
         scores[replace(change, margin=margin)] = layer.error(made)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -254,7 +254,7 @@ class _Layer:
     """
 
     def __init__(self, module: nn.Module, routed: bool):
-        self.module = module
+        self.module: Any = module
         self.routed = routed
         self.linear = isinstance(module, nn.Linear)
         self.dims = 0 if self.linear else len(module.kernel_size)
