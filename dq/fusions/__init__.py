@@ -2,13 +2,14 @@
 
 gelu        the activation in the product's epilogue
 attention   attention modules on dq's CPU kernels
+backends    attention of int8 plans on GPUs, by what diffusers has
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-from dq.fusions import attention, gelu
+from dq.fusions import attention, backends, gelu
 from dq.layers import notes as written
 from dq.plan import Plan
 
@@ -17,12 +18,15 @@ def attach(model: nn.Module, plan: Plan) -> None:
     """Fuse what can be fused; parameters, buffers and submodules stay as they are. Undone by `detach`."""
     detach(model)
     attention.attach(model, int8=plan.attention == "int8")
+    if plan.attention == "int8":
+        backends.attach(model)
     gelu.attach(model)
 
 
 def detach(model: nn.Module) -> None:
     """Give every module its own forward back."""
     attention.detach(model)
+    backends.detach(model)
     gelu.detach(model)
 
 
@@ -31,6 +35,7 @@ def set_backend(model: nn.Module, name: str) -> None:
     for module in model.modules():
         if written.read(module).attention:
             written.write(module, backend=name)
+    backends.set_backend(model, name)
 
 
 def notes(model: nn.Module) -> list[str]:
@@ -38,4 +43,4 @@ def notes(model: nn.Module) -> list[str]:
     lines, count = [], gelu.attached(model)
     if count:
         lines.append(f"GELU runs in the product before it in {count} modules")
-    return lines + attention.lines(model)
+    return lines + attention.lines(model) + backends.lines(model, attention.places(model))

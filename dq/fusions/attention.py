@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dq import kernels
+from dq.fusions import backends
 from dq.kernels.cpu import attention as cpu
 from dq.kernels.cpu import library
 from dq.layers import notes, takeover
@@ -108,14 +109,16 @@ def why_not(*modules: nn.Module) -> str | None:
 
     modules  a module, then what it is part of: the first with parameters says where they run; without any, here
     """
-    places = next(filter(None, map(_places, modules)), {"cpu"})
-    return cpu.missing() if "cpu" in places else f"its weights are on {', '.join(sorted(places))}"
+    found = next(filter(None, map(places, modules)), {"cpu"})
+    return cpu.missing() if "cpu" in found else f"its weights are on {', '.join(sorted(found))}"
 
 
 def lines(model: nn.Module) -> list[str]:
     """Lines for `dq.explain`: which kernels attention runs on now, and why not on dq's."""
-    kinds, reasons = Counter(), Counter()
+    kinds, reasons, on_gpu = Counter(), Counter(), "cuda" in places(model)
     for _, module in attention_modules(model):
+        if on_gpu and backends.attached(module):
+            continue  # `backends` has lines for these
         kind, reason = notes.read(module).attention, why_not(module, model)
         if kind and not reason:
             kinds[kind] += 1
@@ -127,7 +130,7 @@ def lines(model: nn.Module) -> list[str]:
     return found + [f"attention is torch's in {count} modules: {reason}" for reason, count in reasons.items()]
 
 
-def _places(module: nn.Module) -> set[str]:
+def places(module: nn.Module) -> set[str]:
     """Types of the devices where a module's parameters are, or where accelerate brings them for a call."""
     found = set()
     for part in module.modules():

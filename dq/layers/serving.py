@@ -123,7 +123,7 @@ class Served(nn.Module):
         self._met = self._met | {(dtype, klass): found}  # a new one: another thread may be reading
         self._choice = self._met[self.busiest]
         if first:  # later, a graph may have been captured that reads the weights where they are
-            self._settle(found, device.type)
+            self._settle(found, device)
         return found
 
     def meet_typical(self) -> Choice:
