@@ -23,6 +23,8 @@ DATA_FREE = (
         status="experimental",
     ),
     Recipe("fp8", linear=("fp8/channel", "fp8/token"), conv=("fp8/channel", "fp8/tensor"), status="experimental"),
+    # OCP MX v1.0 (2023): activations have one scale for 32 values, too; a convolution's are not in such blocks
+    Recipe("mxfp8", linear=("mxfp8", "mxfp8"), conv=("mxfp8", None), status="experimental"),
     Recipe("int8-weight", linear=("int8/channel", None), conv=("int8/channel", None)),
     Recipe("int4-weight", linear=("int4/group:64", None), conv=("int4/group:64", None)),
     Recipe("nvfp4-weight", linear=("nvfp4", None), conv=("nvfp4", None)),

@@ -182,7 +182,7 @@ def test_a_model_without_layers_is_refused():
 
 
 def test_recipes_come_by_name_object_and_file(tmp_path):
-    assert {"int8", "fp8", "int8-weight", "int4-weight", "nvfp4-weight", "mxfp4-weight"} <= set(dq.recipes())
+    assert {"int8", "fp8", "mxfp8", "int8-weight", "int4-weight", "nvfp4-weight", "mxfp4-weight"} <= set(dq.recipes())
     recipe = cookbook.get("int8")
     assert cookbook.get(recipe) is recipe
     (tmp_path / "mine.json").write_text(json.dumps({**recipe.to_dict(), "name": "mine"}))
@@ -192,6 +192,17 @@ def test_recipes_come_by_name_object_and_file(tmp_path):
     assert isinstance(cookbook.get(str(tmp_path / "plan.json")), Plan)
     with pytest.raises(DQError, match=r"recipe 'int8-wieght' is unknown, .*Did you mean 'int8-weight'"):
         cookbook.get("int8-wieght")
+
+
+def test_mxfp8_rounds_inputs_in_blocks_and_leaves_those_of_convolutions():
+    """A convolution's scales cover a sample, so that its activations have no blocks of 32."""
+    recipe = cookbook.get("mxfp8")
+    assert not recipe.needs_calibration
+    plan = planning.make_plan(Own(), recipe)
+    rows = {name: (str(row.weight), row.act and str(row.act)) for name, row in plan.layers.items()}
+    assert rows["layers.0.to_q"] == ("mxfp8/group:32", "mxfp8/group:32")
+    assert rows["layers.0.conv"] == ("mxfp8/group:32", None)
+    assert rows["layers.0.modulation"][1] is None
 
 
 def test_names_of_fitted_recipes_are_read_from_the_files_of_their_methods():

@@ -87,5 +87,5 @@ def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @cache
 def _in_one_kernel(device: torch.device) -> bool:
     """Whether Triton rounds rows on a device; its product need not run there."""
-    with kernels.on(device):
+    with kernels.current(device):
         return triton.why_not("linear", ROWS, device.type) is None
