@@ -23,7 +23,7 @@ def read(path: Path) -> list[dict]:
     found = _read(path)
     if any(row.get("rehearsal") for row in found):
         raise DQError(
-            f"result file {str(path)!r}: got rows of a rehearsal, expected measured ones. Take those of a visit to a card"
+            f"result file {str(path)!r}: got rows of a rehearsal, expected measured ones. Take those of a visit"
         )
     return found
 

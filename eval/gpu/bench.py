@@ -394,7 +394,7 @@ def block(options: SimpleNamespace, note: Callable) -> None:
     """A FLUX block of own arithmetic on fused kernels, beside bf16."""
     from eval.gpu.block import Size, contenders
 
-    size = Size(heads=2, head=64, picture=32, text=16, device=DEVICE) if REHEARSAL else Size()
+    size = Size(heads=1, head=64, picture=16, text=16, device=DEVICE) if REHEARSAL else Size()
     for name, shape, operations, runs in contenders(size):
         record(f"{name} block", shape, runs, operations, options, note)
 

@@ -7,7 +7,7 @@ time; graphed ones replay a CUDA graph; compiled ones do both after torch.compil
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -25,7 +25,8 @@ SIZE = {
 }
 TINY = {"attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 64, "pooled_projection_dim": 32}
 PICTURE, TEXT = (16, 8) if REHEARSAL else (4096, 512)
-RECIPES = ("int8", "fp8", "mxfp8", "nvfp4", "int8-weight", "int4-weight")
+WAYS = ("compiled", "graphed", "eager")
+RECIPES = ("int8", "fp8", "mxfp8", "nvfp4-weight", "int8-weight", "int4-weight")
 
 
 def model() -> nn.Module:
@@ -76,30 +77,36 @@ def by_sdnq(made: nn.Module) -> nn.Module:
 
 
 def makers() -> dict[str, Callable[[nn.Module], nn.Module]]:
+    """What is compared first comes first: a visit may end."""
     found: dict[str, Callable] = {"bf16": lambda made: made.to(DEVICE)}
-    found |= {f"dq {recipe}": partial(by_dq, recipe) for recipe in RECIPES}
-    return found | {"torchao fp8 rows": by_torchao, "sdnq int8": by_sdnq}
+    ours = {f"dq {recipe}": partial(by_dq, recipe) for recipe in RECIPES}
+    return found | dict(list(ours.items())[:2]) | {"torchao fp8 rows": by_torchao, "sdnq int8": by_sdnq} | ours
 
 
 def measure(options: SimpleNamespace, note: Callable) -> None:
-    """A way of calling after another, compiled bf16 first: it is the base of all ratios of its piece."""
+    """One maker after another, each beside compiled bf16, the base of its ratios; its rows are kept at once."""
     plain = model()
-    given, shape = inputs(plain), (PICTURE + TEXT, SIZE["attention_head_dim"] * SIZE["num_attention_heads"])
-    made = {name: cache(partial(_made, make, plain)) for name, make in makers().items()}
-    truth = []
-    runs: dict[str, Callable[[], object]] = {}
-    about: dict[str, Mapping] = {}
-    for way in ("compiled", "graphed", "eager"):
-        for name, quantized in made.items():
-            run = bench.later(partial(_called, quantized, way, given))
-            runs[f"{name}, {way}"] = Uncaptured(run) if way == "eager" else run
-    for name, quantized in made.items():
+    given, shape = inputs(plain), (PICTURE + TEXT, plain.config.attention_head_dim * plain.config.num_attention_heads)
+    base = cache(partial(_made, makers()["bf16"], plain))
+    first = bench.later(partial(_called, base, "compiled", given))
+    with torch.no_grad():
+        truth = base()(**given, return_dict=False)[0].double()
+    for name, make in makers().items():
+        what = f"FLUX blocks, {name}"
+        if options.recorded(f"{what} {shape}"):
+            continue
+        quantized = cache(partial(_made, make, plain))
         try:
-            about |= dict.fromkeys((f"{name}, {way}" for way in ("compiled", "graphed", "eager")),
-                                   _about(name, quantized(), given, truth))  # fmt: skip
-        except Exception as error:  # told again by the row of each call
-            print(f"  {name}: {type(error).__name__}: {bench.first_line(error)}")
-    bench.record("FLUX blocks", shape, runs, 0, options, note, about)
+            about = _about(name, quantized(), given, truth)
+        except Exception as error:  # not installed, or it does not run here
+            note(what, name, shape, None, error=f"{type(error).__name__}: {bench.first_line(error)}")
+            continue
+        runs: dict[str, Callable[[], object]] = {"bf16, compiled": first}
+        for way in WAYS:
+            run = bench.later(partial(_called, quantized, way, given))
+            runs.setdefault(f"{name}, {way}", Uncaptured(run) if way == "eager" else run)
+        mine = {each: about for each in runs if each.startswith(f"{name}, ")}
+        bench.record(what, shape, runs, 0, options, note, mine)
 
 
 def _made(make: Callable, plain: nn.Module) -> nn.Module:
@@ -114,11 +121,10 @@ def _called(quantized: Callable[[], nn.Module], way: str, given: dict) -> Callab
 
 
 @torch.no_grad()
-def _about(name: str, made: nn.Module, given: dict, truth: list) -> dict:
-    """Distance of the output from that of bf16, the first one asked about; the kernels of dq's layers."""
+def _about(name: str, made: nn.Module, given: dict, truth: torch.Tensor) -> dict:
+    """Distance of the output from that of bf16; the kernels of dq's layers."""
     y = made(**given, return_dict=False)[0].double()
-    truth.append(y)
-    found: dict = {"off": ((y - truth[0]).norm() / truth[0].norm()).item()}
+    found: dict = {"off": ((y - truth).norm() / truth.norm()).item()}
     if name.startswith("dq "):
         import dq
 

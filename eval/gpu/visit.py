@@ -65,7 +65,7 @@ def pieces() -> dict[str, Callable[[SimpleNamespace, Callable], object]]:
 
     named = {"gemm": bench.gemm, "linears": bench.linears, "weight-only": bench.weight_only, "rows": bench.quantizers}
     return {
-        "versions": versions, "ceilings": bench.ceilings, **{name: check for name in FAULTS_FIRST},
+        "versions": versions, "ceilings": bench.ceilings, **dict.fromkeys(FAULTS_FIRST, check),
         "tune-int8": partial(bench.tune, eight=False), "tune-fp8": partial(bench.tune, eight=True), **named,
         "attention": bench.attention, "block": bench.block, "flux": flux, "tests": tests,
     }  # fmt: skip
