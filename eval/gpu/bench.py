@@ -26,7 +26,7 @@ from dq.kernels import reference
 from eval.gpu import checks
 from eval.gpu.checks import DEVICE, layer, randn
 from eval.gpu.lab import quantized_heads
-from eval.gpu.tiles import far
+from eval.gpu.tiles import FLIGHT, far
 
 REHEARSAL = os.environ.get("TRITON_INTERPRET") == "1"
 TOKENS = 48 if REHEARSAL else 4608  # FLUX: 1024 x 1024 pixels and 512 tokens of text
@@ -154,6 +154,8 @@ def tune(options: SimpleNamespace, note: Callable, eight: bool) -> None:
     for m, n, k in SHAPES:
         for kernel in (name for name in tuned() if name.endswith(":fp8") == eight):
             reason = checks.missing("fp8" if eight else "int8", DEVICE)
+            if kernel == FLIGHT and REHEARSAL:
+                reason = "the interpreter has no Gluon"
             if reason or not configs.candidates(kernel, arch):
                 note("tune", kernel, (m, n, k), None, error=reason or f"no tile sizes on {arch}")
                 continue
@@ -171,7 +173,7 @@ def tune(options: SimpleNamespace, note: Callable, eight: bool) -> None:
 def tuned() -> list[str]:
     """Names of kernels as `configs` knows them, those of 8-bit products once for each type of operands."""
     products = ("gemm", "gemm_tma", "gemm_branch", "gemm_tma_branch")
-    return [*products, *(f"{name}:fp8" for name in products), "w4a8", "w4a8_groups"]
+    return [*products, *(f"{name}:fp8" for name in products), "w4a8", "w4a8_groups", FLIGHT]
 
 
 def timer(
@@ -201,6 +203,10 @@ def timer(
         run = partial(ops.launch_gemm, x, w, epilogue, "tma" in name, config)
         if w4:
             run = partial(ops.launch_w4a8, x, w, epilogue, group, config)
+        if name == FLIGHT:
+            from dq.kernels.triton import flight  # here: Gluon does not load everywhere
+
+            run = partial(flight.launch, x, w, epilogue, config)
         some = run()[:: -(-m // COMPARED)].double()
         first.append(some)
         wrong = far(some, first[0], 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from unittest import mock
 
 import torch
@@ -69,6 +70,15 @@ def unseen(problem: Problem, fault: str) -> str:
     if wrong:
         return f"wrong without the fault: {wrong}"
     spoiled = {name: FAULTS[fault](getattr(ops, name)) for name in LAUNCHES}
-    with mock.patch.multiple(ops, **spoiled):
+    with mock.patch.multiple(ops, **spoiled), _in_flight(problem, fault):
         found = tiles.check(problem)
     return "" if found else "the check does not see it"
+
+
+def _in_flight(problem: Problem, fault: str) -> AbstractContextManager:
+    """The fault in Gluon's product, which has a launch of its own."""
+    if problem.kernel != tiles.FLIGHT:
+        return nullcontext()
+    from dq.kernels.triton import flight  # here: Gluon does not load everywhere
+
+    return mock.patch.object(flight, "launch", FAULTS[fault](flight.launch))
