@@ -38,9 +38,9 @@ table: $(READY)
 	$(PY) -m eval.experiments.tables --write
 	$(PY) -m eval.experiments.plots
 
-# on a machine with a card: checks, tiles, times
+# on a machine with a card: checks, tiles, times, what others do; eval/gpu/README.md
 gpu: $(READY)
-	$(PY) -m eval.gpu.bench
+	$(PY) -m eval.gpu.visit
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict

@@ -24,7 +24,7 @@ SHAPES = {"linear": (1152, 1152), "conv": (320, 320, 3, 3)}
 CONV = Conv((1, 1), (1, 1), (1, 1), 1)
 AVX512 = ("avx512_vnni", "avx512_bf16")
 UNTIMED = ", not measured"
-TIMES = ("speed.json", "layers.json", "pipelines.json", "kernels.json", "eval.json")
+TIMES = ("speed.json", "layers.json", "pipelines.json", "kernels.json", "eval.json", "gpu_kernels.json")
 
 Pair = tuple[str, str | None]  # formats of a weight and of activations, as recipes write them
 
@@ -97,7 +97,7 @@ def timed(label: str, processor: Processor) -> bool:
 def _timed_rows() -> list[tuple[dict, set[str]]]:
     """Rows that have a time, and what they say ran."""
     found = []
-    for row in (row for name in TIMES for row in rows.read(rows.FOLDER / name)):
+    for row in (row for name in TIMES for row in rows.read(rows.FOLDER / name) if "error" not in row):
         if "figures" in row:
             names = {} if row["missing"] or row["emulated"] else row["figures"]["kernels"]
         else:

@@ -10,14 +10,25 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from dq.disk import write_json
+from dq.errors import DQError
 from eval import reading
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
+STAMP = FOLDER.parents[1] / ".commit"  # travels where .git does not
 PACKAGES = ("torch", "diffusers", "transformers")
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a result file, none when there is no file."""
+    """The rows of a result file, none when there is no file. DQError for rows of a rehearsal: they measure nothing."""
+    found = _read(path)
+    if any(row.get("rehearsal") for row in found):
+        raise DQError(
+            f"result file {str(path)!r}: got rows of a rehearsal, expected measured ones. Take those of a visit"
+        )
+    return found
+
+
+def _read(path: Path) -> list[dict]:
     if not path.exists():
         return []
     what = f"result file {str(path)!r}"
@@ -27,25 +38,25 @@ def read(path: Path) -> list[dict]:
 
 def add(path: Path, row: dict, keys: tuple[str, ...]) -> None:
     """Write `row` into a file in place of the one that agrees with it in `keys`, else at the end."""
-    rows, mine = read(path), [row.get(key) for key in keys]
+    rows, mine = _read(path), [row.get(key) for key in keys]
     place = next((i for i, old in enumerate(rows) if [old.get(key) for key in keys] == mine), len(rows))
     rows[place : place + 1] = [row]
     write_json(path, {"rows": rows})
 
 
-def stamp(device: str = "cpu") -> dict:
+def stamp(device: str = "cpu", packages: tuple[str, ...] = ()) -> dict:
     """Commit (with `+` when files differ from it), versions and machine of the rows measured now on a device type.
 
     A machine with a card may have a copy of the files and little else: without git or a repository the commit is
-    "unknown+", and packages that are not installed have no version.
+    that of `carry_commit`, else "unknown+", and packages that are not installed have no version.
     """
     machine = _gpu() if device == "cuda" else _machine()
-    return {"commit": _commit(), "versions": _versions(), "machine": machine}
+    return {"commit": _commit(), "versions": _versions((*PACKAGES, *packages)), "machine": machine}
 
 
-def _versions() -> dict[str, str]:
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
     found = {}
-    for name in PACKAGES:
+    for name in packages:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
@@ -88,7 +99,15 @@ def _commit() -> str:
         return found.stdout.strip()
 
     head = git("rev-parse", "--short", "HEAD")
-    return head + ("+" if git("status", "--porcelain", "--", "../dq") else "") if head else "unknown+"
+    if not head:
+        return STAMP.read_text().strip() if STAMP.exists() else "unknown+"
+    return head + ("+" if git("status", "--porcelain", "--", "../dq") else "")
+
+
+def carry_commit() -> Path:
+    """Write the commit into a file that travels with a copy of the tree."""
+    STAMP.write_text(_commit() + "\n")
+    return STAMP
 
 
 def _machine() -> str:

@@ -1,62 +1,66 @@
-"""The Triton kernels on a GPU: right first, then how fast: `python -m eval.gpu.bench [--parts check tune ...]`.
+"""What a visit to a card measures, a function a piece; `eval.gpu.visit` calls them: right first, then how fast.
 
-1. check       every kernel next to the truth (`eval.gpu.checks`): what is wrong and what was skipped is told, and the
-               exit code is 1 when something is wrong or nothing was checked
-2. tune        all shipped tile sizes at the shapes below; the fastest that is right goes into the user's cache
-               (`configs.cache_file`), int8 and fp8 apart
-3. gemm        int8 and fp8, quantization apart and included, next to bf16 and `torch._scaled_mm` by rows
-4. w4          4-bit weights unpacked in registers and to a workspace, in groups, and decoded for bf16
-5. rows        quantization kernels: GB/s next to a copy
-6. attention   int8 queries and keys, values in fp16 and fp8, next to torch's
-7. block       a single and a double block of FLUX on fused kernels, next to compiled bf16 and torchao (`block`)
 Contenders of a shape run in turn, each time is the median of its calls, from a CUDA graph where one can be captured,
-because launches from Python take longer than small products; rows go to gpu_kernels.json in eval/results or --out.
+because launches from Python take longer than small products; before each call the GPU's L2 is overwritten. A contender
+that raises is noted with its error and is the base of no ratio. Which layers' kernels compete is asked of the backends
+of dq.kernels, so a new one is timed without an edit here. Under TRITON_INTERPRET=1 all of it runs on the CPU with tiny
+sizes and the host's clock: a rehearsal, whose times mean nothing.
 """
 
 from __future__ import annotations
 
-import argparse
+import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cache, partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
+from dq import kernels
 from dq.errors import DQError
-from eval.experiments import rows
+from dq.kernels import reference
 from eval.gpu import checks
-from eval.gpu.checks import layer, randn
+from eval.gpu.checks import DEVICE, layer, randn
 from eval.gpu.lab import quantized_heads
-from eval.gpu.tiles import far
+from eval.gpu.tiles import FLIGHT, far
 
-FILE = "gpu_kernels.json"
-KEYS = ("what", "contender", "shape", "machine")
-PARTS = ("check", "tune", "gemm", "w4", "rows", "attention", "block")
-TOKENS = 4608  # FLUX: 1024 x 1024 pixels and 512 tokens of text
+REHEARSAL = os.environ.get("TRITON_INTERPRET") == "1"
+TOKENS = 48 if REHEARSAL else 4608  # FLUX: 1024 x 1024 pixels and 512 tokens of text
 # (outputs, inputs) of FLUX's linears: attention out, qkv, feed-forward up and down, single block in and out
 FLUX = ((3072, 3072), (9216, 3072), (12288, 3072), (3072, 12288), (21504, 3072), (3072, 15360))
 SHAPES = tuple((TOKENS, *sizes) for sizes in FLUX) + tuple((m, 3072, 3072) for m in (256, 1024, 2048, 8192, 16384))
+ROWS = ((TOKENS, 3072), (TOKENS, 12288), (TOKENS, 15360), (1024, 1152))
+CEILINGS = ((8192, 8192, 8192), (TOKENS, 12288, 3072))
 HEADS = ((1, 24, TOKENS, 128), (2, 16, 4096, 64), (2, 16, 4096, 72), (1, 8, 16384, 64))
+FEW = (1, 4, 16, 256, 4096)  # rows of weight-only layers
+if REHEARSAL:
+    FLUX, SHAPES, CEILINGS = ((64, 128),), ((TOKENS, 64, 128),), ((64, 64, 64),)
+    ROWS, HEADS, FEW = ((TOKENS, 128),), ((1, 2, TOKENS, 64),), (1, 16)
+L2_BYTES = 256 << 20  # more than the L2 of any card
 COMPARED = 512  # rows of a tile's output next to the first tile's
 CLOCK_HZ = 2e9  # at most, of a GPU: how many cycles it sleeps for a second
 AHEAD_CYCLES = 400_000  # a GPU sleeps at least so long before a call: launches are queued when the clock starts
 
 
-def in_turn(runs: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Median milliseconds of each call; one that raises is left out and told."""
-    alive = {}
+def in_turn(
+    runs: Mapping[str, Callable[[], object]], seconds: float, failed: dict[str, str] | None = None
+) -> dict[str, float]:
+    """Median milliseconds of each call; one that raises is left out, told, and its error put into `failed`."""
+    alive, failed = {}, {} if failed is None else failed
     for name, run in runs.items():
         try:
             alive[name] = ready(name, run)
         except Exception as error:  # a contender that this chip or torch does not have
-            print(f"  {name}: {type(error).__name__}: {first_line(error)}")
+            failed[name] = f"{type(error).__name__}: {first_line(error)}"
+            print(f"  {name}: {failed[name]}")
     times: dict[str, list[float]] = {name: [] for name in alive}
     spent = 0.0
-    while alive and (spent < 1000 * seconds * len(alive) or len(next(iter(times.values()))) < 5):
+    least = 1 if REHEARSAL else 5
+    while alive and (spent < 1000 * seconds * len(alive) or len(next(iter(times.values()))) < least):
         for name, (run, ahead) in alive.items():
             took = once_ms(run, ahead)
             spent += took
@@ -70,11 +74,24 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:120]
 
 
+@dataclass(frozen=True)
+class Uncaptured:
+    """A call that is timed as Python launches it, not from a graph."""
+
+    run: Callable[[], object]
+
+    def __call__(self) -> object:
+        return self.run()
+
+
 def ready(name: str, run: Callable[[], object]) -> tuple[Callable[[], object], int]:
     """-> (what to time, cycles to sleep before it): the replay of a graph, or the call itself where capturing fails.
 
     What the call raises comes through.
     """
+    if REHEARSAL:
+        run()
+        return run, 0
     for _ in range(3):  # compiles, and settles whatever a first call does
         run()
     torch.cuda.synchronize()
@@ -82,6 +99,8 @@ def ready(name: str, run: Callable[[], object]) -> tuple[Callable[[], object], i
     run()
     ahead = ahead_cycles(time.perf_counter() - began)
     torch.cuda.synchronize()
+    if isinstance(run, Uncaptured):
+        return run, AHEAD_CYCLES  # what the host takes is a part of it
     try:
         return captured(run), AHEAD_CYCLES
     except Exception as error:
@@ -103,8 +122,19 @@ def ahead_cycles(host_seconds: float) -> int:
     return max(AHEAD_CYCLES, int(2 * CLOCK_HZ * host_seconds))
 
 
+@cache
+def flushed() -> torch.Tensor:
+    """Memory that is written before a timed call, so that it finds nothing of the last one in the GPU's L2."""
+    return torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
+
+
 def once_ms(run: Callable[[], object], ahead: int) -> float:
+    if REHEARSAL:
+        began = time.perf_counter()
+        run()
+        return 1000 * (time.perf_counter() - began)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flushed().zero_()
     torch.cuda._sleep(ahead)
     start.record()
     run()
@@ -113,49 +143,41 @@ def once_ms(run: Callable[[], object], ahead: int) -> float:
     return start.elapsed_time(end)
 
 
-# --- 1. right --------------------------------------------------------------------------------------------------------
-
-
-def check(options: argparse.Namespace, note: Callable) -> None:
-    """Print what is wrong and what was skipped; SystemExit(1) at the end of the bench unless all is sound."""
-    found = []
-    for outcome in checks.check_all(tuple(options.checks)):
-        found.append(outcome)
-        if outcome.wrong or outcome.skipped:
-            word, why = ("WRONG", outcome.wrong) if outcome.wrong else ("skipped", outcome.skipped)
-            print(f"{word} {outcome.what}: {why}", flush=True)
-    print(checks.counted(found), flush=True)
-    options.sound = checks.sound(found)
-
-
 # --- 2. tile sizes ---------------------------------------------------------------------------------------------------
 
 
-def tune(options: argparse.Namespace, note: Callable) -> None:
+def tune(options: SimpleNamespace, note: Callable, eight: bool) -> None:
+    """Tile sizes of fp8 products, or of those of integers: the fastest right ones go into the user's cache."""
     from dq.kernels.triton import configs
 
     arch = configs.architecture()
     for m, n, k in SHAPES:
-        for kernel in tuned():
-            reason = checks.missing("fp8" if kernel.endswith(":fp8") else "int8", "cuda")
+        for kernel in (name for name in tuned() if name.endswith(":fp8") == eight):
+            reason = checks.missing("fp8" if eight else "int8", DEVICE)
+            if kernel == FLIGHT and REHEARSAL:
+                reason = "the interpreter has no Gluon"
             if reason or not configs.candidates(kernel, arch):
+                note("tune", kernel, (m, n, k), None, error=reason or f"no tile sizes on {arch}")
+                continue
+            if options.recorded(f"tune {kernel} {(m, n, k)}"):
                 continue
             try:
                 best, best_ms = configs.tune(kernel, m, n, k, timer(kernel, (m, n, k), options.seconds))
             except DQError as error:  # none of its tiles ran or was right
-                print(f"  {first_line(error)}")
+                note("tune", kernel, (m, n, k), None, error=first_line(error))
                 continue
             note("tune", kernel, (m, n, k), best_ms, operations=2 * m * n * k, config=dict(best))
+            options.finish(f"tune {kernel} {(m, n, k)}")
 
 
 def tuned() -> list[str]:
     """Names of kernels as `configs` knows them, those of 8-bit products once for each type of operands."""
     products = ("gemm", "gemm_tma", "gemm_branch", "gemm_tma_branch")
-    return [*products, *(f"{name}:fp8" for name in products), "w4a8", "w4a8_groups"]
+    return [*products, *(f"{name}:fp8" for name in products), "w4a8", "w4a8_groups", FLIGHT]
 
 
 def timer(
-    kernel: str, shape: tuple[int, int, int], seconds: float, device: str = "cuda"
+    kernel: str, shape: tuple[int, int, int], seconds: float, device: str = DEVICE
 ) -> Callable[[Mapping[str, int]], float]:
     """-> time_ms(configuration) of one kernel; DQError for a configuration whose output differs from the first one's.
 
@@ -181,6 +203,10 @@ def timer(
         run = partial(ops.launch_gemm, x, w, epilogue, "tma" in name, config)
         if w4:
             run = partial(ops.launch_w4a8, x, w, epilogue, group, config)
+        if name == FLIGHT:
+            from dq.kernels.triton import flight  # here: Gluon does not load everywhere
+
+            run = partial(flight.launch, x, w, epilogue, config)
         some = run()[:: -(-m // COMPARED)].double()
         first.append(some)
         wrong = far(some, first[0], 1)
@@ -191,22 +217,39 @@ def timer(
     return time_ms
 
 
-# --- 3. - 6. timings -------------------------------------------------------------------------------------------------
+# --- timings ---------------------------------------------------------------------------------------------------------
 
 
-def gemm(options: argparse.Namespace, note: Callable) -> None:
+def ceilings(options: SimpleNamespace, note: Callable) -> None:
+    """What the card does at most: a copy, and products of torch's libraries on ready operands."""
+    size = (64 if REHEARSAL else 1 << 15), 4096
+    x, y = (torch.empty(size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    record("copy", size, {"copy": partial(y.copy_, x)}, 0, options, note, moved=4 * x.numel())
+    for m, n, k in CEILINGS:
+        a, b, one = randn(m, k), randn(n, k), partial(torch.ones, device=DEVICE)
+        runs: dict[str, Callable[[], object]] = {"bf16 F.linear": partial(F.linear, a, b)}
+        qa, qb = (each.clamp(-3, 3).to(torch.float8_e4m3fn) for each in (a, b))
+        for name, scales in {"tensor": (one(()), one(())), "rows": (one(m, 1), one(1, n))}.items():
+            runs[f"_scaled_mm {name}"] = partial(
+                torch._scaled_mm, qa, qb.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
+        runs["_int_mm"] = partial(torch._int_mm, a.to(torch.int8), b.to(torch.int8).t())
+        record("ceiling", (m, n, k), runs, 2 * m * n * k, options, note)
+
+
+def gemm(options: SimpleNamespace, note: Callable) -> None:
+    """8-bit products on ready codes, beside torch's."""
     from dq.kernels.triton import ops
 
     for m, n, k in SHAPES:
         runs = {"bf16 F.linear": partial(F.linear, randn(m, k), randn(n, k), randn(n))}
         for form in ("int8", "fp8"):
-            plan, t, x = layer(f"{form}/channel", f"{form}/token", (m, n, k))
-            runs |= whole(f"{form} layer", plan, t, x)
+            _, t, x = layer(f"{form}/channel", f"{form}/token", (m, n, k))
             eight = form == "fp8"
             try:
                 codes = ops.quant_rows(x, ops.RowFormat(ops.FP8_TOP if eight else ops.INT8_TOP))
             except Exception as error:  # fp8 before sm_89
-                print(f"  {form}: {str(error).splitlines()[0][:120]}")
+                note("gemm", f"{form} gemm", (m, n, k), None, error=first_line(error))
                 continue
             weight, epilogue = ops.Codes(t.weight.view(codes.q.dtype), t.scale), ops.Epilogue(torch.bfloat16, t.bias)
             runs[f"{form} gemm"] = partial(ops.w8a8_gemm, codes, weight, epilogue)
@@ -216,51 +259,85 @@ def gemm(options: argparse.Namespace, note: Callable) -> None:
                 for fast in (True, False):
                     name = "_scaled_mm rows" + (", fast sums" if fast else "")
                     runs[name] = partial(torch._scaled_mm, codes.q, weight.q.t(), **scales, use_fast_accum=fast)
+            else:
+                runs["_int_mm"] = partial(torch._int_mm, codes.q, weight.q.t())
         record("gemm", (m, n, k), runs, 2 * m * n * k, options, note)
 
 
-def whole(name: str, plan, t, x) -> dict[str, Callable[[], object]]:
-    """The layer as a model runs it, if the backend takes it."""
-    from dq.kernels import triton
+LAYERS = (
+    ("int8/channel", "int8/token", 0), ("fp8/channel", "fp8/token", 0), ("int4/channel", "int8/token", 0),
+    ("int4/group:64", "int8/token", 0), ("int4/group:64", "int4/group:64", 32), ("nvfp4", "nvfp4", 0),
+    ("mxfp8", "mxfp8", 0),
+)  # fmt: skip
+WEIGHT_ONLY = (("int8/channel", None, 0), ("int4/group:64", None, 0), ("nvfp4", None, 0), ("mxfp4", None, 0))
 
-    reason = triton.why_not("linear", plan, "cuda")
-    if reason:
-        print(f"  {name}: {reason}")
+
+def linears(options: SimpleNamespace, note: Callable) -> None:
+    """Layers as a model runs them, rounding included, on every backend that takes them."""
+    compared(LAYERS, SHAPES, options, note)
+
+
+def weight_only(options: SimpleNamespace, note: Callable) -> None:
+    """Few and many rows of weight-only layers at FLUX's widths."""
+    compared(WEIGHT_ONLY, [(m, *sizes) for sizes in FLUX[:3] for m in FEW], options, note)
+
+
+def compared(formats, shapes, options: SimpleNamespace, note: Callable) -> None:
+    for m, n, k in shapes:
+        for weight, act, rank in formats:
+            what = f"linear {weight} x {act or 'floating point'}" + f", rank {rank}" * bool(rank)
+            try:
+                plan, t, x = layer(weight, act, (m, n, k), rank)
+            except Exception as error:  # a format that this dq does not have
+                note(what, "dq", (m, n, k), None, error=first_line(error))
+                continue
+            runs: dict[str, Callable[[], object]] = {"bf16 F.linear": partial(F.linear, x, randn(n, k), randn(n))}
+            about = {}
+            for name, reason in kernels.asked("linear", plan, DEVICE, backend="auto").items():
+                if reason:
+                    note(what, name, (m, n, k), None, error=reason)
+                    continue
+                module = kernels.backends()[name]
+                runs[name] = later(partial(module.build, "linear", plan, None), x, t)
+                about[name] = {
+                    "kernel": module.label("linear", plan),
+                    "emulated": kernels.emulates(name, "linear", plan),
+                }
+                about[name] |= off(runs[name], plan, t, x)
+            record(what, (m, n, k), runs, 2 * m * n * k, options, note, about)
+
+
+def off(run: Callable[[], object], plan, t, x: torch.Tensor) -> dict[str, float]:
+    """Distance of the first rows from the reference, relative; {} of a contender that raises, whose row says why."""
+    try:
+        y = run()[:COMPARED].double()
+    except Exception:
         return {}
-    return {name: partial(triton.build("linear", plan, None), x, t)}
+    truth = reference.build("linear", plan, None)(x[:COMPARED].float(), t).double()
+    return {"off": ((y - truth).norm() / truth.norm()).item()}
 
 
-def w4(options: argparse.Namespace, note: Callable) -> None:
-    from dq.kernels.triton import linear, ops
+def later(make: Callable[[], Callable], *args) -> Callable[[], object]:
+    """A call that builds what it runs the first time, so that one that fails stops no other."""
+    made = []
 
-    for m, n, k in SHAPES:
-        runs = {"bf16 F.linear": partial(F.linear, randn(m, k), randn(n, k), randn(n))}
-        plan, t, x = layer("int4/channel", "int8/token", (m, n, k))
-        build, usual = linear.build(plan), linear.REGISTER_ROWS
+    def run() -> object:
+        if not made:
+            made.append(make())
+        return made[0](*args)
 
-        def rows_from(rows: int, build=build, x=x, t=t) -> torch.Tensor:
-            linear.REGISTER_ROWS = rows
-            return build(x, t)
-
-        runs["int4 channel, registers"] = partial(rows_from, 1 << 30)
-        runs["int4 channel, workspace"] = partial(rows_from, 0)
-        runs["unpack alone"] = partial(ops.w4_to_s8, t.weight, k=k)
-        for act in ("int8/token", "int4/group:64", None):
-            runs |= whole(f"int4 group:64 x {act}", *layer("int4/group:64", act, (m, n, k)))
-        runs |= whole("svdquant int4 rank 32", *layer("int4/group:64", "int4/group:64", (m, n, k), rank=32))
-        runs |= whole("nvfp4 x nvfp4", *layer("nvfp4", "nvfp4", (m, n, k)))
-        record("w4", (m, n, k), runs, 2 * m * n * k, options, note)
-        linear.REGISTER_ROWS = usual
+    return run
 
 
-def quantizers(options: argparse.Namespace, note: Callable) -> None:
+def quantizers(options: SimpleNamespace, note: Callable) -> None:
+    """Kernels that round, beside a copy: GB/s."""
     from dq.kernels.triton import ops
     from eval.gpu import launches
 
-    for m, k in ((TOKENS, 3072), (TOKENS, 12288), (TOKENS, 15360), (1024, 1152)):
-        x, scale, shift, copy = randn(m, k), randn(1, k), randn(1, k), torch.empty(m, k, device="cuda").bfloat16()
+    for m, k in ROWS:
+        x, scale, shift, copy = randn(m, k), randn(1, k), randn(1, k), torch.empty(m, k, device=DEVICE).bfloat16()
         modulation = launches.Modulation(scale, shift, m)
-        signs = (torch.ones(128, 128, device="cuda").tril() * 2 - 1).bfloat16()
+        signs = (torch.ones(128, 128, device=DEVICE).tril() * 2 - 1).bfloat16()
         runs = {
             "copy": partial(copy.copy_, x),
             "quant_rows": partial(ops.quant_rows, x, ops.RowFormat()),
@@ -268,14 +345,12 @@ def quantizers(options: argparse.Namespace, note: Callable) -> None:
             "quant_groups": partial(ops.quant_rows, x, ops.RowFormat(7, group=64, split=64)),
             "adaln_quant": partial(launches.adaln_quant, x, launches.Norm(), modulation),
             "had_quant": partial(launches.had_quant, x, signs),
+            "nvfp4_quant": partial(ops.nvfp4_quant, x),
         }
-        found = in_turn(runs, options.seconds)
-        for name, ms in found.items():
-            moved = x.numel() * (4 if name == "copy" else 3)
-            note("rows", name, (m, k), ms, gb_s=round(moved / ms / 1e6, 1), **ratio(found, "copy", ms))
+        record("rows", (m, k), runs, 0, options, note, moved=3 * x.numel())
 
 
-def attention(options: argparse.Namespace, note: Callable) -> None:
+def attention(options: SimpleNamespace, note: Callable) -> None:
     from eval.gpu import launches
 
     for batch, count, length, size in HEADS:
@@ -289,12 +364,23 @@ def attention(options: argparse.Namespace, note: Callable) -> None:
             try:
                 ready = quantized_heads(q, k, v, eight)
             except Exception as error:  # fp8 before sm_89
-                print(f"  {name}: {str(error).splitlines()[0][:120]}")
+                note("attention", name, (batch, count, length, size), None, error=first_line(error))
                 continue
             runs[name] = partial(launches.attn_i8, *ready, count, torch.bfloat16)
             runs[f"{name}, quantization included"] = partial(all_of_attention, q, k, v, eight)
+        runs |= {f"diffusers {name}": run for name, run in dispatched(q, k, v).items()}
         shape = (batch, count, length, size)
         record("attention", shape, runs, 4 * batch * count * length * length * size, options, note)
+
+
+def dispatched(q, k, v) -> dict[str, Callable[[], object]]:
+    """Every attention backend that diffusers knows, {} without diffusers."""
+    try:
+        from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+    except ImportError as error:
+        print(f"  diffusers' attention backends: {first_line(error)}")
+        return {}
+    return {each.value: partial(dispatch_attention_fn, q, k, v, backend=each) for each in AttentionBackendName}
 
 
 def with_backend(name: str, heads: list[torch.Tensor]) -> torch.Tensor:
@@ -310,61 +396,37 @@ def all_of_attention(q, k, v, eight: bool) -> torch.Tensor:
     return launches.attn_i8(*quantized_heads(q, k, v, eight), q.shape[2], torch.bfloat16)
 
 
-def block(options: argparse.Namespace, note: Callable) -> None:
-    from eval.gpu.block import contenders
+def block(options: SimpleNamespace, note: Callable) -> None:
+    """A FLUX block of own arithmetic on fused kernels, beside bf16."""
+    from eval.gpu.block import Size, contenders
 
-    for name, shape, operations, runs in contenders():
+    size = Size(heads=1, head=64, picture=16, text=16, device=DEVICE) if REHEARSAL else Size()
+    for name, shape, operations, runs in contenders(size):
         record(f"{name} block", shape, runs, operations, options, note)
 
 
-def record(what: str, shape: tuple[int, ...], runs: Mapping, operations: int, options, note: Callable) -> None:
-    """Time contenders in turn; ratios are to the first of `runs`, and there are none where that one did not run."""
-    found = in_turn(runs, options.seconds)
-    for name, ms in found.items():
-        note(what, name, shape, ms, operations=operations, **ratio(found, next(iter(runs)), ms))
+def record(
+    what: str, shape: tuple[int, ...], runs: Mapping, operations: int, options, note: Callable, about=None, moved=0
+) -> None:
+    """Time contenders in turn; ratios are to the first of `runs`, and there are none where that one did not run.
+
+    about  more fields by contender; moved: bytes that a call reads and writes
+    """
+    if options.recorded(f"{what} {shape}"):
+        return
+    failed: dict[str, str] = {}
+    found, about = in_turn(runs, options.seconds, failed), about or {}
+    for name in runs:
+        more = dict(about.get(name, {}))
+        if name not in found:
+            note(what, name, shape, None, error=failed.get(name, "not timed"), **more)
+            continue
+        ms = found[name]
+        more |= {"gb_s": round(moved / ms / 1e6, 1)} if moved else {}
+        note(what, name, shape, ms, operations=operations, **more, **ratio(found, next(iter(runs)), ms))
+    options.finish(f"{what} {shape}")
 
 
 def ratio(found: Mapping[str, float], first: str, ms: float) -> dict[str, float]:
     """How many times faster than the first contender, {} without a time of it."""
     return {"ratio": round(found[first] / ms, 3)} if first in found else {}
-
-
-def noting(file: Path) -> Callable:
-    """-> note(what, contender, shape, ms, operations=0, **figures), which writes a row and prints it."""
-    import triton
-
-    stamp = rows.stamp("cuda")
-    stamp["versions"]["triton"] = triton.__version__
-
-    def note(what: str, contender: str, shape: tuple[int, ...], ms: float, operations: int = 0, **more) -> None:
-        row = {"what": what, "contender": contender, "shape": list(shape), "ms": round(ms, 5), **more}
-        row |= {"tera_ops": round(operations / ms / 1e9, 1)} if operations else {}
-        rows.add(file, row | stamp, KEYS)
-        figures = " ".join(f"{key} {value}" for key, value in row.items() if key not in ("what", "contender", "shape"))
-        print(f"{what} {contender} {'x'.join(map(str, shape))}: {figures}", flush=True)
-
-    return note
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=0.3, help="of GPU time per contender and shape")
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--checks", nargs="+", default=list(checks.CHECKS), choices=tuple(checks.CHECKS))
-    parser.add_argument("--out", type=Path, default=rows.FOLDER, help=f"folder of {FILE}")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("eval.gpu.bench: no CUDA device is visible; run it on a machine with a GPU", file=sys.stderr)
-        raise SystemExit(2)
-    torch.manual_seed(0)
-    options.out.mkdir(parents=True, exist_ok=True)
-    note, options.sound = noting(options.out / FILE), True
-    run = {"check": check, "tune": tune, "gemm": gemm, "w4": w4, "rows": quantizers}
-    run |= {"attention": attention, "block": block}
-    for part in options.parts:
-        run[part](options, note)
-    raise SystemExit(0 if options.sound else 1)
-
-
-if __name__ == "__main__":
-    main()

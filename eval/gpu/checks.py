@@ -4,11 +4,14 @@
     rows    kernels that round or unpack                                 (`eval.gpu.rounding`)
     layers  linears as a model runs them
     lab     kernels of this folder
+    faults  the same checks with a fault put into the kernels, which they have to see   (`eval.gpu.faults`)
 Nothing counts as right that was not run: each check ends as right, wrong or skipped, with a reason.
 """
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -30,6 +33,7 @@ PAIRS = (
     ("int4/group:64", "int4/group:64"), ("int4/group:64", "int4a/group:64/dynamic/0.171875"),
     ("fp8/channel", "fp8/token"), ("nvfp4", "nvfp4"), ("int4/group:64", None), ("nvfp4", None), ("mxfp4", None),
 )  # fmt: skip
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"  # of a rehearsal and of a visit
 SHAPES = ((257, 200, 288), (33, 1152, 1024), (1024, 384, 320))
 
 
@@ -42,8 +46,17 @@ class Outcome:
     skipped: str = ""
 
 
+OUT_OF_TIME = "out of time"
+known: dict[str, Outcome] = {}  # outcomes of a visit that goes on
+until = [float("inf")]  # when, by time.monotonic, no check begins any more
+
+
 def told(what: str, check: Callable[..., str], *args) -> Outcome:
-    """Run a check that returns what is wrong; one that raises is wrong, too."""
+    """Run a check that returns what is wrong; one that raises is wrong, too. One of `known` is not made again."""
+    if what in known:
+        return known[what]
+    if time.monotonic() > until[0]:
+        return Outcome(what, skipped=OUT_OF_TIME)
     try:
         return Outcome(what, wrong=check(*args))
     except Exception as error:
@@ -73,13 +86,13 @@ def missing(unit: str, device: str) -> str:
 # --- what is checked -------------------------------------------------------------------------------------------------
 
 
-def check_tiles(device: str = "cuda") -> Iterator[Outcome]:
+def check_tiles(device: str = DEVICE) -> Iterator[Outcome]:
     for problem in tiles.problems(configs.architecture(), device):
         reason = missing(problem.operands, device)
         yield Outcome(str(problem), skipped=reason) if reason else told(str(problem), tiles.check, problem)
 
 
-def check_rows(device: str = "cuda") -> Iterator[Outcome]:
+def check_rows(device: str = DEVICE) -> Iterator[Outcome]:
     for name, width in rounding.cases():
         what, reason = f"rows to {name}, {width} columns", missing("fp8", device) if name == "fp8" else ""
         yield Outcome(what, skipped=reason) if reason else told(what, rounding.check_rows, name, width, device)
@@ -91,7 +104,7 @@ def check_rows(device: str = "cuda") -> Iterator[Outcome]:
         yield told(f"rows to nvfp4, {k} columns", rounding.check_blocks, k, device)
 
 
-def check_layers(device: str = "cuda") -> Iterator[Outcome]:
+def check_layers(device: str = DEVICE) -> Iterator[Outcome]:
     for weight, act in PAIRS:
         for m, n, k in SHAPES:
             what, made = f"linear {weight} x {act}, {m}x{n}x{k}", layer(weight, act, (m, n, k), 16, device)
@@ -99,7 +112,7 @@ def check_layers(device: str = "cuda") -> Iterator[Outcome]:
             yield Outcome(what, skipped=reason) if reason else told(what, check_linear, *made)
 
 
-def check_lab(device: str = "cuda") -> Iterator[Outcome]:
+def check_lab(device: str = DEVICE) -> Iterator[Outcome]:
     from eval.gpu import lab
 
     for what, unit, check, *args in lab.checks():
@@ -107,22 +120,25 @@ def check_lab(device: str = "cuda") -> Iterator[Outcome]:
         yield Outcome(what, skipped=reason) if reason else told(what, check, *args, device)
 
 
-CHECKS = {"tiles": check_tiles, "rows": check_rows, "layers": check_layers, "lab": check_lab}
+def check_faults(device: str = DEVICE) -> Iterator[Outcome]:
+    from eval.gpu import faults
+
+    for what, unit, check, *args in faults.checks(device):
+        reason = missing(unit, device)
+        yield Outcome(what, skipped=reason) if reason else told(what, check, *args)
 
 
-def check_all(names: tuple[str, ...] = tuple(CHECKS), device: str = "cuda") -> Iterator[Outcome]:
-    for name in names:
-        yield from CHECKS[name](device)
+CHECKS = {"tiles": check_tiles, "rows": check_rows, "layers": check_layers, "lab": check_lab, "faults": check_faults}
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Tensor:
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = DEVICE) -> Tensor:
     return torch.randn(*shape, device=device, dtype=dtype)
 
 
-def layer(weight: str, act: str | None, shape: tuple[int, int, int], rank: int = 0, device: str = "cuda"):
+def layer(weight: str, act: str | None, shape: tuple[int, int, int], rank: int = 0, device: str = DEVICE):
     """-> (plan, tensors, x) of a random linear with m rows of k columns, n outputs."""
     m, n, k = shape
     plan = LayerPlan("linear", (n, k), TensorPlan.parse(weight), TensorPlan.parse(act) if act else None, rank=rank)

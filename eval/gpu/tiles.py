@@ -90,6 +90,11 @@ class Problem:
     operands: str
     device: str
 
+    @property
+    def size(self) -> int:
+        """Elements of a tile."""
+        return self.config["BM"] * self.config["BN"]
+
     @cached_property
     def numbers(self) -> torch.Generator:
         """Whose draws follow one another: operands drawn alike would hide what is exchanged."""

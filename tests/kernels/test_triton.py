@@ -291,10 +291,10 @@ def test_an_unknown_architecture_names_the_known_ones():
         configs.shipped("sm_75")
 
 
-def test_the_bench_refuses_without_a_gpu():
-    done = python("-m", "eval.gpu.bench", CUDA_VISIBLE_DEVICES="")
+def test_the_visit_refuses_without_a_gpu():
+    done = python("-m", "eval.gpu.visit", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2 and done.stdout == ""
-    assert "no CUDA device is visible; run it on a machine with a GPU" in told_by("eval.gpu.bench", done.stderr)
+    assert "no CUDA device is visible; run it on a machine with a GPU" in told_by("eval.gpu.visit", done.stderr)
 
 
 # --- tiles by estimate -----------------------------------------------------------------------------------------------
