@@ -35,7 +35,7 @@ NEEDS = {  # what a run may lack, and then says
     "trajectory": "needs the latents of every step, which this run did not keep",
     "predictions": "needs recorded calls of the denoiser; eval/methods.py measures it",
 }
-SETS = "features"  # what metrics of whole sets need
+SETS = "features"  # what metrics of whole sets need; those that also need clips turn them into one vector each
 PIXELS = 2**20  # of the pictures that metrics get at once
 RESAMPLES, FEW_RESAMPLES, WIDE = 30, 10, 512  # of a set, and of one with more than WIDE features
 
@@ -245,7 +245,8 @@ def _keys(task: Task, suite: Suite) -> list[str]:
     """Keys of all rows of a task: of a metric of sets, one against real pictures and one against full precision."""
     if SETS not in task.module.NEEDS:
         return [task.key]
-    return [task.key] * ("real" in suite.fid) + [task.to_full] * task.module.TAKES_PAIRS
+    of_real = "real" in suite.fid and "clips" not in task.module.NEEDS
+    return [task.key] * of_real + [task.to_full] * task.module.TAKES_PAIRS
 
 
 def _of_items(
@@ -276,16 +277,16 @@ def _of_items(
 def _of_set(run: Run, pipeline: str, entry: str, items: Sequence[Item], task: Task) -> dict[str, dict[str, Any]]:
     """Rows of a metric of whole sets: against real pictures and against those of full precision."""
     indices, rows = tuple(item.index for item in items), {}
-    mine, owners = _features(run, pipeline, entry, task.judge, indices)
+    mine, owners = _features(run, pipeline, entry, task, indices)
     groups = [run.items[owner].prompt for owner in owners]
     real = run.suite.fid.get("real")
-    if real is not None:
+    if real is not None and "clips" not in task.module.NEEDS:  # real pictures do not move
         objects = run.suite.prompts.get("objects") if real == "scenes" else None
         rows[task.key] = _missing_or(lambda: _against_real(task, mine, groups, (real, task.judge, objects)))
     elif not task.module.TAKES_PAIRS and run.suite.metrics:
         rows[task.key] = {"missing": NEEDS["real"], "instead": None}
     if task.module.TAKES_PAIRS and entry != FULL:
-        theirs, _ = _features(run, pipeline, FULL, task.judge, indices)
+        theirs, _ = _features(run, pipeline, FULL, task, indices)
         rows[task.to_full] = _missing_or(lambda: _against_full(task, mine, theirs, groups))
     return rows
 
@@ -334,12 +335,16 @@ def _distance(task: Task, sets: Callable, groups: list, counts: list[int]) -> di
 
 @lru_cache(maxsize=4)  # full precision is asked for with every entry
 def _features(
-    run: Run, pipeline: str, entry: str, judge: str, indices: tuple[int, ...]
+    run: Run, pipeline: str, entry: str, task: Task, indices: tuple[int, ...]
 ) -> tuple[torch.Tensor, list[int]]:
-    """Features (N, d) of the pictures of some items, and the item of each picture."""
-    net, found, owners = features.network(judge), [], []
+    """Features (N, d) of the pictures, or of the clips, of some items, and the item of each."""
+    net, found, owners = features.network(task.judge), [], []
     for part in _parts(run, pipeline, entry, [run.items[index] for index in indices]):
         feed = Feed(run, pipeline, entry, part)
+        if "clips" in task.module.NEEDS:
+            found += [task.module.vector(net.features(clip))[None] for clip in feed.clips]
+            owners += [item.index for item in part]
+            continue
         found.append(net.features(feed.images))
         owners += [part[owner].index for owner in feed.owners]
     return torch.cat(found), owners

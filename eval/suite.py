@@ -63,6 +63,7 @@ class Suite:
     metrics  None for every one that can be computed
     fid      real: a folder of pictures, a statistics file or `scenes`; features: the network FID and KID look through
     clip     model: the CLIP model
+    subject  model: the network that subject consistency looks through
     timing   repeats: measured calls, 0 for none
     """
 
@@ -76,6 +77,7 @@ class Suite:
     metrics: tuple[str, ...] | None = None
     fid: Mapping[str, str] = field(default_factory=dict)
     clip: Mapping[str, str] = field(default_factory=dict)
+    subject: Mapping[str, str] = field(default_factory=dict)
     timing: Mapping[str, int] = field(default_factory=lambda: {"repeats": 5})
 
     @classmethod
@@ -160,7 +162,7 @@ class FidForm(Form):
     features: Text = ""
 
 
-class ClipForm(Form):
+class ModelForm(Form):
     model: Text = ""
 
 
@@ -186,7 +188,8 @@ class SuiteForm(Form):
     batch: whole(1, 4096) = 16
     metrics: Annotated[list[Text], Field(max_length=100)] | None = None
     fid: FidForm | None = None
-    clip: ClipForm | None = None
+    clip: ModelForm | None = None
+    subject: ModelForm | None = None
     timing: TimingForm | None = TimingForm()
 
 
@@ -211,6 +214,7 @@ def _suite(given: SuiteForm) -> Suite:
         metrics=None if given.metrics is None else tuple(given.metrics),
         fid=_given(given.fid),
         clip=_given(given.clip),
+        subject=_given(given.subject),
         timing={"repeats": given.timing.repeats if given.timing else 0},  # null times nothing
     )
 

@@ -415,6 +415,7 @@ def test_videos_are_scored_frame_by_frame_and_as_videos(tmp_path):
     frames = [run.frames(PIPELINE, entry, 0) for entry in ("smeared", "full")]
     assert row["psnr"]["per_item"][0] == pytest.approx(sum(psnr.per_item(*frames)) / 3)
     assert 0 < found["blurred"]["flicker"]["value"] < row["flicker"]["value"] and "flicker" not in found["full"]
+    assert row["frechet_clip_to_full"]["count"] == 3 and row["frechet_clip_to_full"]["value"] > 0
     consistency = [found[entry]["frame_consistency (scene-recogniser)"]["value"] for entry in ENTRIES]
     assert consistency[0] == pytest.approx(1) and consistency == sorted(consistency, reverse=True)
 
