@@ -217,7 +217,7 @@ def _render(scenes: Sequence[Scene]) -> np.ndarray:
 
 
 def _local(items: Sequence[Item]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixel coordinates in each object's own frame, and the radii: x (n, 1 or 64, 64), y (n, 64, 1 or 64), r (n, 1, 1)."""
+    """Pixel coordinates in each object's frame, and the radii: x (n, 1 or 64, 64), y (n, 64, 1 or 64), r (n, 1, 1)."""
     grid = np.arange(SIDE, dtype=np.float32) + 0.5
     x = grid[None, None, :] - np.array([i.x for i in items], np.float32)[:, None, None]
     y = grid[None, :, None] - np.array([i.y for i in items], np.float32)[:, None, None]

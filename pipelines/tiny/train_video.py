@@ -1,8 +1,8 @@
 """Training of tiny-video, a `LattePipeline`: `python -m pipelines.tiny.train video-text|video [--threads N]`.
 
-Why Latte and not Wan: on two shared cores a 3-D autoencoder, a UMT5 and two transformers from nothing are out of reach,
-while the spatial blocks, the autoencoder and most of the words of tiny-pixart can be taken over; temporal blocks start
-as the identity (their last matrices at zero), so that the first step already draws the right object in every frame.
+Why Latte and not Wan: on two shared cores a 3-D autoencoder, a UMT5 and two transformers from nothing are out of
+reach, while spatial blocks, autoencoder and most of the words of tiny-pixart can be taken over; temporal blocks start
+as the identity (their last matrices at zero), so that the first step knows the objects of every frame already.
 
     loss = |v - v_hat|^2 + 0.1 cells,   v = a_t e - s_t x,   x (N, 4, 8, 16, 16): each frame's latents, t one per clip
 
@@ -11,6 +11,7 @@ jointly, tiny-pixart's forgot which colour belongs to which shape (`train_refine
 120 tokens and gives no mask to the transformer (`mask_feature=False`): so does the training.
 """
 
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -73,8 +74,6 @@ def tokenizer() -> T5Tokenizer:
 
 
 def _scores(known: T5Tokenizer) -> dict[str, float]:
-    import json
-
     return dict(json.loads(known.backend_tokenizer.to_str())["model"]["vocab"])
 
 
