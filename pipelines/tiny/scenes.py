@@ -54,7 +54,7 @@ OPENINGS = ("", "", "", "a picture of ", "an image of ", "there is ", "a drawing
 
 @dataclass(frozen=True)
 class Item:
-    """One object: names, centre (x, y) and radius in pixels, fill colour in [0, 1]."""
+    """One object: names, centre (x, y) and radius in pixels, fill colour in [0, 1], turned clockwise by radians."""
 
     shape: str
     colour: str
@@ -63,6 +63,7 @@ class Item:
     y: float
     radius: float
     fill: tuple[float, float, float]
+    angle: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def sample(index: int, stream: int = TRAIN, objects: int | None = None) -> tuple
     angle = rng.random() * 2 * np.pi
     scene = Scene(
         items=_place(rng, count),
-        tone=_pick(rng, tuple(TONES)),
-        texture=_pick(rng, TEXTURES),
+        tone=pick(rng, tuple(TONES)),
+        texture=pick(rng, TEXTURES),
         slope=(float(np.cos(angle)), float(np.sin(angle))),
         strength=float(rng.uniform(0.04, 0.10)),
         phase=float(rng.random()),
@@ -98,7 +99,8 @@ def sample(index: int, stream: int = TRAIN, objects: int | None = None) -> tuple
     return scene, caption(scene, rng)
 
 
-def _pick(rng: np.random.Generator, options: Sequence):
+def pick(rng: np.random.Generator, options: Sequence):
+    """One of the options, by one draw."""
     return options[int(rng.random() * len(options))]
 
 
@@ -106,7 +108,7 @@ def _place(rng: np.random.Generator, count: int) -> tuple[Item, ...]:
     """Objects that do not touch: distinct (shape, colour) pairs, at most one large of three."""
     pairs = rng.permutation(len(SHAPES) * len(COLOURS))[:count]
     while True:
-        sizes = [_pick(rng, SIZES) for _ in range(count)]
+        sizes = [pick(rng, SIZES) for _ in range(count)]
         if count == 3 and sizes.count("large") > 1:
             continue
         for _ in range(20):
@@ -133,7 +135,7 @@ def _item(rng: np.random.Generator, pair: int, size: str, centre: np.ndarray, ra
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """One of many wordings for a scene; shape and colour of every object are always named."""
-    names = [_noun(item, rng) for item in scene.items]
+    names = [noun(item, rng) for item in scene.items]
     if len(names) == 1:
         text = names[0] + (f" {_spot(scene.items[0], rng)}" if rng.random() < 0.4 else "")
     elif len(names) == 2:
@@ -142,17 +144,19 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         text = _triple(scene.items, names, rng)
     if rng.random() < 0.3:
         texture = f"{scene.texture} " if rng.random() < 0.5 else ""
-        text += f" on {_article(f'{texture}{scene.tone} background')}"
-    return _pick(rng, OPENINGS) + text
+        text += f" on {article(f'{texture}{scene.tone} background')}"
+    return pick(rng, OPENINGS) + text
 
 
-def _article(noun: str) -> str:
+def article(noun: str) -> str:
+    """The noun with its article."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def _noun(item: Item, rng: np.random.Generator) -> str:
-    size = f"{_pick(rng, WORDS[item.size])} " if rng.random() < 0.5 else ""
-    return _article(f"{size}{item.colour} {_pick(rng, WORDS[item.shape])}")
+def noun(item: Item, rng: np.random.Generator) -> str:
+    """An object in words; its size is named by halves, and not at all where it has none ("")."""
+    size = f"{pick(rng, WORDS[item.size])} " if rng.random() < 0.5 and item.size else ""
+    return article(f"{size}{item.colour} {pick(rng, WORDS[item.shape])}")
 
 
 def _spot(item: Item, rng: np.random.Generator) -> str:
@@ -160,7 +164,7 @@ def _spot(item: Item, rng: np.random.Generator) -> str:
     column = ("left", "", "right")[int(item.x > 27) + int(item.x > 37)]
     row = ("top", "", "bottom")[int(item.y > 27) + int(item.y > 37)]
     if not column and not row:
-        return _pick(rng, ("in the middle", "in the centre"))
+        return pick(rng, ("in the middle", "in the centre"))
     if column and row:
         return f"in the {row} {column}"
     return f"on the {column}" if column else f"at the {row}"
@@ -172,7 +176,7 @@ def _relation(a: Item, b: Item, rng: np.random.Generator) -> str | None:
     if min(abs(dx), abs(dy)) > 0.75 * max(abs(dx), abs(dy)):
         return None
     name = ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
-    return _pick(rng, WORDS[name])
+    return pick(rng, WORDS[name])
 
 
 def _pair(items: Sequence[Item], names: list[str], rng: np.random.Generator) -> str:
@@ -180,7 +184,7 @@ def _pair(items: Sequence[Item], names: list[str], rng: np.random.Generator) -> 
     relation = _relation(items[order[0]], items[order[1]], rng)
     first, second = names[order[0]], names[order[1]]
     if relation is None or rng.random() < 0.3:
-        return f"{first} {_pick(rng, ('and', 'and', 'with', 'next to'))} {second}"
+        return f"{first} {pick(rng, ('and', 'and', 'with', 'next to'))} {second}"
     return f"{first} {relation} {second}"
 
 
@@ -213,10 +217,13 @@ def _render(scenes: Sequence[Scene]) -> np.ndarray:
 
 
 def _local(items: Sequence[Item]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixel coordinates relative to each centre and the radii: x (n, 1, 64), y (n, 64, 1), r (n, 1, 1)."""
+    """Pixel coordinates in each object's frame, and the radii: x (n, 1 or 64, 64), y (n, 64, 1 or 64), r (n, 1, 1)."""
     grid = np.arange(SIDE, dtype=np.float32) + 0.5
     x = grid[None, None, :] - np.array([i.x for i in items], np.float32)[:, None, None]
     y = grid[None, :, None] - np.array([i.y for i in items], np.float32)[:, None, None]
+    if any(item.angle for item in items):
+        angle = np.array([i.angle for i in items], np.float32)[:, None, None]
+        x, y = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
     return x, y, np.array([i.radius for i in items], np.float32)[:, None, None]
 
 

@@ -1,4 +1,4 @@
-"""Train the embedded models: `python -m pipelines.tiny.train all|recogniser|vae|text|pixart|refine|sd|clip|cards`.
+"""Train the embedded models: `python -m pipelines.tiny.train all|recogniser|vae|text|pixart|refine|sd|clip|...`.
 
 Each part runs for a wall-clock budget (`--minutes`), writes checkpoints to runs/tiny/ and goes on from the last one
 when started again. `all` runs everything in order; the denoisers may also be trained side by side, one thread each.
@@ -9,12 +9,13 @@ import argparse
 
 import torch
 
-MINUTES = {"recogniser": 7, "vae": 10, "text": 7, "pixart": 67.5, "refine": 12, "sd": 43, "clip": 4.5, "cards": 0}
+MINUTES = {"recogniser": 7, "vae": 10, "text": 7, "pixart": 67.5, "refine": 12, "sd": 43, "clip": 4.5}
+MINUTES |= {"video-text": 6, "video": 240, "cards": 0}
 
 
 def train(part: str, minutes: float) -> None:
     """One part of the training; the order of `MINUTES` is the order they need each other in."""
-    from . import cards, train_clip, train_denoiser, train_refine, train_text, train_vision
+    from . import cards, train_clip, train_denoiser, train_refine, train_text, train_video, train_vision
     from .training import RUNS
 
     if part == "recogniser":
@@ -27,6 +28,10 @@ def train(part: str, minutes: float) -> None:
         train_text.train_text("clip", minutes)
     elif part == "clip":
         train_clip.train_clip(minutes)
+    elif part == "video-text":
+        train_video.train_text(minutes)
+    elif part == "video":
+        train_video.train_video(minutes)
     elif part == "refine":
         train_refine.train_refine(minutes)
     elif part == "cards":

@@ -1,0 +1,269 @@
+"""Training of tiny-video, a `LattePipeline`: `python -m pipelines.tiny.train video-text|video [--threads N]`.
+
+Why Latte and not Wan: on two shared cores a 3-D autoencoder, a UMT5 and two transformers from nothing are out of
+reach, while spatial blocks, autoencoder and most of the words of tiny-pixart can be taken over; temporal blocks start
+as the identity (their last matrices at zero), so that the first step knows the objects of every frame already.
+
+    loss = |v - v_hat|^2 + 0.1 cells,   v = a_t e - s_t x,   x (N, 4, 8, 16, 16): each frame's latents, t one per clip
+
+The text encoder learns the words of motion first, with a readout that is thrown away, and is frozen then: trained
+jointly, tiny-pixart's forgot which colour belongs to which shape (`train_refine`). The pipeline pads every prompt to
+120 tokens and gives no mask to the transformer (`mask_feature=False`): so does the training.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    LattePipeline,
+    LatteTransformer3DModel,
+    PixArtTransformer2DModel,
+)
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from torch import nn
+from transformers import T5EncoderModel, T5Tokenizer
+
+from . import folder, motion, scenes
+from .train_denoiser import CELL_WEIGHT, DROPOUT, SCHEDULER, cell_labels, cell_loss
+from .train_text import WIDTH, Readout, encode, pair_targets, readout_loss, t5_encoder
+from .training import RUNS, Average, Run, Together, adamw
+
+BASE, NAME = "tiny-pixart", "tiny-video"
+LENGTH = 120  # tokens LattePipeline pads prompts to
+BATCH, PATCH, CHANNELS = 16, 2, 4
+LATTE = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 64,
+    "in_channels": CHANNELS,
+    "out_channels": 2 * CHANNELS,  # the pipeline drops the second half, a variance in Latte's first releases
+    "num_layers": 6,
+    "cross_attention_dim": 256,
+    "attention_bias": True,
+    "sample_size": 16,
+    "patch_size": PATCH,
+    "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000,
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "caption_channels": WIDTH,
+    "video_length": motion.FRAMES,
+}
+
+
+def tokenizer() -> T5Tokenizer:
+    """The tokenizer of tiny-pixart, its pieces at their places, with the words of motion behind them."""
+    known = T5Tokenizer.from_pretrained(folder(BASE) / "tokenizer")
+    pieces = sorted(known.get_vocab().items(), key=lambda item: item[1])
+    words = sorted({word for texts in motion.WORDS.values() for text in texts for word in text.split()} - {"to"})
+    fresh = [f"▁{word}" for word in words if f"▁{word}" not in dict(pieces)]
+    scores = _scores(known)
+    return T5Tokenizer(
+        vocab=[*((piece, scores[piece]) for piece, _ in pieces), *((piece, -5.0) for piece in fresh)],
+        extra_ids=0,
+        model_max_length=LENGTH,
+    )
+
+
+def _scores(known: T5Tokenizer) -> dict[str, float]:
+    return dict(json.loads(known.backend_tokenizer.to_str())["model"]["vocab"])
+
+
+def text_encoder(words: T5Tokenizer) -> T5EncoderModel:
+    """The encoder of tiny-pixart with rows for the new words."""
+    before, encoder = T5EncoderModel.from_pretrained(folder(BASE) / "text_encoder"), t5_encoder(words)
+    state = before.float().state_dict()
+    for name in [name for name, value in state.items() if value.shape != encoder.state_dict()[name].shape]:
+        grown = encoder.state_dict()[name].clone()
+        grown[: len(state[name])] = state[name]
+        state[name] = grown
+    encoder.load_state_dict(state)
+    return encoder
+
+
+def motion_targets(clips: Sequence[motion.Clip]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per clip and (colour, shape) pair: its motion's index + 1, 0 where absent (N, 48); 1 for fast (N, 48)."""
+    kinds = torch.zeros(len(clips), len(scenes.COLOUR_NAMES) * len(scenes.SHAPES), dtype=torch.long)
+    fast = torch.zeros(kinds.shape)
+    for n, clip in enumerate(clips):
+        for item, moves in zip(clip.scene.items, clip.motions, strict=True):
+            pair = scenes.COLOUR_NAMES.index(item.colour) * len(scenes.SHAPES) + scenes.SHAPES.index(item.shape)
+            kinds[n, pair] = 1 + motion.KINDS.index(moves.kind)
+            fast[n, pair] = moves.speed == "fast"
+    return kinds, fast
+
+
+def train_text(minutes: float) -> Path:
+    """Teach tiny-pixart's text encoder the words of motion; returns the folder of tokenizer and encoder."""
+    torch.manual_seed(0)
+    words = tokenizer()
+    encoder, readout, moves = text_encoder(words), Readout(), Readout()
+    moves.out = nn.Sequential(nn.Linear(2 * WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 2 + len(motion.KINDS)))
+    every = nn.ModuleDict({"encoder": encoder, "readout": readout, "moves": moves})
+    optimiser = adamw(every.parameters(), 6e-4)
+    run = Run("text-video", minutes, {"every": every, "optimiser": optimiser}, optimiser)
+    while run.going():
+        first = 20_000_000 + run.step * 128
+        clips, captions = zip(*[motion.sample(i) for i in range(first, first + 128)], strict=True)
+        states, mask = encode(encoder, words, captions)
+        presence, detail = readout_loss(readout(states, mask), pair_targets([clip.scene for clip in clips]))
+        kinds, fast = motion_targets(clips)
+        said, there = moves(states, mask), kinds > 0
+        named = F.cross_entropy(said[..., : 1 + len(motion.KINDS)][there], kinds[there])
+        speed = F.binary_cross_entropy_with_logits(said[..., -1][there], fast[there])
+        optimiser.zero_grad()
+        (presence + 0.3 * detail + named + 0.3 * speed).backward()
+        nn.utils.clip_grad_norm_(every.parameters(), 1.0)
+        optimiser.step()
+        losses = {"presence": presence, "detail": detail, "named": named}
+        if run.count(**{name: value.detach() for name, value in losses.items()}) and run.due(60):
+            run.save()
+    run.save()
+    encoder.save_pretrained(RUNS / "text-video" / "text_encoder")
+    words.save_pretrained(RUNS / "text-video" / "tokenizer")
+    return RUNS / "text-video"
+
+
+def latte() -> LatteTransformer3DModel:
+    """The transformer: spatial blocks, patches, time and text of tiny-pixart, temporal blocks that do nothing yet."""
+    model = LatteTransformer3DModel(**LATTE)
+    before = PixArtTransformer2DModel.from_pretrained(folder(BASE) / "transformer", torch_dtype=torch.float32)
+    state = {name: value.float() for name, value in before.state_dict().items() if not name.startswith("proj_out")}
+    missing, unknown = model.load_state_dict(state, strict=False)
+    if unknown or any(not name.startswith(("temporal_transformer_blocks", "proj_out")) for name in missing):
+        raise RuntimeError(f"tiny-pixart does not fit: missing {missing}, unknown {unknown}")
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            old, new = getattr(before.proj_out, name), getattr(model.proj_out, name).zero_()
+            new.view(PATCH**2, 2 * CHANNELS, -1)[:, :CHANNELS] = old.float().view(PATCH**2, CHANNELS, -1)
+        for block in model.temporal_transformer_blocks:
+            block.scale_shift_table.copy_(torch.tensor([0.0, 0, 1, 0, 0, 1])[:, None].expand(6, 256))
+            for layer in (block.attn1.to_out[0], block.ff.net[2]):
+                layer.weight.zero_()
+                layer.bias.zero_()
+    return model
+
+
+class Data:
+    """Endless batches for a step number: (latents (N, 4, 8, 16, 16), captions, cell labels (N * 8, 2, 64))."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.vae = AutoencoderKL.from_pretrained(folder(BASE) / "vae", torch_dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def draw(self, step: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+        rng = np.random.default_rng([13, step])
+        clips, texts = zip(*[motion.sample(step * self.size + i) for i in range(self.size)], strict=True)
+        frames = torch.from_numpy(motion.render(clips)).flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = self.vae.encode(frames.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
+        latents = latents.float().reshape(self.size, motion.FRAMES, *latents.shape[1:]).transpose(1, 2)
+        labels = cell_labels([clip.frame(n) for clip in clips for n in range(motion.FRAMES)])
+        return latents, ["" if rng.random() < DROPOUT else text for text in texts], labels
+
+    def batches(self, step: int) -> Iterator[tuple[torch.Tensor, list[str], torch.Tensor]]:
+        """From a step on, each drawn one ahead."""
+        with ThreadPoolExecutor(1) as ahead:
+            waiting = ahead.submit(self.draw, step)
+            while True:
+                step += 1
+                batch, waiting = waiting.result(), ahead.submit(self.draw, step)
+                yield batch
+
+
+def states_of(encoder: T5EncoderModel, words: T5Tokenizer, texts: Sequence[str]) -> torch.Tensor:
+    """(N, 120, d) token states as LattePipeline computes them with `mask_feature=False`."""
+    kept = {"padding": "max_length", "max_length": LENGTH, "truncation": True, "return_tensors": "pt"}
+    tokens = words(list(texts), **kept)
+    with torch.no_grad():
+        return encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+
+
+def v_loss(model, clean: torch.Tensor, states: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of v at one uniform step a clip, in bf16 arithmetic."""
+    t = torch.randint(0, len(alphas), (len(clean),))
+    a, s = alphas[t].sqrt()[:, None, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None, None]
+    noise = torch.randn_like(clean)
+    with torch.autocast("cpu", torch.bfloat16):
+        v = model(a * clean + s * noise, t, encoder_hidden_states=states, return_dict=False)[0][:, :CHANNELS]
+    return F.mse_loss(v.float(), a * noise - s * clean)
+
+
+def train_video(minutes: float, rate: float = 8e-4, snapshot_s: float = 900) -> Path:
+    """Train the transformer beside the frozen encoder of `train_text`; writes the pipeline now and then."""
+    torch.manual_seed(0)
+    model, readout, average, optimiser, parts = _trained(rate)
+    encoder = T5EncoderModel.from_pretrained(RUNS / "text-video" / "text_encoder").eval()
+    words = T5Tokenizer.from_pretrained(RUNS / "text-video" / "tokenizer")
+    run, seen = Run("video", minutes, parts, optimiser), []
+    model.temporal_transformer_blocks[3].register_forward_hook(lambda module, args, out: seen.append(out))
+    alphas, written_s = DPMSolverMultistepScheduler(**SCHEDULER).alphas_cumprod, run.spent_s
+    data = Data(BATCH).batches(run.step)
+    while run.going():
+        clean, texts, labels = next(data)
+        seen.clear()
+        loss = v_loss(model, clean, states_of(encoder, words, texts), alphas)
+        hidden = seen[0].reshape(len(clean), 64, motion.FRAMES, -1).transpose(1, 2).flatten(0, 1)
+        cells = cell_loss(hidden, readout, labels)
+        optimiser.zero_grad()
+        (loss + CELL_WEIGHT * cells).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        average.update(model)
+        if run.count(25, loss=loss.detach(), cells=cells.detach()) and run.due(120):
+            run.save()
+            if run.spent_s - written_s > snapshot_s:
+                written_s = run.spent_s
+                write_pipeline(average, RUNS / NAME)
+    run.save()
+    return write_pipeline(average, RUNS / NAME)
+
+
+def _trained(rate: float):
+    """Model, readout, average, optimiser (Muon for the matrices of blocks, AdamW for the rest), and all by name."""
+    model, readout = latte(), nn.Linear(256, 16)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor())  # trains faster here than the fused kernel
+    blocks = [*model.transformer_blocks.parameters(), *model.temporal_transformer_blocks.parameters()]
+    matrices = [p for p in blocks if p.ndim == 2 and min(p.shape) > 8]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in [*model.parameters(), *readout.parameters()] if id(p) not in chosen]
+    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    average, optimiser = Average(model, 0.998), Together(muon, adamw(rest, rate))
+    parts = {"model": model, "readout": readout, "average": average, "optimiser": optimiser}
+    return model, readout, average, optimiser, parts
+
+
+def write_pipeline(average: Average, final: Path) -> Path:
+    """Write the pipeline with averaged weights, replacing the folder in one rename; types as in `train_denoiser`."""
+    model = latte()
+    model.load_state_dict(average.values, strict=False)
+    vae = AutoencoderKL.from_pretrained(folder(BASE) / "vae", torch_dtype=torch.bfloat16)
+    pipe = LattePipeline(
+        tokenizer=T5Tokenizer.from_pretrained(RUNS / "text-video" / "tokenizer"),
+        text_encoder=T5EncoderModel.from_pretrained(RUNS / "text-video" / "text_encoder"),
+        vae=vae,
+        transformer=model.to(torch.bfloat16),
+        scheduler=DPMSolverMultistepScheduler(**SCHEDULER),
+    )
+    fresh, old = final.with_name(f"{final.name}.new"), final.with_name(f"{final.name}.old")
+    pipe.save_pretrained(fresh)
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    fresh.rename(final)
+    print("wrote", final.name, flush=True)
+    return final
+
+
+__all__ = ["train_text", "train_video", "write_pipeline"]
