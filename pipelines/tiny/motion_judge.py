@@ -1,7 +1,7 @@
 """What moves in a clip, and how, as the scene recogniser sees it frame by frame.
 
-An object is followed by its colour. Its motion is read from the line through its centres (least squares), from the area of
-its pixels and from their change about the centre; thresholds lie half-way between no motion and the slowest one.
+An object is followed by its colour. Its motion is read from the line through its centres (least squares), from the
+area of its pixels and from their change about the centre; thresholds lie half-way between no motion and the slowest.
 """
 
 from collections.abc import Sequence
