@@ -619,3 +619,16 @@ def test_two_programs_share_a_multiprocessor_where_the_tile_says_so(monkeypatch)
     for resident in ({}, {"resident": 2}):
         gemm(x, w, tma=True, config=SMALL | resident)
     assert grids == [(4,), (8,)]  # 64 tiles on the interpreter's four multiprocessors
+
+
+@pytest.mark.parametrize(
+    "pair", [("int8/channel", "int8/token"), ("int8/channel", "int8a/token"), ("fp8", "fp8")], ids=str
+)
+def test_traced_layers_take_codes_that_aten_rounded(monkeypatch, pair):
+    """So that a compiler fuses the rounding with what comes before; only the product stays a kernel."""
+    p = plan("linear", (48, 64), *pair)
+    t, x = tensors(p), randn(5, 64)
+    eager = backend.build("linear", p, None)(x, t)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(ops, "quant_rows", None)
+    torch.testing.assert_close(backend.build("linear", p, None)(x, t), eager, atol=1e-5, rtol=1e-5)
