@@ -100,7 +100,7 @@ class Mx(Micro):
 
     def fit(self, x, granularity=None, scale_global=None) -> Scales:
         absmax = block_absmax(x, self._resolve(granularity))
-        field = absmax.view(torch.int32) >> 23  # ⌊log2⌋ + 127; 0 for zero and fp32 subnormals, 255 for Inf and NaN
+        field = absmax.view(torch.int32) >> 23 & 255  # ⌊log2⌋ + 127; 0 for 0 and subnormals, 255 for Inf and NaN
         byte = (field - self.element.max_exponent).clamp_(0, 254).masked_fill_(field == 255, 255)
         return Scales(byte.to(torch.int8))
 

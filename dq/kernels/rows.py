@@ -4,6 +4,7 @@
     affine      q = clip(rne(x / s) + z),       s = max((max - min) / (high - low), SCALE_FLOOR), range holds 0
     stored      q = clip(rne(x / s)),           s given
     e4m3        q = e4m3(clip(x / s))           s = max(absmax / 448, SCALE_FLOOR)
+    mxfp8       q = e4m3(clip(x / s))           s = 2^(floor(log2 absmax of 32 columns) - 8)
 
 Formulas and bits are those of `dq.formats`; a test compares them. Under `torch.compile` backends call these and keep
 only the product opaque, so that normalization, modulation, smoothing or GELU before them and the codes are one kernel.
@@ -19,6 +20,7 @@ from dq.formats.base import SCALE_FLOOR
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
+MX_BLOCK, MX_EXPONENT = 32, 8  # columns that share a scale; exponent of 448
 
 
 def symmetric(x: torch.Tensor, top: int = 127) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,3 +51,16 @@ def e4m3(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.float()
     scale = (x.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=SCALE_FLOOR)
     return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
+
+
+def mxfp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (rows, columns), columns a multiple of 32 -> e4m3 codes, int8 scale bytes (rows, columns / 32).
+
+    A byte is the exponent of a power of two + 127; 255 is NaN, of a block with NaN or Inf.
+    """
+    blocks = x.float().reshape(x.shape[0], x.shape[1] // MX_BLOCK, MX_BLOCK)
+    field = blocks.abs().amax(-1).view(torch.int32) >> 23 & 255  # of fp32: exponent + 127
+    byte = torch.where(field == 255, 255, (field - MX_EXPONENT).clamp(0, 254))
+    step = torch.where(byte == 0, 2.0**-127, (byte << 23).view(torch.float32))
+    step = torch.where(byte == 255, torch.nan, step).unsqueeze(-1)
+    return (blocks / step).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3).reshape(x.shape), byte.to(torch.int8)

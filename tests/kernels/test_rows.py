@@ -50,6 +50,23 @@ def test_e4m3_values_and_scales_are_those_of_the_format(x):
     assert torch.equal(codes.float(), get("fp8").values_of(expected.codes)) and torch.equal(scale, expected.scale)
 
 
+def test_mxfp8_codes_and_scales_are_those_of_the_format(x):
+    x = torch.cat([x, x * 1e30, x * 1e-37, x * 1e-43, torch.full_like(x, 448), torch.full_like(x, -500)])
+    x[11, 50], x[12, 50] = float("inf"), -float("inf")
+    expected = get("mxfp8").encode(x)
+    codes, scale = rows.mxfp8(x)
+    assert torch.equal(scale, expected.scale)
+    theirs, ours = get("mxfp8").values_of(expected.codes), codes.float()
+    assert torch.equal(ours.nan_to_num(7e7), theirs.nan_to_num(7e7))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_block_with_nan_of_any_sign_has_the_scale_nan_and_no_other_block(sign, x):
+    x[7, 40] = torch.tensor(float("nan")).copysign(torch.tensor(float(sign)))
+    for scale in (rows.mxfp8(x)[1], get("mxfp8").encode(x).scale):
+        assert (scale == -1).nonzero().tolist() == [[7, 1]]
+
+
 def test_beyond_a_stored_scale_codes_saturate():
     codes, scale = rows.stored(torch.tensor([[0.5, 1.5, 300.0, -300.0]]), torch.tensor(1.0))
     assert codes.tolist() == [[0, 2, 127, -127]] and scale.shape == (1, 1)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from dq import kernels, layers
 from dq.errors import DQError
 from dq.formats import get
-from dq.kernels import proof, reference
+from dq.kernels import blockscaled, proof, reference
 from dq.kernels import triton as backend
 from dq.kernels.triton import ops, stored
 from dq.kernels.triton.ops import Blocks, Codes, Epilogue, RowFormat
@@ -309,6 +309,15 @@ def test_nvfp4_activations_are_those_of_the_format():
 def test_stored_scales_in_tiles():
     scale = codes(150, 5)
     assert torch.equal(untile(ops.tile_scales(scale), 150, 5), scale)
+    assert torch.equal(ops.tile_scales(scale).view(torch.int8), blockscaled.tiles(scale))
+
+
+def test_torchs_block_scaled_product_gets_from_the_kernel_what_aten_rounds():
+    x = randn(130, 160, spread=3.0)
+    mine, aten = blockscaled._nvfp4_in_one_kernel(x), blockscaled._nvfp4(x)
+    assert torch.equal(mine.whole, aten.whole)
+    for ours, theirs in ((mine.q, aten.q), (mine.scale, aten.scale)):
+        assert ours.dtype is theirs.dtype and torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
 def test_nvfp4_spoils_only_bad_rows():
