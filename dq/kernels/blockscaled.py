@@ -5,9 +5,9 @@
     nvfp4   blocks of 16, q and w e2m1 (two a byte, the even column low), s e4m3, gx fp32 a row, gw fp32 of the weight
     mxfp8   blocks of 32, q and w e4m3, s a power of two (e8m0), no g
 
-The units read scales in tiles of 128 rows x 4 blocks (`tiles`). gx and gw multiply what `_scaled_mm` gives: it takes no
-scale a row beside those of blocks, and one for all rows would let rows depend on each other. nvfp4 activations are
-rounded in one Triton kernel where that runs, else in aten; mxfp8 ones in aten, which a compiler fuses.
+The units read scales in tiles of 128 rows x 4 blocks (`tiles`). gx and gw multiply what `_scaled_mm` gives: it takes
+no scale a row beside those of blocks, and one for all rows would let rows depend on each other. Activations are
+rounded in one Triton kernel where Triton runs, else in aten; mxfp8 ones under `torch.compile` in aten, which is fused.
 The product leaves in bf16 for a bf16 layer, else in fp32 (sums under nvfp4's block scales alone pass fp16's range). A
 bias goes into the bf16 product where no g follows. Under autograd a layer whose input needs gradients runs `dense`.
 AMD's gfx950 is left out: its library takes scales by rows, K in multiples of 128 and rows in multiples of 16.
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from dq import kernels
 from dq.formats.micro import FORMATS
-from dq.kernels import Conv, Tensors, dense, rows, triton
+from dq.kernels import Conv, Tensors, dense, rows, scaled, triton
 from dq.plan import LayerPlan
 
 RANK = 26
@@ -75,9 +75,7 @@ def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor
     """See `dq.kernels`."""
     outputs, columns = plan.shape
     form, differentiable = plan.weight.format, dense.build(op, plan, conv)
-    rounded = _mxfp8
-    if form == "nvfp4":  # the card that serves the layer is the current one here
-        rounded = _nvfp4_in_one_kernel if triton.why_not(op, plan, "cuda") is None else _nvfp4
+    rounded = _rounder(plan)
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
@@ -89,12 +87,19 @@ def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor
     return run
 
 
+def _rounder(plan: LayerPlan) -> Callable[[torch.Tensor], Blocks]:
+    """Of a layer's input. Asks for the current card, which is the one that will serve the layer."""
+    if plan.weight.format == "nvfp4":
+        return _nvfp4_in_one_kernel if triton.why_not("linear", plan, "cuda") is None else _nvfp4
+    return _mxfp8_in_one_kernel if triton.why_not("linear", scaled.ROWS, "cuda") is None else _mxfp8
+
+
 def product(x: Blocks, w: Blocks, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """x of M rows, w of N, bias (N,) of any float type -> y (M, N) in `dtype`, bias added."""
     out = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
     inside = bias if out is torch.bfloat16 and x.whole is None else None
-    scales = {"scale_a": x.scale, "scale_b": w.scale}
-    y = torch._scaled_mm(x.q, w.q.t(), **scales, bias=None if inside is None else inside.to(out), out_dtype=out)
+    added = None if inside is None else inside.to(out)
+    y = torch._scaled_mm(x.q, w.q.t(), scale_a=x.scale, scale_b=w.scale, bias=added, out_dtype=out)
     if x.whole is not None and w.whole is not None:
         y = y.mul_(x.whole * w.whole)  # in fp32, and one pass over y
     return (y if bias is None or inside is not None else y + bias.to(out)).to(dtype)
@@ -114,6 +119,15 @@ def tiles(scale: torch.Tensor) -> torch.Tensor:
 def _mxfp8(x: torch.Tensor) -> Blocks:
     q, scale = rows.mxfp8(x)
     return Blocks(q, tiles(scale).view(SCALES["mxfp8"]))
+
+
+def _mxfp8_in_one_kernel(x: torch.Tensor) -> Blocks:
+    if torch.compiler.is_compiling():
+        return _mxfp8(x)
+    from dq.kernels.triton import mxfp8
+
+    q, scale = mxfp8.mxfp8_quant(x)
+    return Blocks(q, scale.view(SCALES["mxfp8"]))
 
 
 def _nvfp4(x: torch.Tensor) -> Blocks:

@@ -266,7 +266,7 @@ def _nvfp4(config: configs.Config, arch: str) -> Specimen:
 
 def _elementwise(arch: str) -> list[Specimen]:
     """Kernels without tile sizes of their own, at the width of FLUX (3072)."""
-    from dq.kernels.triton import nvfp4, quantize
+    from dq.kernels.triton import mxfp8, nvfp4, quantize
 
     rows = {"x_p": "*bf16", "s_p": "*fp32", "TOP": 127.0, "FP8": False, "SPLIT": 0, "q_p": "*i8", "z_p": None}
     rows |= {"sum_p": None, "given_p": None, "AFFINE": False, "BM": 1, "BK": 4096, "K": "i32", "G": 1}
@@ -283,10 +283,12 @@ def _elementwise(arch: str) -> list[Specimen]:
         made += [Specimen("quant_rows-fp8", quantize.quant_rows, rows | eight, None, 8, 1)]
     if arch in FP4:
         four = {"x_p": "*bf16", "q_p": "*u8", "scale_p": "*u8", "g_p": "*fp32", "BM": 1, "BK": 4096}
+        eights = {"x_p": "*bf16", "q_p": "*fp8e4nv", "scale_p": "*u8", "BV": mxfp8.TILE["BV"]}
         tiles = {"s_p": "*u8", "out_p": "*u8", "BN": 128, "BB": 32}
         made += [
             Specimen("nvfp4_quant", nvfp4.nvfp4_quant, four, None, 8, 1),
             Specimen("tile_scales", nvfp4.tile_scales, tiles, None, 4, 1),
+            Specimen("mxfp8_blocks", mxfp8.mxfp8_blocks, eights, None, mxfp8.TILE["warps"], mxfp8.TILE["stages"]),
         ]
     return made
 

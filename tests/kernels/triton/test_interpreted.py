@@ -16,7 +16,7 @@ from dq.errors import DQError
 from dq.formats import get
 from dq.kernels import blockscaled, proof, reference
 from dq.kernels import triton as backend
-from dq.kernels.triton import ops, stored
+from dq.kernels.triton import mxfp8, ops, stored
 from dq.kernels.triton.ops import Blocks, Codes, Epilogue, RowFormat
 from eval.gpu.tiles import split_order, ulps
 from tests.kernels.test_kernels import plan, tensors, truth_and_torch, within_twice_torch
@@ -312,12 +312,22 @@ def test_stored_scales_in_tiles():
     assert torch.equal(ops.tile_scales(scale).view(torch.int8), blockscaled.tiles(scale))
 
 
-def test_torchs_block_scaled_product_gets_from_the_kernel_what_aten_rounds():
-    x = randn(130, 160, spread=3.0)
-    mine, aten = blockscaled._nvfp4_in_one_kernel(x), blockscaled._nvfp4(x)
-    assert torch.equal(mine.whole, aten.whole)
+@pytest.mark.parametrize("form", ["nvfp4", "mxfp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_block_scaled_product_gets_from_a_kernel_what_aten_rounds(form, dtype):
+    x = (randn(130, 160, spread=3.0) * torch.logspace(-30, 30, 130)[:, None]).to(dtype)
+    x[3], x[5, :32], x[7] = 0, 0, 2.0**-130 if dtype is torch.float32 else 0  # the interpreter drops bf16's smallest
+    mine, aten = (getattr(blockscaled, f"_{form}{how}")(x) for how in ("_in_one_kernel", ""))
+    assert (mine.whole is None) is (form == "mxfp8") and (mine.whole is None or torch.equal(mine.whole, aten.whole))
     for ours, theirs in ((mine.q, aten.q), (mine.scale, aten.scale)):
         assert ours.dtype is theirs.dtype and torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
+def test_mxfp8_spoils_only_bad_blocks():
+    x = randn(5, 64)
+    x[2, 3], x[4, 40] = torch.nan, torch.inf
+    scale = untile(mxfp8.mxfp8_quant(x)[1], 5, 2)
+    assert (scale == -1).nonzero().tolist() == [[2, 0], [4, 1]]
 
 
 def test_nvfp4_spoils_only_bad_rows():
@@ -462,6 +472,7 @@ def operands(name):
         "weight_sums": ((half,), {"k": 64, "bits": 4}),
         "few_rows": ((x, half, scale[:, None]), {"bits": 4, "group": 64, "bias": scale}),
         "nvfp4_quant": ((x,), {}),
+        "mxfp8_quant": ((x,), {}),
         "tile_scales": ((w[:, :4],), {}),
         "nvfp4_gemm": ((ops.nvfp4_quant(x).q, blocks.q, *[blocks.scale] * 2, positive(5), blocks.whole), epilogue),
     }
