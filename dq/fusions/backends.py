@@ -208,7 +208,8 @@ def _wrong(name: str, device: torch.device) -> str | None:
     try:
         with torch.no_grad():
             run = dispatch._AttentionBackendRegistry._backends[dispatch.AttentionBackendName(name)]
-            right = F.scaled_dot_product_attention(*(part.transpose(1, 2).float() for part in heads)).transpose(1, 2)
+            query, key, value = (part.transpose(1, 2).float() for part in heads)
+            right = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
             error = ((run(*heads).float() - right).norm() / right.norm()).item()
     except Exception as error:  # a wheel for other cards, say
         return f"it raised {' '.join(str(error).split())[:120] or type(error).__name__}"

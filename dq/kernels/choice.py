@@ -112,7 +112,12 @@ def may_measure(x: torch.Tensor) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or functorch.peek_interpreter_stack() is not None:
         return False
-    return kernels.machine() is None and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    return kernels.machine() is None and not captured(x)
+
+
+def captured(x: torch.Tensor) -> bool:
+    """Whether a call with x goes into a graph of its card, which from then on reads tensors where they lie."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def is_known(problem: Problem, backend: str | None = None) -> bool:

@@ -44,6 +44,7 @@ class Served(nn.Module):
         self._turns: tuple[torch.Tensor, ...] = ()
         self._met: dict[tuple[torch.dtype, int], Choice] = {}  # by dtype and class of rows of the calls it had
         self._known: dict[tuple[torch.dtype, int], Choice] = {}  # what was measured before, for calls that cannot
+        self._captured = False  # whether a graph of a card reads the weights where they lie
         self._measures = False  # whether what was measured decides, and not `_choice` alone
 
     def bind(self, device: torch.device | str) -> Choice:
@@ -112,7 +113,10 @@ class Served(nn.Module):
         met = self._met.get(key)
         if met is not None:
             return met
-        if torch.compiler.is_compiling() or not choice.may_measure(x):
+        if torch.compiler.is_compiling():
+            return self._known.get(key, found)
+        if not choice.may_measure(x):
+            self._captured = self._captured or choice.captured(x)
             return self._known.get(key, found)
         return self.meet(x.device, *key)
 
@@ -122,7 +126,7 @@ class Served(nn.Module):
         found = choice.meet(self._problem(device, dtype, klass), self.tensors(), self.backend)
         self._met = self._met | {(dtype, klass): found}  # a new one: another thread may be reading
         self._choice = self._met[self.busiest]
-        if first:  # later, a graph may have been captured that reads the weights where they are
+        if first and not self._captured:  # later, one may have been that reads the weights where they are
             self._settle(found, device)
         return found
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dq
 from dq import cookbook, layers
+from dq.kernels.cpu import attention as cpu
 from dq.model import put
 from tests import zoo
 from tests.models import FLUX, PIXART, UNET, WAN, output, saved, stepped
@@ -158,6 +159,37 @@ def test_repeated_blocks_with_step_tables_need_no_more_graphs_than_in_full_preci
     after, count = blocks_compiled(model)
     assert all(close(a, b) for a, b in zip(after, before, strict=True))
     assert count == blocks_compiled(zoo.build(FLUX))[1]
+
+
+def resized(model: nn.Module, scale: int) -> torch.Tensor:
+    """Output of a zoo model on a picture `scale` times as large in each direction, of noise."""
+    draw, entry = torch.Generator().manual_seed(scale), zoo.ENTRIES[type(model).__name__]
+    given = entry.inputs(torch.Generator().manual_seed(0), model.dtype)
+    if "img_ids" in given:
+        count = scale**2 * given["img_ids"].shape[0]
+        given |= {"hidden_states": torch.randn(2, count, 64, generator=draw), "img_ids": torch.zeros(count, 3)}
+    else:
+        key = "sample" if "sample" in given else "hidden_states"
+        *head, high, wide = given[key].shape
+        given[key] = torch.randn(*head, scale * high, scale * wide, generator=draw)
+    with torch.no_grad():
+        return zoo.tensors_in(model(**given))[0]
+
+
+@pytest.mark.parametrize(("name", "recipe"), [(FLUX, "int8"), (FLUX, "int4-weight"), (UNET, "int8")])
+def test_a_second_resolution_recompiles_once_and_a_third_one_not_at_all(name, recipe, monkeypatch):
+    monkeypatch.setattr(cpu, "FEWEST_PRODUCTS", 0)  # across these sizes there is another graph, with another kernel
+    monkeypatch.setattr(cpu, "FEWEST_ROWS", {False: 0, True: 0})
+    model = quantized(name, recipe)
+    expected = [resized(model, scale) for scale in (1, 2, 3)]
+    torch._dynamo.utils.counters.clear()
+    model.compile(fullgraph=True, backend="eager")
+    counts = []
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for scale in (1, 2, 3):
+            assert close(resized(model, scale), expected[scale - 1])
+            counts.append(graphs())
+    assert counts == [1, 2, 2]
 
 
 def test_model_loaded_quantized_compiles(tmp_path):

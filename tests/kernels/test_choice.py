@@ -46,6 +46,27 @@ def test_a_backend_that_raises_is_refused_in_one_line(monkeypatch, tmp_path):
 
 
 @torch.no_grad()
+def test_the_first_call_in_a_captured_graph_measures_nothing_and_the_weights_stay_where_it_reads_them(
+    monkeypatch, tmp_path
+):
+    laying = backend(1)
+    laying.lay, laying.restore = lambda t: t._replace(weight=t.weight.clone()), lambda t: t
+    times = inject(monkeypatch, tmp_path, {"laying": 0.1}, laying=laying)
+    layers = [linear(seed=seed) for seed in range(2)]
+    for layer in layers:
+        layer.stored.data = layer.stored.data.clone()  # what bind laid
+    lie = [layer.stored.data_ptr() for layer in layers]
+    with monkeypatch.context() as capture:
+        capture.setattr(torch.Tensor, "is_cuda", True)
+        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        y = layers[0](X)
+    assert not times.asked and layers[0].choice.ms is None
+    assert [layer(X) is not None for layer in layers] and torch.equal(layers[0](X), y) and times.asked
+    assert layers[0].choice.ms == 0.1, "measured by the first call after it"
+    assert layers[0].stored.data_ptr() == lie[0] and layers[1].stored.data_ptr() != lie[1]
+
+
+@torch.no_grad()
 def test_a_right_and_faster_backend_serves_whatever_its_rank(monkeypatch, tmp_path):
     inject(monkeypatch, tmp_path, {"late": 0.2, "first": 0.5, "full": 0.6}, late=backend(95), first=backend(1))
     layer = linear()
