@@ -48,16 +48,16 @@ def cards(monkeypatch, tmp_path):
 def test_each_layer_gets_the_kernel_of_its_own_card(cards):
     layer = layers.pack("it", nn.Linear(64, 64), FP8, torch.float32)
     found = [layer.ready(torch.device("cuda", index)) for index in CARDS]
-    assert [each.backend for each in found] == ["triton", "dense", "triton"]
+    assert [each.backend for each in found] == ["scaled", "weightonly", "scaled"]
     assert dict(found[1].refusals)["triton"] == "sm_86 has no fp8 matrix unit"
-    assert layer.bind("cuda:1").backend == "dense" and layer.bind("cuda").backend == "triton"
+    assert layer.bind("cuda:1").backend == "weightonly" and layer.bind("cuda").backend == "scaled"
     assert cards == [0]
 
 
 def test_a_device_without_an_index_is_the_current_card(cards):
     cards[0] = 1
     layer = layers.pack("it", nn.Linear(64, 64), FP8, torch.float32)
-    assert layer.bind("cuda").backend == "dense" and layer._bound[0] == torch.device("cuda", 1)
+    assert layer.bind("cuda").backend == "weightonly" and layer._bound[0] == torch.device("cuda", 1)
 
 
 def test_verdicts_and_times_are_of_a_model_of_card_and_shared_by_two_of_one(cards):
@@ -71,10 +71,10 @@ def test_verdicts_and_times_are_of_a_model_of_card_and_shared_by_two_of_one(card
 def test_a_card_that_proved_wrong_does_not_speak_for_another(cards, monkeypatch):
     monkeypatch.setenv(choice.VARIABLE, "measured")
     h100, other = (Problem("linear", FP8, None, torch.device("cuda", i), torch.float32, 2) for i in (2, 1))
-    times.table(other.device).judge(other.formats, {"triton": "wrong on a small problem"})
-    assert choice.known(h100).backend == "triton"
-    times.table(torch.device("cuda", 0)).judge(h100.formats, {"triton": "wrong on a small problem"})
-    assert choice.known(h100).backend != "triton" and choice.known(other).backend == "dense"
+    times.table(other.device).judge(other.formats, {"scaled": "wrong on a small problem"})
+    assert choice.known(h100).backend == "scaled"
+    times.table(torch.device("cuda", 0)).judge(h100.formats, {"scaled": "wrong on a small problem"})
+    assert choice.known(h100).backend != "scaled" and choice.known(other).backend == "weightonly"
 
 
 def test_what_is_measured_runs_with_its_card_current(cards):
@@ -100,4 +100,4 @@ def test_a_card_without_an_int8_unit_is_not_given_int8_products():
     int8 = plan("linear", (64, 64))
     with kernels.imagined(Machine(gpu="sm_103")):
         name, refusals = kernels.chosen("linear", int8, "cuda")
-    assert name == "dense" and dict(refusals)["torchops"] == "sm_103 has no int8 matrix unit"
+    assert name == "weightonly" and dict(refusals)["torchops"] == "sm_103 has no int8 matrix unit"
