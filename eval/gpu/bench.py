@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -292,7 +293,7 @@ def compared(formats, shapes, options: SimpleNamespace, note: Callable) -> None:
                 note(what, "dq", (m, n, k), None, error=first_line(error))
                 continue
             runs: dict[str, Callable[[], object]] = {"bf16 F.linear": partial(F.linear, x, randn(n, k), randn(n))}
-            about = {}
+            about, truth = {}, reference.build("linear", plan, None)(x[:COMPARED].float(), t).double()
             for name, reason in kernels.asked("linear", plan, DEVICE, backend="auto").items():
                 if reason:
                     note(what, name, (m, n, k), None, error=reason)
@@ -303,17 +304,16 @@ def compared(formats, shapes, options: SimpleNamespace, note: Callable) -> None:
                     "kernel": module.label("linear", plan),
                     "emulated": kernels.emulates(name, "linear", plan),
                 }
-                about[name] |= off(runs[name], plan, t, x)
+                about[name] |= off(runs[name], truth)
             record(what, (m, n, k), runs, 2 * m * n * k, options, note, about)
 
 
-def off(run: Callable[[], object], plan, t, x: torch.Tensor) -> dict[str, float]:
-    """Distance of the first rows from the reference, relative; {} of a contender that raises, whose row says why."""
+def off(run: Callable[[], Any], truth: torch.Tensor) -> dict[str, float]:
+    """Distance of the first rows from the reference's, relative; {} of a contender that raises, whose row says why."""
     try:
-        y = run()[:COMPARED].double()
+        y = run()[: len(truth)].double()
     except Exception:
         return {}
-    truth = reference.build("linear", plan, None)(x[:COMPARED].float(), t).double()
     return {"off": ((y - truth).norm() / truth.norm()).item()}
 
 

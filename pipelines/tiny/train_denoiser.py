@@ -4,7 +4,6 @@ Loss: |v - v_hat|^2 with v = a_t e - s_t x over uniform t, plus a small term tha
 through for the object (colour, shape) that covers each 8x8 pixel cell; its readout is thrown away.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from . import scenes
 from .train_text import LENGTH, WIDTH, encode
-from .training import RUNS, Average, Run, Together, adamw
+from .training import RUNS, Average, Run, optimiser_of, put
 
 FOLDER = Path(__file__).parent
 DROPOUT = 0.1  # share of captions replaced by the empty one
@@ -166,7 +165,9 @@ def train_denoiser(name: str, minutes: float, batch: int = 32, snapshot_s: float
     both = nn.ModuleDict({"denoiser": student.denoiser, "encoder": student.encoder})
     readout = nn.Linear(student.hidden, 16)
     average = Average(both)
-    optimiser = _optimiser(student, readout)
+    blocks = getattr(student.denoiser, "transformer_blocks", ())
+    every = [*student.denoiser.parameters(), *student.encoder.parameters(), *readout.parameters()]
+    optimiser = optimiser_of(blocks, every, student.rate)
     parts = {"both": both, "readout": readout, "average": average, "optimiser": optimiser}
     run = Run(name, minutes, parts, optimiser)
     seen: list[torch.Tensor] = []
@@ -191,19 +192,6 @@ def train_denoiser(name: str, minutes: float, batch: int = 32, snapshot_s: float
                 write_pipeline(name, average)
     run.save()
     return write_pipeline(name, average)
-
-
-def _optimiser(student: Student, readout: nn.Module) -> torch.optim.Optimizer | Together:
-    """Muon for the matrices inside transformer blocks, AdamW for everything else (all of a UNet)."""
-    blocks = getattr(student.denoiser, "transformer_blocks", nn.ModuleList())
-    matrices = [p for p in blocks.parameters() if p.ndim == 2 and min(p.shape) > 8]
-    chosen = {id(p) for p in matrices}
-    both = [*student.denoiser.parameters(), *student.encoder.parameters(), *readout.parameters()]
-    rest = adamw([p for p in both if id(p) not in chosen], student.rate)
-    if not matrices:
-        return rest
-    muon = torch.optim.Muon(matrices, lr=student.rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    return Together(muon, rest)
 
 
 def _is_pair(out) -> bool:
@@ -238,19 +226,9 @@ def write_pipeline(name: str, average: Average) -> Path:
     else:
         extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipe = StableDiffusionPipeline(unet=student.denoiser, **parts, **extra)
-    fresh, final, old = RUNS / f"tiny-{name}.new", FOLDER / f"tiny-{name}", RUNS / f"tiny-{name}.old"
     student.denoiser.to(torch.bfloat16)
     vae.to(torch.bfloat16)
-    pipe.save_pretrained(fresh)
-    if (final / "README.md").exists():
-        for extra_file in ("README.md", "loss.png"):
-            shutil.copy(final / extra_file, fresh / extra_file)
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    fresh.rename(final)
-    print("wrote", final.name, flush=True)
-    return final
+    return put(pipe, FOLDER / f"tiny-{name}", RUNS, kept=("README.md", "loss.png"))
 
 
 __all__ = ["LENGTH", "train_denoiser", "write_pipeline"]

@@ -16,7 +16,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 from .train_denoiser import CELL_WEIGHT, SCHEDULER, batches, cell_loss, pixart, v_loss, write_pipeline
-from .training import RUNS, Average, Run, Together, adamw
+from .training import RUNS, Average, Run, optimiser_of
 
 BATCH = 32
 
@@ -32,7 +32,8 @@ def train_refine(minutes: float, rate: float = 1e-3) -> Path:
     student.denoiser.load_state_dict(weights)
     readout.load_state_dict(before["readout"])
     both = nn.ModuleDict({"denoiser": student.denoiser, "encoder": student.encoder})
-    average, optimiser = Average(both, 0.998), _optimiser(student.denoiser, readout, rate)
+    every = [*student.denoiser.parameters(), *readout.parameters()]
+    average, optimiser = Average(both, 0.998), optimiser_of(student.denoiser.transformer_blocks, every, rate)
     parts = {"both": both, "readout": readout, "average": average, "optimiser": optimiser}
     run, seen = Run("pixart-refine", minutes, parts, optimiser), []
     student.watched.register_forward_hook(lambda module, args, out: seen.append(out))
@@ -56,12 +57,3 @@ def train_refine(minutes: float, rate: float = 1e-3) -> Path:
 def _while(run: Run, data: Iterator) -> Iterator:
     while run.going():
         yield next(data)
-
-
-def _optimiser(denoiser: nn.Module, readout: nn.Module, rate: float) -> Together:
-    """Muon for the matrices of the transformer blocks, AdamW for the rest."""
-    matrices = [p for p in denoiser.transformer_blocks.parameters() if p.ndim == 2 and min(p.shape) > 8]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in [*denoiser.parameters(), *readout.parameters()] if id(p) not in chosen]
-    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    return Together(muon, adamw(rest, rate))

@@ -12,7 +12,6 @@ jointly, tiny-pixart's forgot which colour belongs to which shape (`train_refine
 """
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +33,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 from . import folder, motion, scenes
 from .train_denoiser import CELL_WEIGHT, DROPOUT, SCHEDULER, cell_labels, cell_loss
 from .train_text import WIDTH, Readout, encode, pair_targets, readout_loss, t5_encoder
-from .training import RUNS, Average, Run, Together, adamw
+from .training import RUNS, Average, Run, adamw, optimiser_of, put
 
 BASE, NAME = "tiny-pixart", "tiny-video"
 LENGTH = 120  # tokens LattePipeline pads prompts to
@@ -234,12 +233,9 @@ def _trained(rate: float):
     for module in model.modules():
         if isinstance(module, Attention):
             module.set_processor(AttnProcessor())  # trains faster here than the fused kernel
-    blocks = [*model.transformer_blocks.parameters(), *model.temporal_transformer_blocks.parameters()]
-    matrices = [p for p in blocks if p.ndim == 2 and min(p.shape) > 8]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in [*model.parameters(), *readout.parameters()] if id(p) not in chosen]
-    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    average, optimiser = Average(model, 0.998), Together(muon, adamw(rest, rate))
+    blocks = [*model.transformer_blocks, *model.temporal_transformer_blocks]
+    optimiser = optimiser_of(blocks, [*model.parameters(), *readout.parameters()], rate)
+    average = Average(model, 0.998)
     parts = {"model": model, "readout": readout, "average": average, "optimiser": optimiser}
     return model, readout, average, optimiser, parts
 
@@ -256,14 +252,7 @@ def write_pipeline(average: Average, final: Path) -> Path:
         transformer=model.to(torch.bfloat16),
         scheduler=DPMSolverMultistepScheduler(**SCHEDULER),
     )
-    fresh, old = final.with_name(f"{final.name}.new"), final.with_name(f"{final.name}.old")
-    pipe.save_pretrained(fresh)
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    fresh.rename(final)
-    print("wrote", final.name, flush=True)
-    return final
+    return put(pipe, final, final.parent)
 
 
 __all__ = ["train_text", "train_video", "write_pipeline"]

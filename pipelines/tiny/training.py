@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -125,6 +126,35 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float, decay: float = 0.01) ->
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
+
+
+def optimiser_of(blocks: Iterable[nn.Module], every: Iterable[nn.Parameter], rate: float):
+    """Muon for the matrices inside blocks, AdamW for everything else; AdamW alone where no block has a matrix."""
+    matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2 and min(p.shape) > 8]
+    chosen = {id(p) for p in matrices}
+    rest = adamw([p for p in every if id(p) not in chosen], rate)
+    if not matrices:
+        return rest
+    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return Together(muon, rest)
+
+
+def put(pipe, final: Path, work: Path, kept: Iterable[str] = ()) -> Path:
+    """Write a pipeline in place of the folder `final` in one rename, `kept` files of what stood there with it.
+
+    work  folder on the same disk, for the new one and the old one meanwhile
+    """
+    fresh, old = work / f"{final.name}.new", work / f"{final.name}.old"
+    pipe.save_pretrained(fresh)
+    for name in kept:
+        if (final / name).exists():
+            shutil.copy(final / name, fresh / name)
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    fresh.rename(final)
+    print("wrote", final.name, flush=True)
+    return final
 
 
 class Together:

@@ -15,6 +15,7 @@ import httpx
 import pytest
 from PIL import Image
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -258,7 +259,8 @@ class Page:
         return self.driver.execute_script(script)
 
     def wait(self, ready, seconds=60):
-        return WebDriverWait(self.driver, seconds, 0.1).until(lambda _: ready())
+        again = [StaleElementReferenceException]  # the page drew a part anew between its being found and read
+        return WebDriverWait(self.driver, seconds, 0.1, again).until(lambda _: ready())
 
     def type(self, selector, text):
         """Replace what a field holds."""

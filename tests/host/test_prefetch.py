@@ -124,7 +124,7 @@ def test_prefetch_of_layers_that_rotate_smooth_and_have_a_branch(streamed, level
                 value.data.uniform_(0.5, 1, generator=torch.Generator().manual_seed(0))
         put(model, name, packed)
     mark.mark(model, plan)
-    assert any(layer._turn is not None for layer in layers.packed_layers(model).values())
+    assert any(layer._turns for layer in layers.packed_layers(model).values())
     before = output(model)
     streamed(model, level)
     assert all(torch.equal(output(model), before) for _ in range(3))
