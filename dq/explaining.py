@@ -16,6 +16,7 @@ from dq.layers import PackedStack, kind_of, naming, packed_layers, parameter_byt
 from dq.plan import LayerPlan, Plan, TensorPlan
 from dq.report import Row
 
+GROUPED = "torch's grouped products take activations that are rounded, stacked experts are weight-only"
 SLOWER = MARGIN = 1.05  # times as long, from which on it is said
 
 
@@ -68,7 +69,8 @@ def _with_kernel(row: Row, layer: Any) -> Row:
     if layer is None:
         return row
     if isinstance(layer, PackedStack):
-        return replace(row, backend="dense", kernel=f"decode {layer.plan.weight.format} when used")
+        kernel = f"decode {layer.plan.weight.format} when used"
+        return replace(row, backend="dense", kernel=kernel, why_not=(("scaled", GROUPED),))
     return served(row, layer.choice)
 
 

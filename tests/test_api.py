@@ -242,6 +242,17 @@ def test_expert_weights_are_kept_by_pattern():
     assert kept and all(row.bytes == 4 * model.get_parameter(row.name).numel() for row in kept)
 
 
+@pytest.mark.parametrize("recipe", ["int8", "fp8"])
+def test_experts_say_that_they_are_weight_only_and_why_no_grouped_product_serves_them(recipe):
+    model = zoo.build(EXPERTS)
+    dq.quantize(model, recipe, progress=False)
+    rows = dq.explain(model).layers
+    stacks = [row for row in rows if row.kind == "stack" and row.weight is not None]
+    assert stacks and all(row.act is None and "decode" in row.kernel for row in stacks)
+    assert all("stacked experts are weight-only" in dict(row.why_not)["scaled"] for row in stacks)
+    assert not any("stacked" in reason for row in rows if row.kind != "stack" for _, reason in row.why_not)
+
+
 def test_the_compute_dtype_is_that_of_most_weights():
     model = zoo.build(WAN, dtype=torch.bfloat16)  # its tables and time embedder stay in fp32
     assert next(model.parameters()).dtype == torch.float32
