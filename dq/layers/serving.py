@@ -186,7 +186,7 @@ class Served(nn.Module):
             self.bind(self.stored.device)
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason="a packed layer's weights went to another device; run the model there once, uncompiled")
 def _outside(layer: Served, device: torch.device) -> Choice:
     """`bind`, which cannot be traced: nobody ran or moved the layer since it was put on another device."""
     return layer.bind(device)

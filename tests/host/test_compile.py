@@ -134,6 +134,23 @@ def test_rotation_is_not_cast_in_a_call(dtype):
     assert y.dtype is dtype and casts.count == 0
 
 
+def test_a_layer_put_elsewhere_by_hand_is_bound_outside_of_the_graph_or_says_what_helps():
+    model, x = convolution_and_linear("int8"), torch.randn(2, 8, 16, 16)
+    expected = model(x)
+
+    def strayed() -> nn.Module:
+        torch._dynamo.reset()
+        model[2]._bound = (torch.device("meta"), "auto")
+        return model
+
+    with torch.no_grad():
+        assert close(torch.compile(strayed(), backend="eager")(x), expected)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="went to another device; run the model there once"):
+            torch.compile(strayed(), fullgraph=True, backend="eager")(x)
+        strayed()(x)
+        assert close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
+
+
 def blocks_compiled(model: nn.Module) -> tuple[list[torch.Tensor], int]:
     """-> (outputs over the steps, graphs made) with the repeated blocks compiled."""
     torch._dynamo.reset()
@@ -190,6 +207,26 @@ def test_a_second_resolution_recompiles_once_and_a_third_one_not_at_all(name, re
             assert close(resized(model, scale), expected[scale - 1])
             counts.append(graphs())
     assert counts == [1, 2, 2]
+
+
+def test_repeated_blocks_at_other_resolutions_need_no_more_graphs_than_in_full_precision(monkeypatch):
+    monkeypatch.setattr(cpu, "FEWEST_PRODUCTS", 0)
+    monkeypatch.setattr(cpu, "FEWEST_ROWS", {False: 0, True: 0})
+
+    def counts(model: nn.Module) -> list[int]:
+        expected = [resized(model, scale) for scale in (1, 2, 3)]
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        found = []
+        with torch._dynamo.config.patch(error_on_recompile=False):
+            for scale in (1, 2, 3):
+                assert close(resized(model, scale), expected[scale - 1])
+                found.append(graphs())
+        return found
+
+    ours = counts(quantized(FLUX))
+    assert ours == counts(zoo.build(FLUX)) and ours[2] == ours[1] > ours[0]
 
 
 def test_model_loaded_quantized_compiles(tmp_path):
