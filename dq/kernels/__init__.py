@@ -30,7 +30,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import NamedTuple
@@ -276,10 +276,9 @@ def built(name: str, refusals: Refusals, op: str, plan: LayerPlan, conv: Conv | 
     """The choice of a backend by name."""
     module = backends()[name]
     gelu = module.build_gelu(plan) if op == "linear" and hasattr(module, "build_gelu") else None
+    facts = {"weight_only": leaves_floating(name, op, plan), "lays": hasattr(module, "lay")}
     run = module.build(op, plan, conv)
-    lays = hasattr(module, "lay")
-    found = Choice(name, module.label(op, plan), emulates(name, op, plan), run, refusals, gelu, lays=lays)
-    return replace(found, weight_only=leaves_floating(name, op, plan))
+    return Choice(name, module.label(op, plan), emulates(name, op, plan), run, refusals, gelu, **facts)
 
 
 def laid(name: str, tensors: Tensors) -> Tensors:

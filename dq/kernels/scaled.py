@@ -43,6 +43,8 @@ def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> 
         return f"{arch} has no units for this fp8 (e4m3fn)"
     if plan.shape[0] % 16 or plan.shape[1] % 16 or plan.splits or plan.act.scale != "dynamic":
         return f"_scaled_mm needs both sizes in multiples of 16 and one dynamic scale per row, got {plan.shape}"
+    if plan.act.shift:
+        return "_scaled_mm takes activations without a shift"
     return None if plan.weight.granularity == "channel" else "_scaled_mm needs one weight scale per output channel"
 
 

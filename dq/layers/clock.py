@@ -93,9 +93,10 @@ class _ReadTimestep:
             return inner(*args, **kwargs)
         before = self.clock.index  # a traced call writes to no input, which CUDA graphs would refuse to capture
         self.clock.index = self.clock.found(timestep)
-        y = inner(*args, **kwargs)
-        self.clock.index = before
-        return y
+        try:
+            return inner(*args, **kwargs)
+        finally:  # after an error, too: the next call may be one that is not traced
+            self.clock.index = before
 
 
 def argument_position(model: nn.Module, argument: str | None) -> int:

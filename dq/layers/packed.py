@@ -210,11 +210,10 @@ class _Packed(Served, _Frozen):
         if self.plan.rotate:
             turn = next((each for each in self._turns if each.dtype is x.dtype), self._turns[0])
             x = hadamard.rotate(x, self.plan.rotate, 1 if self.op == "conv" else -1, matrix=turn)
-        if not gelu:
-            return choice.run(x, self._raw() if choice.lays else self.tensors())
-        if choice.gelu is None:
-            return F.gelu(choice.run(x, self._raw() if choice.lays else self.tensors()), approximate="tanh")
-        return choice.gelu(x, self.tensors())
+        if gelu and choice.gelu is not None:
+            return choice.gelu(x, self.tensors())
+        y = choice.run(x, self._raw() if choice.lays else self.tensors())
+        return F.gelu(y, approximate="tanh") if gelu else y
 
     @torch.no_grad()
     def dense_weight(self) -> torch.Tensor:

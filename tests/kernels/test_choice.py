@@ -37,6 +37,21 @@ def test_a_fast_wrong_backend_is_refused_with_its_reason_and_the_layer_is_right(
     assert times.asked == [["dense", "full"]], "what is wrong is not timed"
 
 
+@pytest.mark.parametrize("emulates, serving", [(True, "native"), (False, "dense")])
+@torch.no_grad()
+def test_what_emulates_does_not_compete(monkeypatch, tmp_path, emulates, serving):
+    """`dense` emulates these activations: it serves by its time only where it is said to multiply them."""
+    emulated = kernels.backends()["dense"].emulated
+    inject(monkeypatch, tmp_path, {"dense": 0.1, "native": 0.5, "full": 0.6}, native=backend(95))
+    if emulates:
+        monkeypatch.setattr(kernels.backends()["dense"], "emulated", emulated)
+    layer = linear()
+    layer(X)
+    assert layer.choice.backend == serving and not layer.choice.emulated
+    reason = {"dense": "it emulates what native multiplies"}
+    assert dict(layer.choice.refusals) == (reason if emulates else {})
+
+
 @torch.no_grad()
 def test_a_backend_that_raises_is_refused_in_one_line(monkeypatch, tmp_path):
     inject(monkeypatch, tmp_path, {}, broken=backend(1, raises))

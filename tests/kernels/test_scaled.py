@@ -40,6 +40,7 @@ def test_it_is_taken_where_the_chip_has_this_e4m3(arch):
         (plan("linear", (48, 40), *FP8), "cuda", "multiples of 16"),
         (plan("linear", (48, 64), *FP8, splits=(32,)), "cuda", "one dynamic scale per row"),
         (plan("linear", (48, 64), "fp8/channel", "fp8/token/static"), "cuda", "one dynamic scale per row"),
+        (plan("linear", (48, 64), "fp8/channel", "fp8/token/dynamic/0.17"), "cuda", "without a shift"),
         (plan("linear", (48, 64), "fp8/tensor", "fp8/token"), "cuda", "one weight scale per output channel"),
         (plan("linear", (48, 64), "fp8/channel", None), "cuda", "weight-only"),
         (plan("linear", (48, 64), "int8/channel", "int8/token"), "cuda", "no scaled product of int8 x int8"),

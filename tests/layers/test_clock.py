@@ -82,6 +82,21 @@ def test_attaching_twice_leaves_one_hook_and_detaching_none():
     clock.detach(Denoiser())  # nothing to remove
 
 
+@pytest.mark.parametrize("tracing", [True, False])
+def test_a_call_that_raises_leaves_a_step_that_the_next_call_can_move(monkeypatch, tracing):
+    """A traced call runs on an index of its own and puts the shared one back, whatever it ends with."""
+    model, running = Denoiser(), Clock((500.0,))
+    clock.attach(model, running, "timestep")
+    index = running.index
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: tracing)
+    with pytest.raises(RuntimeError):
+        model(torch.ones(1, 3), 700)
+    assert running.index is index and index.item() == (0 if tracing else 1)
+    monkeypatch.undo()
+    model(torch.ones(1, 4), 700)
+    assert running.index is index and index.item() == 1
+
+
 def test_an_argument_the_model_does_not_have_is_refused():
     with pytest.raises(DQError, match=r"Denoiser\.forward has no argument 't', it has sample, timestep, scale"):
         clock.attach(Denoiser(), Clock(), "t")

@@ -66,32 +66,41 @@ def vector_back(laid: torch.Tensor) -> torch.Tensor:
     return scale_back(laid.reshape(-1, 1, 8, 4, 2, 2))[:, 0]
 
 
+def _tiles(factor: torch.Tensor) -> torch.Tensor:
+    """(rows, columns) -> (rows / 16, columns / 16, i, j, half, part, pair)."""
+    rows, columns = factor.shape
+    return factor.reshape(rows // TILE, 2, 8, columns // TILE, 2, 4, 2).permute(0, 3, 2, 5, 1, 4, 6)
+
+
+def _tiles_back(tiles: torch.Tensor) -> torch.Tensor:
+    """Inverse of `_tiles`."""
+    rows, columns = tiles.shape[:2]
+    return tiles.permute(0, 4, 2, 1, 5, 3, 6).reshape(rows * TILE, columns * TILE).contiguous()
+
+
+def _as_tiles(laid: torch.Tensor) -> torch.Tensor:
+    rows, columns = laid.shape
+    return laid.reshape(rows // TILE, columns // TILE, 8, 4, 2, 2, 2)
+
+
 def up(factor: torch.Tensor) -> torch.Tensor:
     """(out, rank) -> (out, rank), a permutation."""
-    out, rank = factor.shape
-    tiles = factor.reshape(out // TILE, 2, 8, rank // TILE, 2, 4, 2).permute(0, 3, 2, 5, 1, 4, 6)
-    return tiles.reshape(out, rank).contiguous()
+    return _tiles(factor).reshape(factor.shape).contiguous()
 
 
 def up_back(laid: torch.Tensor) -> torch.Tensor:
     """Inverse of `up`."""
-    out, rank = laid.shape
-    tiles = laid.reshape(out // TILE, rank // TILE, 8, 4, 2, 2, 2).permute(0, 4, 2, 1, 5, 3, 6)
-    return tiles.reshape(out, rank).contiguous()
+    return _tiles_back(_as_tiles(laid))
 
 
 def down(factor: torch.Tensor) -> torch.Tensor:
     """(rank, in) -> (in, rank), a permutation."""
-    rank, inputs = factor.shape
-    tiles = factor.reshape(rank // TILE, 2, 8, inputs // TILE, 2, 4, 2).permute(3, 0, 2, 5, 1, 4, 6)
-    return tiles.reshape(inputs, rank).contiguous()
+    return _tiles(factor).transpose(0, 1).reshape(factor.shape[::-1]).contiguous()
 
 
 def down_back(laid: torch.Tensor) -> torch.Tensor:
     """Inverse of `down`."""
-    inputs, rank = laid.shape
-    tiles = laid.reshape(inputs // TILE, rank // TILE, 8, 4, 2, 2, 2).permute(1, 4, 2, 0, 5, 3, 6)
-    return tiles.reshape(rank, inputs).contiguous()
+    return _tiles_back(_as_tiles(laid).transpose(0, 1))
 
 
 def words(codes: torch.Tensor) -> torch.Tensor:

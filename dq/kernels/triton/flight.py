@@ -139,7 +139,7 @@ def launch(x: Codes, w: Codes, epilogue: Epilogue, config: configs.Config | None
     return out
 
 
-@ops.operator(ops._fake_gemm)
+@ops.operator(ops.fake_gemm)
 def _flight_gemm(
     q: Tensor,
     w: Tensor,
@@ -160,4 +160,4 @@ def _flight_gemm(
 def flight_gemm(x: Codes, w: Codes, epilogue: Epilogue) -> Tensor:
     """x (M, >= K), w (N, K) int8, K and rows of x in multiples of 16 bytes -> (M, N). See `ops.w8a8_gemm`."""
     end = {"dtype": epilogue.dtype, "bias": epilogue.bias, "gelu": epilogue.gelu}
-    return _flight_gemm(x.q, w.q, x.scale, w.scale, **ops._zeros(x, w), **end)
+    return _flight_gemm(x.q, w.q, x.scale, w.scale, **ops.zero_points(x, w), **end)

@@ -219,7 +219,7 @@ def gelu_kind(epilogue: Epilogue) -> int:
     return (2 if fast else 1) if epilogue.gelu else 0
 
 
-def _zeros(x: Codes, w: Codes) -> dict[str, Tensor | None]:
+def zero_points(x: Codes, w: Codes) -> dict[str, Tensor | None]:
     """Zero points and the sums that go with them, as the operators take them."""
     return {"zx": x.zero, "wsum": w.sums, "zw": w.zero, "qsum": x.sums}
 
@@ -275,7 +275,7 @@ def launch_gemm(
     rank, *chunks = _chunks(epilogue)
     tile = (config["BM"], config["BN"], config["BK"], config["GROUP"])
     tiles = -(-m // tile[0]) * -(-n // tile[1])
-    ends = (*_zeros(x, w).values(), epilogue.bias, epilogue.down_x, epilogue.up)
+    ends = (*zero_points(x, w).values(), epilogue.bias, epilogue.down_x, epilogue.up)
     rest = (*flat(x.scale, w.scale, *ends), out, m, n, k, rank)
     last = (fp8, min(PROMOTED, tile[2]) if short else None, gelu_kind(epilogue), *chunks)
     if tma:
@@ -288,11 +288,11 @@ def launch_gemm(
     return out
 
 
-def _fake_gemm(q, w, sx, sw, *, dtype, **rest):
+def fake_gemm(q, w, sx, sw, *, dtype, **rest):
     return q.new_empty(q.shape[0], w.shape[0], dtype=dtype)
 
 
-@operator(_fake_gemm)
+@operator(fake_gemm)
 def _w8a8_gemm(
     q: Tensor,
     w: Tensor,
@@ -319,7 +319,7 @@ def w8a8_gemm(x: Codes, w: Codes, epilogue: Epilogue, exact: bool = False) -> Te
 
     exact  sums of e4m3 in fp32 on Hopper, too, whose units keep 14 bits; slower there, and no difference elsewhere
     """
-    return _w8a8_gemm(x.q, w.q, x.scale, w.scale, **_zeros(x, w), **epilogue._asdict(), exact=exact)
+    return _w8a8_gemm(x.q, w.q, x.scale, w.scale, **zero_points(x, w), **epilogue._asdict(), exact=exact)
 
 
 def launch_w4a8(
@@ -345,13 +345,13 @@ def launch_w4a8(
     else:
         ragged, swap = bool(bytes_ % 64), bool(config["SWAP"])
         packed.w4a8[grid](
-            x.q, w.q, x.scale, w.scale, *_zeros(x, w).values(), *rest, config["GROUP"], ragged, asm, swap,
+            x.q, w.q, x.scale, w.scale, *zero_points(x, w).values(), *rest, config["GROUP"], ragged, asm, swap,
             gelu_kind(epilogue), *chunks, **options(config),
         )  # fmt: skip
     return out
 
 
-@operator(_fake_gemm)
+@operator(fake_gemm)
 def _w4a8_gemm(
     q: Tensor,
     w: Tensor,
@@ -373,10 +373,10 @@ def _w4a8_gemm(
 
 def w4a8_gemm(x: Codes, w: Codes, epilogue: Epilogue) -> Tensor:
     """`w8a8_gemm` with w (N, ceil(K / 2)) bytes of two int4 codes and codes x (M, KP) that were split by 128."""
-    return _w4a8_gemm(x.q, w.q, x.scale, w.scale, **_zeros(x, w), **epilogue._asdict())
+    return _w4a8_gemm(x.q, w.q, x.scale, w.scale, **zero_points(x, w), **epilogue._asdict())
 
 
-@operator(_fake_gemm)
+@operator(fake_gemm)
 def _w4a8_groups_gemm(
     q: Tensor,
     w: Tensor,
