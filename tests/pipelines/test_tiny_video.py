@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from diffusers import DiffusionPipeline, PixArtTransformer2DModel
 
+from pipelines import tiny
 from pipelines.tiny import folder, motion, scenes, train_video, training
 
 CLIPS = [motion.sample(index) for index in range(300)]
@@ -85,3 +87,30 @@ def test_training_goes_a_few_steps_stops_goes_on_and_writes_a_pipeline(tmp_path,
     call = {"height": 64, "width": 64, "video_length": 8, "mask_feature": False, "clean_caption": False}
     frames = pipe("a red star moving left", num_inference_steps=2, output_type="pt", **call).frames
     assert frames.shape[-4:] == (8, 3, 64, 64) and frames.isfinite().all()
+
+
+def test_prompts_of_motion_are_repeatable_disjoint_and_counted():
+    one = tiny.motions(20, objects=1)
+    assert one == tiny.motions(20, objects=1) and all(len(clip.motions) == 1 for _, clip in one)
+    assert not {text for text, _ in one} & {text for text, _ in tiny.motions(20, objects=1, seed=1)}
+    assert {len(clip.motions) for _, clip in tiny.motions(40)} == {1, 2}
+
+
+def test_a_model_that_is_not_shipped_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "folder", lambda name: tmp_path / name)
+    assert tiny.shipped(tiny.VIDEOS) == []
+    with pytest.raises(ValueError, match=r"^embedded pipeline 'tiny-video': its files are not in .*") as error:
+        tiny.load("tiny-video")
+    assert "\n" not in str(error.value)
+
+
+def test_a_clip_depends_on_its_seed_and_not_on_its_batch():
+    if not tiny.shipped(tiny.VIDEOS):
+        pytest.skip("needs the weights of tiny-video")
+    pipe, captions = tiny.load("tiny-video"), [caption for caption, _ in tiny.motions(2)]
+    call = {"num_inference_steps": 2}
+    both = tiny.clips(pipe, "tiny-video", captions, seed=3, **call)
+    assert both.shape == (2, 8, 3, 64, 64) and both.min() >= 0 and both.max() <= 1
+    torch.testing.assert_close(tiny.clips(pipe, "tiny-video", captions, 3, batch=1, **call), both, atol=1e-3, rtol=0)
+    other = tiny.clips(pipe, "tiny-video", captions, seed=4, **call)
+    assert (other - both).abs().mean() > 0.01
