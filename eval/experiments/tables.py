@@ -182,7 +182,8 @@ def calibration(found: list[dict]) -> list[str]:
     for row in found:
         limit = f", {row['budget_bits']:g} bits a weight" if row.get("budget_bits") else ""
         size, took = f"{row['bytes_before'] / 2**30:.2f} GiB", f"{row['seconds'] / 60:.1f} min"
-        names = [row["model"], f"`{row['recipe']}`{limit}", str(row["layers"]), size, str(row["threads"])]
+        frames = f", {row['frames']} frames" if row.get("frames") else ""
+        names = [row["model"] + frames, f"`{row['recipe']}`{limit}", str(row["layers"]), size, str(row["threads"])]
         cells.append([*names, f"{row['call_seconds']:.1f} s", took, f"{row['peak_gib']:.1f} GiB"])
     return table(head, cells)
 
