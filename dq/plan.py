@@ -165,6 +165,8 @@ class LayerPlan:
         if self.act and self.act.grain.two_level:
             got = f"layer {name!r}: activation granularity {self.act.granularity!r}"
             raise DQError(f"{got}, expected one level of scales; two are for weights")
+        if self.act and self.act.spec.tabled:
+            raise DQError(f"layer {name!r}: activation format {self.act.format!r}, expected one without stored tables")
         if self.act and self.act.scale == "dynamic":
             fits = ("token", "group") if self.kind == "linear" else ("tensor", "token")[: 1 + self.pointwise]
             if self.act.grain.kind not in fits:

@@ -62,9 +62,11 @@ def _neighbours(part: torch.Tensor, plan: LayerPlan, scales: Scales) -> tuple[to
 
     step = each(spec.step(scales.scale, scales.scale_global))
     zero = 0.0 if scales.zero is None else each(scales.zero.float())
-    points = spec.grid().to(part.device)
-    units = (part / step.masked_fill(step == 0, torch.inf) + zero).clamp(float(points[0]), float(points[-1]))
-    below = (torch.searchsorted(points, units.contiguous(), right=True) - 1).clamp(max=len(points) - 2)
-    low, high = points[below], points[below + 1]
-    share = (units - low) / (high - low)
+    points = spec.of(scales.table).grid().to(part.device)
+    points = points.expand(rows, -1).contiguous()
+    units = (part / step.masked_fill(step == 0, torch.inf) + zero).clamp(points[:, :1], points[:, -1:])
+    below = (torch.searchsorted(points, units.contiguous(), right=True) - 1).clamp(max=points.shape[1] - 2)
+    low, high = points.gather(1, below), points.gather(1, below + 1)
+    gap = (high - low).clamp(min=torch.finfo(torch.float32).tiny)  # a table may repeat its last value
+    share = (units - low) / gap
     return (low - zero) * step, (high - zero) * step, share

@@ -20,6 +20,7 @@ GRIDS += [
 ]
 GRIDS += ["int4/group:32+channel", "int3/group:32+channel"]
 GRIDS += ["fp8/channel", "fp8/tensor", "e3m0/group:32", "fp6_e2m3/channel", "nvfp4", "mxfp4", "mxfp8"]
+GRIDS += ["lut4/channel", "lut3/tensor"]
 each_grid = pytest.mark.parametrize("grid", GRIDS)
 ROWS, COLUMNS = 24, 150  # more than one block of columns, ragged groups
 

@@ -32,7 +32,7 @@ def draw(rows=9, k=77, seed=0):
 
 
 def again(form, x, granularity, e):
-    return form.encode(x, granularity, e.scale, e.zero, e.scale_global)
+    return form.encode(x, granularity, e.scale, e.zero, e.scale_global, e.table)
 
 
 def hexed(t):
@@ -72,7 +72,7 @@ def test_packed_bytes_are_the_real_ones(name, granularity):
     form = formats.get(name)
     for rows, k in ((9, 77), (4, 96)):
         e = form.encode(draw(rows, k), granularity)
-        parts = [form.pack(e.codes), e.scale, e.zero, e.scale_global]
+        parts = [form.pack(e.codes), e.scale, e.zero, e.scale_global, e.table]
         real = sum(p.numel() * p.element_size() for p in parts if p is not None)
         assert form.packed_bytes(rows, k, granularity) == real
         assert all(p.is_contiguous() for p in parts if p is not None)
@@ -162,7 +162,7 @@ def test_fake_is_decode_of_encode(name, granularity, dtype):
     e = form.encode(flat, granularity)
     want = form.decode(e, granularity).to(dtype).reshape(2, 4, 77)
     assert torch.equal(form.fake(x, granularity), want) and want.isfinite().all()
-    given = form.fake(x, granularity, e.scale, e.zero, e.scale_global)
+    given = form.fake(x, granularity, e.scale, e.zero, e.scale_global, e.table)
     assert given.dtype == dtype and torch.equal(given, want)
     assert torch.equal(form.fake(x.requires_grad_(), granularity), want)
 
