@@ -18,28 +18,39 @@ if TYPE_CHECKING:
     from .scenes import Scene
 
 NAMES = ("tiny-pixart", "tiny-sd")
+STUDENTS = {"tiny-pixart-4step": "tiny-pixart", "tiny-sd-4step": "tiny-sd"}  # LoRA folders, on what they lie
+PARTS = {"tiny-pixart": "transformer", "tiny-sd": "unet"}
 JUDGES = ("tiny-clip", "scene-recogniser")
 _COMMON = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64}
 CALL = {
     "tiny-pixart": _COMMON | {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 40},
     "tiny-sd": dict(_COMMON),
 }
+CALL |= {name: CALL[base] | {"num_inference_steps": 4, "guidance_scale": 1.0} for name, base in STUDENTS.items()}
 
 
 def folder(name: str) -> Path:
     """Where an embedded model lies; ValueError names the choices."""
-    if name not in NAMES + JUDGES:
-        raise ValueError(f"unknown embedded model {name!r}: expected one of {', '.join(NAMES + JUDGES)}")
+    known = (*NAMES, *STUDENTS, *JUDGES)
+    if name not in known:
+        raise ValueError(f"unknown embedded model {name!r}: expected one of {', '.join(known)}")
     return Path(__file__).parent / name
 
 
 def load(name: str, dtype=None):
     """The diffusers pipeline of that name on the CPU, progress bar off; `dtype` defaults to torch.float32."""
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, TCDScheduler
 
+    if name in STUDENTS:
+        from peft import PeftModel
+
+        pipe, part = load(STUDENTS[name], dtype), PARTS[STUDENTS[name]]
+        setattr(pipe, part, PeftModel.from_pretrained(getattr(pipe, part), folder(name)).merge_and_unload())
+        pipe.scheduler = TCDScheduler.from_pretrained(folder(name), subfolder="scheduler")
+        return pipe
     if name not in NAMES:
-        raise ValueError(f"unknown embedded pipeline {name!r}: expected one of {', '.join(NAMES)}")
+        raise ValueError(f"unknown embedded pipeline {name!r}: expected one of {', '.join((*NAMES, *STUDENTS))}")
     pipe = DiffusionPipeline.from_pretrained(folder(name), dtype=dtype or torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
