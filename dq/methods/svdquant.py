@@ -6,7 +6,8 @@ The input's smoothing s, Hadamard rotation R and rounding (symmetric or with zer
 with branch and roundings in place, one choice for all layers of one input; "nothing" is a candidate. Deviations:
 - SVDs are weighted by the input's second moments, and alternate with GPTQ rounding that knows the noise of the rounded
   input (the paper: plain SVDs of W / s, and nearest rounding or GPTQ afterwards).
-- Inputs after GELU may take measured zero points besides the paper's fixed shift of 0.171875 and unsigned codes.
+- All 4-bit integer inputs may take measured zero points, and most do; those after GELU also the paper's fixed shift of
+  0.171875 with unsigned codes.
 - Each layer has a branch of its own, as large as BRANCH_SHARE of its bytes allows: rank 32 on wide layers, less on
   narrow ones. Convolutions round activations to 8 bits, one scale a sample; the paper leaves them in 16 bits.
 `svdquant-int4-nunchaku` has only what diffusers' nunchaku-lite operators hold: inputs that are smoothed and rounded

@@ -56,6 +56,7 @@ class Entry:
     weights      with `plain`: formats for weights of under 8 bits; the first that takes at least the recipe's bytes
     formats      with `plain`: formats in place of others, by name, of weights and activations
     options      changes to the recipe's options
+    act          format of all rounded activations, in place of the recipe's
     calibration  changes to the calibration
     against      the row it has to beat, by PSNR
     """
@@ -70,12 +71,15 @@ class Entry:
     calibration: Mapping = field(default_factory=dict)
     against: str = ""
     models: tuple[str, ...] = tiny.NAMES
+    act: str = ""
 
     def wanted(self) -> Recipe:
         """The recipe to quantize by; DQError or ImportError when this version has none."""
         recipe = cookbook.get(self.recipe)
         if self.baseline:
             recipe = importlib.import_module(f"dq.methods.{recipe.method}").BASELINE
+        if self.act:
+            recipe = replace(recipe, linear=(recipe.linear[0], self.act), conv=(recipe.conv[0], self.act))
         return replace(recipe, options={**recipe.options, **self.options}) if self.options else recipe
 
 
@@ -90,6 +94,20 @@ def _with_fp8(recipe: str) -> tuple[Entry, Entry]:
     return Entry(recipe, recipe, against=name), Entry(name, recipe, plain=True, formats={"hif8": "fp8"})
 
 
+def _with_one_range(recipe: str) -> tuple[Entry, Entry]:
+    """A recipe with a table of ranges, and the same with one range for all steps."""
+    name, act = f"{recipe} in one range", cookbook.get(recipe).linear[1].replace("table", "static")
+    return Entry(recipe, recipe, against=name), Entry(name, recipe, act=act)
+
+
+def _with_one_width(recipe: str, weight: str) -> tuple[Entry, Entry, Entry]:
+    """A recipe that mixes weight formats, the same with one that fits its budget, and its plan with nothing fitted."""
+    name = f"{recipe} in one width"
+    one = Entry(name, recipe, options={"choices": (weight,)})
+    return Entry(recipe, recipe, against=name), one, Entry(f"plain of {recipe}", recipe, plain=True)
+
+
+FROM_NEAREST = {"start": "nearest"}
 ENTRIES = (
     Entry("int8", "int8"),
     *_with_plain("gptq-int4-weight"),
@@ -104,13 +122,31 @@ ENTRIES = (
     *_with_plain("viditq-w4a8"),
     *_with_plain("qdiffusion-w4a8"),
     Entry("qdiffusion-w4a8 without split", "qdiffusion-w4a8", options={"splits": False}, models=("tiny-sd",)),
+    Entry("qdiffusion-w4a8, nothing learned", "qdiffusion-w4a8", options={"steps": 0}),
+    Entry(
+        "qdiffusion-w4a8 from nearest",
+        "qdiffusion-w4a8",
+        options=FROM_NEAREST,
+        against="qdiffusion-w4a8, plain nearest",
+    ),
+    Entry("qdiffusion-w4a8, plain nearest", "qdiffusion-w4a8", options={**FROM_NEAREST, "steps": 0}),
     Entry("ptq4dm-w8a8", "ptq4dm-w8a8", against="ptq4dm-w8a8 baseline", calibration={"policy": "normal"}),
     Entry("ptq4dm-w8a8 baseline", "ptq4dm-w8a8", baseline=True),
     Entry("tfmq-w8a8", "tfmq-w8a8", against="ptq4dm-w8a8 baseline"),
     *_with_plain("tfmq-w4a8"),
+    Entry("tfmq-w4a8, time in the blocks", "tfmq-w4a8", options={"temporal": False}),
     Entry("tdq-w8a8", "tdq-w8a8", against="ptq4dm-w8a8 baseline"),
     *_with_fp8("hif8"),
     *_with_fp8("hif8-weight"),
+    Entry("tdq-w8a8 of 8 steps", "tdq-w8a8", against="tfmq-w8a8 of 8 steps", calibration={"steps": 8}),
+    Entry("tfmq-w8a8 of 8 steps", "tfmq-w8a8", calibration={"steps": 8}),
+    *_with_one_range("tdq-w8a6"),
+    *_with_one_range("tdq-w4a6"),
+    *_with_one_range("tfmq-w4a6"),
+    *_with_plain("ptq4dm-w6a6", calibration={"policy": "normal"}),
+    *_with_one_width("mixdq-w5a8", "int5/channel"),
+    *_with_one_width("mixdq-w4a8", "int4/channel"),
+    *_with_one_width("viditq-mp-w4a8", "int5/channel"),
 )
 # why a row does not beat the one it is set `against`, by (model, row); docs/results/methods.md shows it
 REASONS: dict[tuple[str, str], str] = {
