@@ -112,6 +112,7 @@ ENTRIES = (
     Entry("int8", "int8"),
     *_with_plain("gptq-int4-weight"),
     *_with_plain("svdquant-int4"),
+    Entry("svdquant-int4 without clipping", "svdquant-int4", options={"clip": False}),
     Entry("plain of svdquant-int4, smaller groups", "svdquant-int4", plain=True, weights=INT4_MORE),
     Entry("plain of svdquant-int4, more bits", "svdquant-int4", plain=True, weights=INT_WIDER),
     *_with_plain("svdquant-nvfp4"),
@@ -327,7 +328,8 @@ def _plain(plan: LayerPlan, weight: str | None, formats: Mapping[str, str]) -> L
     plain = replace(plan, weight=form, smooth=False, rotate=0, rank=0, splits=(), steps=1, reason="")
     if plan.act is None:
         return plain
-    act = replace(plan.act, format=formats.get(plan.act.format, plan.act.format), scale="dynamic", shift=0.0)
+    form = formats.get(plan.act.format, plan.act.format)
+    act = replace(plan.act, format=form, scale="dynamic", shift=0.0, clip=1.0)
     if plan.act.scale != "dynamic":
         act = replace(act, granularity="token" if plan.kind == "linear" else "tensor")
     return replace(plain, act=act)
