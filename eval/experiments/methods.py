@@ -328,8 +328,8 @@ def _plain(plan: LayerPlan, weight: str | None, formats: Mapping[str, str]) -> L
     plain = replace(plan, weight=form, smooth=False, rotate=0, rank=0, splits=(), steps=1, reason="")
     if plan.act is None:
         return plain
-    form = formats.get(plan.act.format, plan.act.format)
-    act = replace(plan.act, format=form, scale="dynamic", shift=0.0, clip=1.0)
+    act = replace(plan.act, format=formats.get(plan.act.format, plan.act.format))
+    act = replace(act, scale="dynamic", shift=0.0, clip=1.0)
     if plan.act.scale != "dynamic":
         act = replace(act, granularity="token" if plan.kind == "linear" else "tensor")
     return replace(plain, act=act)
