@@ -31,6 +31,7 @@ from eval import prompts, timing
 from eval.metrics import noise_sqnr, trajectory_error
 from eval.runs import REPLAYED, Item, Run, write
 from eval.suite import FULL, Entry, Pipeline, Suite
+from pipelines import tiny
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -43,7 +44,8 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def generate(suite: Suite, folder: Path, chosen: Sequence[tuple[str, str]], progress: bool = True) -> Run:
     """Make every picture and figure of the chosen (pipeline, entry) pairs that is not in the folder yet."""
     for pipeline in suite.pipelines:
-        saved.find(pipeline.path)  # refused before any work
+        if pipeline.path not in tiny.STUDENTS:
+            saved.find(pipeline.path)  # refused before any work
     state = processes()
     if state.is_main_process:
         Run.create(folder, suite, prompts.items(suite))
@@ -192,7 +194,7 @@ class _Making:
 
 def load(path: str, dtype: str, device: torch.device):
     """A pipeline on a device, silent. DQError when there is none, or only a denoiser."""
-    pipe = saved.load(path, dtype)
+    pipe = tiny.load(path, getattr(torch, dtype)) if path in tiny.STUDENTS else saved.load(path, dtype)
     if not hasattr(pipe, "components"):
         raise DQError(f"{path!r} holds a {type(pipe).__name__} alone, expected a pipeline to draw with")
     pipe.set_progress_bar_config(disable=True)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 NAMES = ("tiny-pixart", "tiny-sd")
 VIDEOS = ("tiny-video",)  # drawn by `clips`, from prompts of `motions`
+STUDENTS = {"tiny-pixart-4step": "tiny-pixart", "tiny-sd-4step": "tiny-sd"}  # LoRA folders, on what they lie
+PARTS = {"tiny-pixart": "transformer", "tiny-sd": "unet"}
 JUDGES = ("tiny-clip", "scene-recogniser")
 _COMMON = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64}
 CALL = {
@@ -27,11 +29,12 @@ CALL = {
     "tiny-sd": dict(_COMMON),
     "tiny-video": _COMMON | {"video_length": 8, "mask_feature": False, "clean_caption": False},
 }
+CALL |= {name: CALL[base] | {"num_inference_steps": 4, "guidance_scale": 1.0} for name, base in STUDENTS.items()}
 
 
 def folder(name: str) -> Path:
     """Where an embedded model lies; ValueError names the choices."""
-    known = NAMES + VIDEOS + JUDGES
+    known = (*NAMES, *STUDENTS, *VIDEOS, *JUDGES)
     if name not in known:
         raise ValueError(f"unknown embedded model {name!r}: expected one of {', '.join(known)}")
     return Path(__file__).parent / name
@@ -45,13 +48,20 @@ def shipped(names: tuple[str, ...]) -> list[str]:
 def load(name: str, dtype=None):
     """The diffusers pipeline of that name on the CPU, progress bar off; `dtype` defaults to torch.float32."""
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, TCDScheduler
 
-    known = NAMES + VIDEOS
+    known = (*NAMES, *STUDENTS, *VIDEOS)
     if name not in known:
         raise ValueError(f"unknown embedded pipeline {name!r}: expected one of {', '.join(known)}")
     if not shipped((name,)):
         raise ValueError(f"embedded pipeline {name!r}: its files are not in {str(folder(name))!r}; train or fetch it")
+    if name in STUDENTS:
+        from peft import PeftModel
+
+        pipe, part = load(STUDENTS[name], dtype), PARTS[STUDENTS[name]]
+        setattr(pipe, part, PeftModel.from_pretrained(getattr(pipe, part), folder(name)).merge_and_unload())
+        pipe.scheduler = TCDScheduler.from_pretrained(folder(name), subfolder="scheduler")
+        return pipe
     pipe = DiffusionPipeline.from_pretrained(folder(name), dtype=dtype or torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe

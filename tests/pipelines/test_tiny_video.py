@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, PixArtTransformer2DModel
+from diffusers.models.attention_processor import Attention
 
 from pipelines import tiny
 from pipelines.tiny import folder, motion, scenes, train_video, training
@@ -87,6 +88,28 @@ def test_training_goes_a_few_steps_stops_goes_on_and_writes_a_pipeline(tmp_path,
     call = {"height": 64, "width": 64, "video_length": 8, "mask_feature": False, "clean_caption": False}
     frames = pipe("a red star moving left", num_inference_steps=2, output_type="pt", **call).frames
     assert frames.shape[-4:] == (8, 3, 64, 64) and frames.isfinite().all()
+
+
+def test_text_shared_by_frames_and_chosen_frames_give_what_the_model_itself_gives():
+    torch.manual_seed(0)
+    model = train_video.latte()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    clips, text, times = torch.randn(2, 4, 8, 16, 16), torch.randn(2, 120, 128), torch.tensor([3, 500])
+    places, chosen = model.temp_pos_embed, torch.tensor([0, 3, 4, 7])
+    with torch.no_grad():
+        whole = model(clips, times, encoder_hidden_states=text).sample
+        model.temp_pos_embed = places[:, chosen]
+        few = model(clips[:, :, chosen], times, encoder_hidden_states=text).sample
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.set_processor(train_video.SharedText(8))
+        train_video.seeing(model, places, torch.arange(8))
+        torch.testing.assert_close(model(clips, times, encoder_hidden_states=text).sample, whole, rtol=1e-4, atol=1e-4)
+        train_video.seeing(model, places, chosen)
+        shared = model(clips[:, :, chosen], times, encoder_hidden_states=text).sample
+    torch.testing.assert_close(shared, few, rtol=1e-4, atol=1e-4)
 
 
 def test_prompts_of_motion_are_repeatable_disjoint_and_counted():
