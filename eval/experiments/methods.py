@@ -275,7 +275,7 @@ def derived(final: Plan, name: str, weight: str | None = None) -> Plan:
 
 
 def _plain(plan: LayerPlan, weight: str | None) -> LayerPlan:
-    form = TensorPlan.parse(weight) if weight and plan.weight.spec.bits < 8 else plan.weight
+    form = TensorPlan.parse(weight) if weight and plan.weight.spec.bits_per_weight < 8 else plan.weight
     plain = replace(plan, weight=form, smooth=False, rotate=0, rank=0, splits=(), steps=1, reason="")
     if plan.act is None:
         return plain
@@ -305,7 +305,7 @@ def bits(plans: Mapping[str, LayerPlan]) -> str:
     sizes: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
     for plan in plans.values():
         act = f"A{plan.act.spec.bits}" if plan.act else ""
-        sizes[plan.kind.startswith("conv")][f"W{plan.weight.spec.bits}{act}"] += plan.rows * plan.columns
+        sizes[plan.kind.startswith("conv")][f"W{plan.weight.spec.bits_per_weight:g}{act}"] += plan.rows * plan.columns
     linear, conv = (counter.most_common(1)[0][0] if counter else "" for counter in sizes.values())
     return linear if conv in ("", linear) else f"{linear}, convolutions {conv}"
 
