@@ -89,6 +89,7 @@ class Options(TypedDict, total=False):
     smooth: Flag
     shift: Flag
     rotate: Flag
+    clip: Flag
 
 
 @closed

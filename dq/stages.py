@@ -103,7 +103,8 @@ class Stages:
         for part, model in self.models.items():
             place, family = folder / (part or "model"), families.of(model)
             most = walk.calls_worth(place, method)
-            trace = Trace(model, self.plans[part], family, place, self.calibration.seed, identity=identity, most=most)
+            named = {"identity": identity, "most": most, "between": method.NEEDS.between}
+            trace = Trace(model, self.plans[part], family, place, self.calibration.seed, **named)
             fitted = walk.walk(trace, method, recipe, self.plans[part].dtype, self.progress)
             self.plans[part] = walk.finish(model, self.plans[part], trace, fitted)
             packed[part], errors[part] = fitted.packed, fitted.error_db

@@ -16,6 +16,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
+from dq import methods
 from dq.budget import choices, cost, sampled, search, sensitivity, trajectory
 from dq.budget.limits import Budget
 from dq.budget.predictions import BUCKETS, Predictions
@@ -70,7 +71,7 @@ class Subject:
     @property
     def extra(self) -> int:
         """Bytes per input channel that fitting may add."""
-        return SMOOTH_BYTES if self.recipe.needs_calibration else 0
+        return SMOOTH_BYTES if methods.smooths(self.recipe) else 0
 
 
 def find(subject: Subject, folder: Path, wish: Wish, progress: bool = True) -> Search:

@@ -145,10 +145,12 @@ def input_rounder(plan: LayerPlan, dim: int) -> Callable[[torch.Tensor, torch.Te
         grain = PER_ROW if per_sample else act_grain
         if scale is not None:
             scale, grain = scale.reshape(1, 1), Granularity("tensor")
-        shifted, whole = rows + act.shift, None
+        shifted, whole, zero = rows + act.shift, None, None
+        if act.clip != 1:
+            scale, zero, _ = spec.fit(shifted.detach().float() * act.clip, grain)
         if spec.global_bytes:  # one tensor-wide scale per row, so that no row depends on another
             whole = spec.fit_global(shifted.detach(), per_row=True)
-        rounded = spec.fake(shifted, grain, scale=scale, scale_global=whole) - act.shift
+        rounded = spec.fake(shifted, grain, scale=scale, zero=zero, scale_global=whole) - act.shift
         return rounded.reshape(x.shape) if per_sample else rounded.reshape(x.movedim(dim, -1).shape).movedim(-1, dim)
 
     def rounded(x: torch.Tensor, act_scale: torch.Tensor | None) -> torch.Tensor:

@@ -43,6 +43,11 @@ def _stored(layer: LayerPlan) -> LayerPlan:
     return layer if layer.act is None else replace(layer, act=TensorPlan("int8", "tensor", "static"))
 
 
+def smooths(options: Mapping) -> bool:
+    """Only for the sake of stored ranges."""
+    return bool(options.get("static"))
+
+
 def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     """Drafts of the unit's layers: rounded one by one, then all together on the unit's output."""
     made, targets = {}, {}
