@@ -107,6 +107,13 @@ def _with_one_width(recipe: str, weight: str) -> tuple[Entry, Entry, Entry]:
     return Entry(recipe, recipe, against=name), one, Entry(f"plain of {recipe}", recipe, plain=True)
 
 
+def _with_groups_off(recipe: str) -> tuple[Entry, Entry, Entry]:
+    """A recipe with groups of channels, the same without, and with as many that are not clusters."""
+    name = f"{recipe} without groups"
+    off = Entry(name, recipe, options={"groups": 1})
+    return Entry(recipe, recipe, against=name), off, Entry(f"{recipe} in order", recipe, options={"permute": False})
+
+
 FROM_NEAREST = {"start": "nearest"}
 ENTRIES = (
     Entry("int8", "int8"),
@@ -152,6 +159,8 @@ ENTRIES = (
     *_with_one_range("tdq-w4a6"),
     *_with_one_range("tfmq-w4a6"),
     *_with_plain("ptq4dm-w6a6", calibration={"policy": "normal"}),
+    *_with_groups_off("dgq-w4a8"),
+    *_with_groups_off("dgq-w4a6"),
     *_with_one_width("mixdq-w5a8", "int5/channel"),
     *_with_one_width("mixdq-w4a8", "int4/channel"),
     *_with_one_width("viditq-mp-w4a8", "int5/channel"),
