@@ -11,6 +11,7 @@ differentiable counterparts, for fitting, are in `drafts.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,11 @@ def tensor_shapes(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dty
     if plan.start:
         shapes["start_in"], shapes["start_out"] = ((plan.columns,), None), ((rows,), None)
     return shapes
+
+
+def stored_bytes(plan: LayerPlan, dtype: torch.dtype) -> int:
+    """Bytes of every packed tensor of a layer of compute dtype `dtype` but its bias."""
+    return sum(math.prod(shape) * (kind or dtype).itemsize for shape, kind in tensor_shapes(plan).values())
 
 
 def geometry(module: nn.modules.conv._ConvNd) -> tuple[Conv, tuple[int, ...] | None, str]:
