@@ -73,7 +73,7 @@ def gptq(
     Never a larger error than nearest rounding on these moments. FormatError if a moment is not finite.
     """
     weight, gram = weight.float(), check_finite(gram.float(), "second moments of the input")
-    met = _factor(gram, damp, order)
+    met = factor(gram, damp, int(order))
     candidates = [list(scales)] if scales is not None else [fit_scales(weight, plan)]
     if search and scales is None:
         candidates.append(mse_scales(weight, plan, gram.diagonal()))
@@ -173,7 +173,7 @@ def _cholesky(gram: torch.Tensor, damp: float) -> tuple[torch.Tensor, torch.Tens
     raise torch.linalg.LinAlgError(f"second moments have no Cholesky factor at damping {damp:g}")
 
 
-class _Factor(NamedTuple):
+class Factor(NamedTuple):
     """In the order of `columns`. back (columns, columns): B; pivot (columns,): diag(R)^2; added (columns,)"""
 
     back: torch.Tensor
@@ -182,17 +182,20 @@ class _Factor(NamedTuple):
     columns: torch.Tensor
 
 
-def _factor(gram: torch.Tensor, damp: float, order: bool) -> _Factor:
-    """R is the Cholesky factor of the matrix with its order reversed: gram = R R^T, R upper triangular."""
-    count = gram.shape[0]
-    columns = torch.arange(count, device=gram.device)
-    if order:
-        columns = gram.diagonal().argsort(descending=True, stable=True)
+def factor(gram: torch.Tensor, damp: float, run: int = 1) -> Factor:
+    """R is the Cholesky factor of the matrix with its order reversed: gram = R R^T, R upper triangular.
+
+    run  so many neighbours stay together where columns of large moments go first; 0: the columns' own order
+    """
+    columns = torch.arange(gram.shape[0], device=gram.device)
+    if run:
+        first = gram.diagonal().reshape(-1, run).sum(1).argsort(descending=True, stable=True)
+        columns = columns.reshape(-1, run)[first].reshape(-1)
     reverse = columns.flip(0)
     lower, added = _cholesky(gram[reverse][:, reverse], damp)
     diagonal = lower.diagonal()
     back = (lower / diagonal).flip(0, 1).contiguous()
-    return _Factor(back, diagonal.flip(0).square(), added.flip(0), columns)
+    return Factor(back, diagonal.flip(0).square(), added.flip(0), columns)
 
 
 class _Grid:
@@ -225,7 +228,7 @@ class _Grid:
 
 
 def _descend(
-    weight: torch.Tensor, plan: LayerPlan, scales: Sequence[Scales], met: _Factor
+    weight: torch.Tensor, plan: LayerPlan, scales: Sequence[Scales], met: Factor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> (weight on the grid, its error r gram r^T per row). Matrices are held transposed: a column is contiguous."""
     grid = _Grid(weight.shape[0], plan, scales, met.columns)

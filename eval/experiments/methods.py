@@ -122,6 +122,13 @@ def _with_one_width(recipe: str, weight: str) -> tuple[Entry, Entry, Entry]:
     return Entry(recipe, recipe, against=name), one, Entry(f"plain of {recipe}", recipe, plain=True)
 
 
+def _with_groups_off(recipe: str) -> tuple[Entry, Entry, Entry]:
+    """A recipe with groups of channels, the same without, and with as many that are not clusters."""
+    name = f"{recipe} without groups"
+    off = Entry(name, recipe, options={"groups": 1})
+    return Entry(recipe, recipe, against=name), off, Entry(f"{recipe} in order", recipe, options={"permute": False})
+
+
 FROM_NEAREST = {"start": "nearest"}
 ENTRIES = (
     Entry("int8", "int8"),
@@ -152,6 +159,13 @@ ENTRIES = (
     *_with_plain("tfmq-w4a8"),
     Entry("tfmq-w4a8, time in the blocks", "tfmq-w4a8", options={"temporal": False}),
     Entry("tdq-w8a8", "tdq-w8a8", against="ptq4dm-w8a8 baseline"),
+    Entry("vq4dit-w2", "vq4dit-w2", against="vq4dit-w2, codebook only"),
+    Entry("vq4dit-w2, codebook only", "vq4dit-w2", options={"candidates": 1}),
+    Entry("vq4dit-w2, k-means only", "vq4dit-w2", options={"steps": 0}),
+    Entry("vq4dit-w3", "vq4dit-w3", against="vq4dit-w3, codebook only"),
+    Entry("vq4dit-w3, codebook only", "vq4dit-w3", options={"candidates": 1}),
+    Entry("vptq-w2", "vptq-w2", against="vptq-w2 without compensation"),
+    Entry("vptq-w2 without compensation", "vptq-w2", options={"compensate": False}),
     *_with_fp8("hif8"),
     *_with_fp8("hif8-weight"),
     Entry("tdq-w8a8 of 8 steps", "tdq-w8a8", against="tfmq-w8a8 of 8 steps", calibration={"steps": 8}),
@@ -160,6 +174,8 @@ ENTRIES = (
     *_with_one_range("tdq-w4a6"),
     *_with_one_range("tfmq-w4a6"),
     *_with_plain("ptq4dm-w6a6", calibration={"policy": "normal"}),
+    *_with_groups_off("dgq-w4a8"),
+    *_with_groups_off("dgq-w4a6"),
     *_with_one_width("mixdq-w5a8", "int5/channel"),
     *_with_one_width("mixdq-w4a8", "int4/channel"),
     *_with_one_width("viditq-mp-w4a8", "int5/channel"),
@@ -373,7 +389,7 @@ def derived(final: Plan, name: str, weight: str | None = None, formats: Mapping[
 
 
 def _plain(plan: LayerPlan, weight: str | None, formats: Mapping[str, str]) -> LayerPlan:
-    form = TensorPlan.parse(weight) if weight and plan.weight.spec.bits < 8 else plan.weight
+    form = TensorPlan.parse(weight) if weight and plan.weight.spec.bits_per_weight < 8 else plan.weight
     form = replace(form, format=formats.get(form.format, form.format))
     plain = replace(plan, weight=form, smooth=False, rotate=0, rank=0, splits=(), steps=1, reason="")
     if plan.act is None:
@@ -405,7 +421,7 @@ def bits(plans: Mapping[str, LayerPlan]) -> str:
     sizes: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
     for plan in plans.values():
         act = f"A{plan.act.spec.bits}" if plan.act else ""
-        sizes[plan.kind.startswith("conv")][f"W{plan.weight.spec.bits}{act}"] += plan.rows * plan.columns
+        sizes[plan.kind.startswith("conv")][f"W{plan.weight.spec.bits_per_weight:g}{act}"] += plan.rows * plan.columns
     linear, conv = (counter.most_common(1)[0][0] if counter else "" for counter in sizes.values())
     return linear if conv in ("", linear) else f"{linear}, convolutions {conv}"
 
