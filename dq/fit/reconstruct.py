@@ -117,9 +117,13 @@ def assembled(unit: Unit, drafts: Mapping[str, DraftLinear]) -> tuple[nn.Module,
 
 def load(seen: Seen, settings: Settings, device: torch.device) -> list[UnitCall]:
     """At most `settings.most` calls, evenly spread, on `device`."""
-    total = sum(1 for _ in seen.calls(settings.stream)) if settings.most else 0
-    stride = max(1, math.ceil(total / max(1, settings.most)))
-    picked = [call for i, call in enumerate(seen.calls(settings.stream)) if i % stride == 0]
+    picked: list[UnitCall] = []
+    stride = 1
+    for index, call in enumerate(seen.calls(settings.stream)):  # read once: how many there are is not known
+        if index % stride == 0:
+            picked.append(call)
+        if len(picked) > settings.most:
+            picked, stride = picked[::2], 2 * stride
     return [UnitCall(*send_to_device((c.args, c.kwargs, c.output), device), c.bucket) for c in picked]
 
 

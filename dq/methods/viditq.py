@@ -8,7 +8,8 @@ steps, where the imbalance is worst. ViDiT-Q-MP gives each layer 8, 6 or 4 bits 
 Weights are symmetric, as in the newer released code: kernels for convolutions take no zero points.
 Deviations: alpha (the paper: one per model) and whether to smooth or rotate at all are chosen for each input by output
 error; rotation is in blocks of at most 128 channels; convolutions are smoothed only; bits are chosen by gradients
-through the whole run and an integer program (the paper: groups of layers, each sorted by a metric of its own).
+through the whole run and an integer program (the paper: groups of layers, each sorted by a metric of its own), and are
+the same in all steps (the paper: in ranges of steps), for 8-bit activations only.
 """
 
 from __future__ import annotations
