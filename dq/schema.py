@@ -92,6 +92,7 @@ class Options(TypedDict, total=False):
     smooth: Flag
     shift: Flag
     rotate: Flag
+    clip: Flag
 
 
 @closed

@@ -27,8 +27,6 @@ from dq.fit.drafts import DraftLinear
 from dq.layers.clock import Clock
 from dq.trace.seen import Seen, Unit, UnitCall
 
-NEAR = 0.45  # of a grid step: how far from its rounded value a weight may start learning
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -222,11 +220,18 @@ class AdaRound(Learning):
     drafts   by name, their `weight` on the grid of their `scales`
     targets  what each weight (rows, columns) was before rounding: the side to which it may still go
     strength of the penalty: how much error, in units of that before training, a wholly undecided weight costs
+    scale_aware  as in Rounding
     """
 
-    def __init__(self, drafts: Mapping[str, DraftLinear], targets: Mapping[str, torch.Tensor], strength: float = 1e4):
+    def __init__(
+        self,
+        drafts: Mapping[str, DraftLinear],
+        targets: Mapping[str, torch.Tensor],
+        strength: float = 1e4,
+        scale_aware: bool = False,
+    ):
         self.drafts, self.strength = dict(drafts), strength
-        self.roundings = {name: _around(draft, targets[name]) for name, draft in self.drafts.items()}
+        self.roundings = {name: _around(draft, targets[name], scale_aware) for name, draft in self.drafts.items()}
         self.saved = {name: draft.weight.data.clone() for name, draft in self.drafts.items()}
 
     @property
@@ -260,9 +265,7 @@ def _soft(rounding: Rounding, draft: DraftLinear) -> Callable[[], torch.Tensor]:
 
 
 @torch.no_grad()
-def _around(draft: DraftLinear, target: torch.Tensor) -> Rounding:
+def _around(draft: DraftLinear, target: torch.Tensor, scale_aware: bool) -> Rounding:
     """A rounding that is at the draft's own weight now and may step to the grid point on the target's side of it."""
     held = draft.weight.data.reshape(draft.plan.rows, -1)
-    here = Rounding(held, draft.plan, draft.scales)
-    reach = NEAR * (here.high - here.low)
-    return Rounding(held + (target - held).clamp(-reach, reach), draft.plan, draft.scales)
+    return Rounding(target, draft.plan, draft.scales, held, scale_aware)

@@ -199,27 +199,29 @@ class _Grid:
     """Rounds one column at a time. columns: the matrix's column numbers in the order they are asked for."""
 
     def __init__(self, rows: int, plan: LayerPlan, scales: Sequence[Scales], columns: torch.Tensor):
-        self.spec, grain = plan.weight.spec, plan.weight.grain
-        steps, zeros, where, start = [], [], [], 0
+        spec, grain = plan.weight.spec, plan.weight.grain
+        steps, zeros, where, forms, start = [], [], [], [], 0
         for (first, last), scale in zip(plan.parts, scales, strict=True):
-            step = self.spec.step(scale.scale, scale.scale_global)
+            step = spec.step(scale.scale, scale.scale_global)
             steps.append(step.t().expand(-1, rows))
             zeros.append(None if scale.zero is None else scale.zero.float().t().expand(-1, rows))
             where += [start + k // grain.width(last - first) for k in range(last - first)]
+            forms += [spec.of(scale.table)] * step.shape[1]
             start += step.shape[1]
         self.step = torch.cat(steps).contiguous()
         self.divisor = self.step.masked_fill(self.step == 0, torch.inf)
         self.zero = None if zeros[0] is None else torch.cat(zeros).contiguous()
         self.where = [where[k] for k in columns.tolist()]
+        self.forms = forms
 
     def round(self, values: torch.Tensor, k: int) -> torch.Tensor:
         """values (rows,) of the k-th column in order -> their nearest grid points."""
         block = self.where[k]
-        units = values / self.divisor[block]
+        units, form = values / self.divisor[block], self.forms[block]
         if self.zero is None:
-            return self.spec.snap(units).mul_(self.step[block])
+            return form.snap(units).mul_(self.step[block])
         zero = self.zero[block]
-        return self.spec.snap(units.round_().add_(zero)).sub_(zero).mul_(self.step[block])
+        return form.snap(units.round_().add_(zero)).sub_(zero).mul_(self.step[block])
 
 
 def _descend(

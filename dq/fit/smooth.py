@@ -99,13 +99,18 @@ def transformed(module: nn.Module, plan: LayerPlan, change: Transform) -> DraftL
 
 @dataclass(frozen=True)
 class SmoothSearch:
-    """How far to look. rotations: orders of Hadamard blocks; acts: further activation formats; rank: branch scored."""
+    """How far to look.
+
+    rank  of the branch that is scored; rotations: orders of Hadamard blocks; acts: further activation formats
+    clips  falling shares of the activations' measured range that codes may cover; the first that does not help ends it
+    """
 
     rank: int = 0
     alphas: tuple[float, ...] = ALPHAS
     betas: tuple[str, ...] = ("1-alpha", "0")
     rotations: tuple[int, ...] = ()
     acts: tuple[TensorPlan, ...] = ()
+    clips: tuple[float, ...] = ()
 
 
 @dataclass
@@ -192,7 +197,7 @@ def put_branch(made: DraftLinear, down: torch.Tensor, up: torch.Tensor, rest: to
 
 @torch.no_grad()
 def search(shared: Shared, wish: SmoothSearch) -> Found:
-    """The transform of a shared input that leaves the least error: smoothing, then rotation, then format."""
+    """The transform of a shared input that leaves the least error: smoothing, then rotation, format and clipping."""
     score = _Scorer(shared, wish.rank)
     nothing = Transform()
     smoothed = [_smooth(shared, alpha, beta) for alpha, beta in _pairs(wish)]
@@ -205,6 +210,11 @@ def search(shared: Shared, wish: SmoothSearch) -> Found:
     best = _least(score, [best, *turned])
     formats = [replace(best, act=act) for act in wish.acts]
     best = _least(score, [best, *formats])
+    for clip in wish.clips:
+        less = replace(best, act=replace(best.act or shared.plan.act, clip=clip))
+        if score(less) >= score(best):
+            break
+        best = less
     return Found(best, score(best), score(nothing), len(score.errors))
 
 

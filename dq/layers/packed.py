@@ -29,7 +29,7 @@ from dq.plan import LayerPlan
 
 CONV_KINDS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 PLAIN = {"linear": nn.Linear, **CONV_KINDS}
-OPTIONAL = ("zero", "scale_global", "smooth", "permute", "proj_down", "proj_up", "act_scale", "start_in", "start_out")
+OPTIONAL = tuple("zero scale_global table smooth permute proj_down proj_up act_scale start_in start_out".split())
 STARTS_ALIKE = 1e-4  # squared distance, as a share of the power, up to which a first token is the stored one
 
 
@@ -62,6 +62,8 @@ def tensor_shapes(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dty
         shapes["zero"] = ((scale_rows, blocks), torch.int8)
     if spec.global_bytes or grain.two_level:
         shapes["scale_global"] = ((rows, len(widths)) if grain.two_level else (len(widths),), torch.float32)
+    if spec.tabled:
+        shapes["table"] = ((scale_rows, len(widths) * 2**spec.bits), torch.int8)
     if plan.smooth:
         shapes["smooth"] = ((plan.shape[1],), torch.float32)
     if plan.permute:
@@ -103,6 +105,7 @@ class _Frozen(nn.Module):
     scale: torch.Tensor
     zero: torch.Tensor | None
     scale_global: torch.Tensor | None
+    table: torch.Tensor | None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -193,7 +196,7 @@ class _Packed(Served, _Frozen):
             stored = stored.index_select(0, self.clock.to(stored.device))[0] if self.plan.steps > 1 else stored[0]
         return Tensors(
             own["weight"], own["scale"], own["zero"], own["scale_global"], own["bias"], stored, own["proj_down"],
-            own["proj_up"],
+            own["proj_up"], own["table"],
         )  # fmt: skip
 
     def run(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
@@ -341,7 +344,7 @@ class PackedStack(_Frozen, nn.Module):
         self.dtype = compute_dtype
         for name, (shape, dtype) in tensor_shapes(plan).items():
             self.put(name, torch.empty(shape, dtype=dtype or compute_dtype, device=device))
-        for name in ("zero", "scale_global"):
+        for name in ("zero", "scale_global", "table"):
             if name not in self._parameters:
                 self.register_parameter(name, None)
 
@@ -356,7 +359,7 @@ class PackedStack(_Frozen, nn.Module):
     def dense_weight(self) -> torch.Tensor:
         """(experts, in, out) fp32."""
         experts, inputs, outputs = self.plan.shape
-        tensors = Tensors(self.stored, self.scale, self.zero, self.scale_global)
+        tensors = Tensors(self.stored, self.scale, self.zero, self.scale_global, table=self.table)
         return reference.weight_decoder(self.plan)(tensors).reshape(experts, outputs, inputs).transpose(1, 2)
 
     def __getitem__(self, expert: int) -> torch.Tensor:
@@ -365,7 +368,8 @@ class PackedStack(_Frozen, nn.Module):
         found: list[Any] = [self.stored, self.scale, self.zero, self.scale_global]
         own = 4 if self.plan.weight.grain.two_level else 3  # that have rows
         picked: Any = [None if t is None else t[rows] for t in found[:own]]
-        return reference.weight_decoder(self.plan)(Tensors(*picked, *found[own:])).t().to(self.compute_dtype)
+        tensors = Tensors(*picked, *found[own:], table=None if self.table is None else self.table[rows])
+        return reference.weight_decoder(self.plan)(tensors).t().to(self.compute_dtype)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

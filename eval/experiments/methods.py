@@ -54,6 +54,7 @@ class Entry:
     recipe       the recipe's name; `baseline`: the method's BASELINE recipe in its place
     plain        round what the recipe's plan quantizes to nearest instead
     weights      with `plain`: formats for weights of under 8 bits; the first that takes at least the recipe's bytes
+    formats      with `plain`: formats in place of others, by name, of weights and activations
     options      changes to the recipe's options
     act          format of all rounded activations, in place of the recipe's
     calibration  changes to the calibration
@@ -65,6 +66,7 @@ class Entry:
     plain: bool = False
     baseline: bool = False
     weights: tuple[str, ...] = ()
+    formats: Mapping[str, str] = field(default_factory=dict)
     options: Mapping = field(default_factory=dict)
     calibration: Mapping = field(default_factory=dict)
     against: str = ""
@@ -84,6 +86,12 @@ class Entry:
 def _with_plain(recipe: str, **more) -> tuple[Entry, Entry]:
     name = f"plain of {recipe}"
     return Entry(recipe, recipe, against=name, **more), Entry(name, recipe, plain=True, **more)
+
+
+def _with_fp8(recipe: str) -> tuple[Entry, Entry]:
+    """A recipe of HiF8 and the same of e4m3."""
+    name = f"{recipe} in fp8"
+    return Entry(recipe, recipe, against=name), Entry(name, recipe, plain=True, formats={"hif8": "fp8"})
 
 
 def _with_one_range(recipe: str) -> tuple[Entry, Entry]:
@@ -111,6 +119,7 @@ ENTRIES = (
     Entry("int8", "int8"),
     *_with_plain("gptq-int4-weight"),
     *_with_plain("svdquant-int4"),
+    Entry("svdquant-int4 without clipping", "svdquant-int4", options={"clip": False}),
     Entry("plain of svdquant-int4, smaller groups", "svdquant-int4", plain=True, weights=INT4_MORE),
     Entry("plain of svdquant-int4, more bits", "svdquant-int4", plain=True, weights=INT_WIDER),
     *_with_plain("svdquant-nvfp4"),
@@ -135,6 +144,8 @@ ENTRIES = (
     *_with_plain("tfmq-w4a8"),
     Entry("tfmq-w4a8, time in the blocks", "tfmq-w4a8", options={"temporal": False}),
     Entry("tdq-w8a8", "tdq-w8a8", against="ptq4dm-w8a8 baseline"),
+    *_with_fp8("hif8"),
+    *_with_fp8("hif8-weight"),
     Entry("tdq-w8a8 of 8 steps", "tdq-w8a8", against="tfmq-w8a8 of 8 steps", calibration={"steps": 8}),
     Entry("tfmq-w8a8 of 8 steps", "tfmq-w8a8", calibration={"steps": 8}),
     *_with_one_range("tdq-w8a6"),
@@ -296,7 +307,7 @@ def plan_file(model: str, entry: Entry) -> Path:
 
 
 def _calibrated(entry: Entry) -> Entry:
-    return replace(entry, plain=False, weights=())
+    return replace(entry, plain=False, weights=(), formats={})
 
 
 def plain_plan(model: str, entry: Entry, options) -> Plan:
@@ -307,24 +318,27 @@ def plain_plan(model: str, entry: Entry, options) -> Plan:
             calibrate(tiny.load(model), model, _calibrated(entry), options)
     final = Plan.load(path)
     for weight in entry.weights or (None,):
-        plan = derived(final, entry.name, weight)
+        plan = derived(final, entry.name, weight, entry.formats)
         if weight is None or packed_bytes(plan) >= packed_bytes(final):
             return plan
     raise dq.DQError(f"none of {', '.join(entry.weights)} takes the {packed_bytes(final)} bytes of {entry.recipe}")
 
 
-def derived(final: Plan, name: str, weight: str | None = None) -> Plan:
-    """A plan with the same layers, groups and activations and nothing fitted; `weight` for those of under 8 bits."""
-    layers = {key: _plain(plan, weight) for key, plan in final.layers.items()}
+def derived(final: Plan, name: str, weight: str | None = None, formats: Mapping[str, str] | None = None) -> Plan:
+    """A plan with the same layers, groups and activations and nothing fitted; `weight` for those of under 8 bits,
+    `formats` in place of others."""
+    layers = {key: _plain(plan, weight, formats or {}) for key, plan in final.layers.items()}
     return replace(final, layers=layers, recipe=name, edges=())
 
 
-def _plain(plan: LayerPlan, weight: str | None) -> LayerPlan:
+def _plain(plan: LayerPlan, weight: str | None, formats: Mapping[str, str]) -> LayerPlan:
     form = TensorPlan.parse(weight) if weight and plan.weight.spec.bits < 8 else plan.weight
+    form = replace(form, format=formats.get(form.format, form.format))
     plain = replace(plan, weight=form, smooth=False, rotate=0, rank=0, splits=(), steps=1, reason="")
     if plan.act is None:
         return plain
-    act = replace(plan.act, scale="dynamic", shift=0.0)
+    act = replace(plan.act, format=formats.get(plan.act.format, plan.act.format))
+    act = replace(act, scale="dynamic", shift=0.0, clip=1.0)
     if plan.act.scale != "dynamic":
         act = replace(act, granularity="token" if plan.kind == "linear" else "tensor")
     return replace(plain, act=act)
@@ -395,6 +409,7 @@ def version(entry: Entry) -> str:
     """Changes when the code or the options behind an entry do."""
     recipe = entry.wanted()
     asked = [recipe.to_dict(), entry.plain, entry.weights, dict(entry.calibration), CALIBRATION, CALIBRATION_PROMPTS]
+    asked += [dict(entry.formats)] if entry.formats else []
     return versions.crc(_code(recipe.method) + json.dumps(asked, default=str, sort_keys=True))
 
 

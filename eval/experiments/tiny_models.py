@@ -1,6 +1,7 @@
 """Measure the shipped models on held-out scenes: `python -m eval.experiments.tiny_models [--count 500] [--names ...]`.
 
-Writes one row per figure set to eval/results/tiny_models.json.
+Writes one row per figure set to eval/results/tiny_models.json: the models in their own number of steps and in four,
+the students in one to eight.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pipelines.tiny.training import write_json
 
 RESULTS = rows.FOLDER / "tiny_models.json"
 MACHINE = "2 cores AMD Zen 5"
+STUDENT_STEPS = (1, 2, 4, 8)
 
 
 def measure(name: str, objects: int, count: int, seed: int = 0, dtype=torch.float32, **call) -> dict:
@@ -53,14 +55,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--objects", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--names", nargs="+", default=[*tiny.NAMES, "judges"])
+    parser.add_argument("--names", nargs="+", default=[*tiny.NAMES, *tiny.STUDENTS, "judges"])
     options = parser.parse_args()
     kernels_by_rank()
     for name in options.names:
         if name == "judges":
             record(measure_judges(options.count))
         for objects in options.objects if name != "judges" else []:
-            record([measure(name, objects, options.count)])
+            for steps in STUDENT_STEPS if name in tiny.STUDENTS else (20, 4):
+                record([measure(name, objects, options.count, num_inference_steps=steps)])
 
 
 def record(fresh: list[dict]) -> None:
@@ -75,8 +78,8 @@ def record(fresh: list[dict]) -> None:
         print(json.dumps(row), flush=True)
 
 
-def _key(row: dict) -> tuple[str, int]:
-    return row["model"], row.get("objects", 0)
+def _key(row: dict) -> tuple[str, int, int]:
+    return row["model"], row.get("objects", 0), row.get("num_inference_steps", 0)
 
 
 if __name__ == "__main__":

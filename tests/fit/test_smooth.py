@@ -210,12 +210,27 @@ def test_unsigned_codes_win_for_one_sided_inputs():
     module, x = linear(), nn.functional.gelu(2 * torch.randn(256, 64, generator=generator()))
     plan = plan_of(module, weight="int8/channel", act="int4/group:16")
     around = shared(module, plan, x)
-    found = smooth.search(around, svdquant.wish(plan, around, 0))
+    found = smooth.search(around, svdquant.wish(plan, around, 0, svdquant.OPTIONS))
     assert found.best.act is not None and found.best.act.format == "int4a"
-    formats = [str(act) for act in svdquant.wish(plan, around, 0).acts]
+    formats = [str(act) for act in svdquant.wish(plan, around, 0, svdquant.OPTIONS).acts]
     assert formats == ["int4a/group:16", "int4a/group:16/dynamic/0.171875"]
     centred = shared(module, plan, x - x.mean())
-    assert [str(act) for act in svdquant.wish(plan, centred, 0).acts] == ["int4a/group:16"]
+    assert [str(act) for act in svdquant.wish(plan, centred, 0, svdquant.OPTIONS).acts] == ["int4a/group:16"]
+
+
+def test_codes_cover_a_part_of_the_range_where_that_leaves_less_error():
+    """Of long tails; values that are all as large as the largest want all of it."""
+    module, make = linear(), generator()
+    tails = torch.randn(256, 64, generator=make) * torch.randn(256, 64, generator=make)
+    even = torch.randint(0, 2, (256, 64), generator=make) * 2.0 - 1
+    plan = plan_of(module, weight="int8/channel", act="int4/group:64")
+    for x, least in ((tails, 0.1), (even, 0.0)):
+        around = shared(module, plan, x)
+        wish = svdquant.wish(plan, around, 0, svdquant.OPTIONS)
+        found = smooth.search(around, wish)
+        without = smooth.search(around, svdquant.wish(plan, around, 0, svdquant.OPTIONS | {"clip": False}))
+        assert (found.best.act or plan.act).clip < 1 if least else (found.best.act or plan.act).clip == 1
+        assert decibels(without.error, found.error) >= least
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from dq.layers.clock import Clock
 from dq.plan import LayerPlan, TensorPlan
 
 WEIGHTS = ("int8/channel", "int4/group:16", "int4a/group:16", "fp8/channel", "nvfp4", "mxfp4")
-WEIGHTS += ("int4/group:16+channel",)
+WEIGHTS += ("int4/group:16+channel", "lut3/channel")
 ACTS = (None, "int8", "int8a", "int8/tensor/static", "int8/tensor/table")
 KINDS = ("linear", "conv1d", "conv2d", "conv3d")
 
