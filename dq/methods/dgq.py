@@ -71,6 +71,7 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
 
 
 def _fitted(module, plan: LayerPlan, layer: LayerSeen, found: Ends, seen: Seen, options: Mapping) -> DraftLinear:
+    assert plan.act is not None  # only layers with rounded activations are fitted here
     if not found.by_channel or len(found.channels) != plan.shape[1]:  # a grouped convolution has no groups of its own
         grain, form = ("token", plan.act.format) if plan.kind == "linear" else ("tensor", f"{plan.act.format}a")
         plan = replace(plan, act=TensorPlan(form, grain, "dynamic"), reason="a scale for each position")
@@ -93,7 +94,7 @@ def clusters(found: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """(n,) the K-means cluster of each of (n, 2) ends, at most `count`, numbered without gaps."""
     points = found.double().numpy()
     count = min(count, len(np.unique(points, axis=0)))
-    labels = kmeans2(points, count, minit="++", seed=np.random.default_rng(seed))[1]
+    labels = kmeans2(points, count, minit="++", rng=np.random.default_rng(seed))[1]
     return torch.unique(torch.from_numpy(labels), return_inverse=True)[1]
 
 
