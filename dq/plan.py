@@ -147,7 +147,7 @@ class LayerPlan:
         """Bytes of packed weight, scales and low-rank branch (16-bit factors); bias not counted."""
         spec, grain = self.weight.spec, self.weight.grain
         widths = [stop - start for start, stop in self.parts]
-        codes = [self.rows * -(-width * spec.bits // 8) for width in (self.columns, *widths)]
+        codes = [self.rows * spec.row_bytes(width) for width in (self.columns, *widths)]
         scales = sum(spec.packed_bytes(self.rows, width, grain) for width in widths) - sum(codes[1:])
         inputs = self.shape[1]
         vectors = 4 * inputs * (self.smooth + self.permute)
@@ -167,6 +167,10 @@ class LayerPlan:
         if self.rotate and any(split % self.rotate for split in (*self.splits, self.shape[1])):
             cuts = f"{self.shape[1]} inputs" + (f" split at {self.splits}" if self.splits else "")
             raise DQError(f"layer {name!r}: rotate is {self.rotate}, expected a divisor of its {cuts}")
+        span = self.weight.spec.span
+        if any((stop - first) % span for first, stop in self.parts):
+            got = f"layer {name!r}: {self.weight.format} has a code for {span} weights of a row"
+            raise DQError(f"{got}, expected parts of a multiple of {span} columns, got {self.parts}")
         if self.permute and self.act is None:
             raise DQError(f"layer {name!r}: permute is for rounded activations, this layer has none; leave it out")
         if self.start and self.kind != "linear":

@@ -75,6 +75,8 @@ class Options(TypedDict, total=False):
     bits: Annotated[Number, Field(ge=1, le=32)]
     choices: Annotated[list[Tensor], Field(min_length=1, max_length=32)]
     steps: Annotated[int, Field(strict=True, ge=0, le=10**6)]
+    sweeps: Annotated[int, Field(strict=True, ge=0, le=100)]
+    multiple: Annotated[int, Field(strict=True, ge=1, le=1024)]
     batch: Annotated[int, Field(strict=True, ge=1, le=4096)]
     strength: Number
     lr: Number
@@ -93,6 +95,7 @@ class Options(TypedDict, total=False):
     shift: Flag
     rotate: Flag
     clip: Flag
+    noise: Flag
 
 
 @closed

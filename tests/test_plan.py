@@ -155,7 +155,7 @@ def test_fields_that_contradict_each_other_are_refused(plan, message):
     "weight",
     (
         *("int8/channel", "int8/tensor", "int4/group:16", "int4a/group:16", "nvfp4", "mxfp4", "int4/group:16+channel"),
-        *("lut4/channel", "lut3/tensor", "lut3/group:16"),
+        *("lut4/channel", "lut3/tensor", "lut3/group:16", "vq16x4"),
     ),
 )
 @pytest.mark.parametrize("more", [{}, {"splits": (5, 20)}, {"rank": 3, "smooth": True}])

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from dq.formats.integer import NARROW, Integer
-from dq.layers import tensor_shapes
+from dq.layers import stored_bytes
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 
 GROUP = "group:64"
@@ -90,8 +90,7 @@ def weight_bytes(choice: Choice, dtype: torch.dtype, elements: int = 0) -> int:
     """Bytes of everything a packed layer holds but its bias; of `elements` weights in `dtype` for a kept layer."""
     if choice is None:
         return elements * dtype.itemsize
-    shapes = tensor_shapes(choice).values()
-    return sum(torch.Size(shape).numel() * (kind or dtype).itemsize for shape, kind in shapes)
+    return stored_bytes(choice, dtype)
 
 
 def label(choice: Choice) -> str:

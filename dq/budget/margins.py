@@ -11,7 +11,7 @@ input (q, k, v) round it alike: their dL_v/dx are added before the square, and e
 has among their own squares. Runs differ by orders of magnitude in how much an error moves their end, by the energy e
 that rounding all layers to REFERENCE_BITS leaves there. Each is divided by e^FAIRNESS: with 1 the mean over runs is
 one of decibels, with 0 the worst run rules. Pictures that an error tips over lose more than the first order says, so
-the hard runs count for more than with 1.
+that the hard runs count for more than with 1.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ differentiable counterparts, for fitting, are in `drafts.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -56,14 +57,14 @@ def tensor_shapes(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dty
     widths = [last - first for first, last in plan.parts]
     scale_rows = 1 if grain.kind == "tensor" else rows
     blocks = sum(grain.scale_shape(rows, width)[1] for width in widths)
-    shapes: dict = {"weight": ((rows, -(-plan.columns * spec.bits // 8)), torch.int8)}
-    shapes["scale"] = ((scale_rows, blocks), torch.int8 if spec.fixed or grain.two_level else torch.float32)
+    shapes: dict = {"weight": ((rows, spec.row_bytes(plan.columns)), torch.int8)}
+    shapes["scale"] = ((scale_rows, blocks), torch.int8 if spec.scale_bytes == 1 or grain.two_level else torch.float32)
     if spec.affine:
         shapes["zero"] = ((scale_rows, blocks), torch.int8)
     if spec.global_bytes or grain.two_level:
         shapes["scale_global"] = ((rows, len(widths)) if grain.two_level else (len(widths),), torch.float32)
     if spec.tabled:
-        shapes["table"] = ((scale_rows, len(widths) * 2**spec.bits), torch.int8)
+        shapes["table"] = ((scale_rows, len(widths) * spec.table_width), torch.int8)
     if plan.smooth:
         shapes["smooth"] = ((plan.shape[1],), torch.float32)
     if plan.permute:
@@ -75,6 +76,11 @@ def tensor_shapes(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dty
     if plan.start:
         shapes["start_in"], shapes["start_out"] = ((plan.columns,), None), ((rows,), None)
     return shapes
+
+
+def stored_bytes(plan: LayerPlan, dtype: torch.dtype) -> int:
+    """Bytes of every packed tensor of a layer of compute dtype `dtype` but its bias."""
+    return sum(math.prod(shape) * (kind or dtype).itemsize for shape, kind in tensor_shapes(plan).values())
 
 
 def geometry(module: nn.modules.conv._ConvNd) -> tuple[Conv, tuple[int, ...] | None, str]:
@@ -365,11 +371,9 @@ class PackedStack(_Frozen, nn.Module):
     def __getitem__(self, expert: int) -> torch.Tensor:
         outputs = self.plan.shape[2]
         rows = slice(expert * outputs, (expert + 1) * outputs)
-        found: list[Any] = [self.stored, self.scale, self.zero, self.scale_global]
-        own = 4 if self.plan.weight.grain.two_level else 3  # that have rows
-        picked: Any = [None if t is None else t[rows] for t in found[:own]]
-        tensors = Tensors(*picked, *found[own:], table=None if self.table is None else self.table[rows])
-        return reference.weight_decoder(self.plan)(tensors).t().to(self.compute_dtype)
+        found = [self.stored, self.scale, self.zero, self.scale_global, self.table]
+        *picked, table = [t if t is None or len(t) < self.plan.rows else t[rows] for t in found]  # else of all rows
+        return reference.weight_decoder(self.plan)(Tensors(*picked, table=table)).t().to(self.compute_dtype)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

@@ -4,8 +4,10 @@
 
 The input's smoothing s, Hadamard rotation R and rounding (symmetric or with zero points) are searched by output error
 with branch and roundings in place, one choice for all layers of one input; "nothing" is a candidate. Deviations:
-- SVDs are weighted by the input's second moments, and alternate with GPTQ rounding that knows the noise of the rounded
-  input (the paper: plain SVDs of W / s, and nearest rounding or GPTQ afterwards).
+- The rounded weight is the one that serves the rounded input best, by GPTQ, and SVDs are in the norm of what it leaves
+  (dq/fit/weights.py, option `noise`; the paper: plain SVDs of W / s, and nearest rounding or GPTQ afterwards).
+- 4-bit inputs may be clipped: scales cover a part of the range measured in a call, one share an input (option `clip`;
+  per layer and range of steps in arXiv 2605.27003).
 - All 4-bit integer inputs may take measured zero points, and most do; those after GELU also the paper's fixed shift of
   0.171875 with unsigned codes.
 - Each layer has a branch of its own, as large as BRANCH_SHARE of its bytes allows: rank 32 on wide layers, less on
@@ -38,8 +40,9 @@ ONE_SIDED = 0.25  # an input whose low end is closer to 0 than this share of its
 
 # multiple: ranks of linears are multiples of it, and at least it
 # plain: inputs are smoothed and rounded as planned, nothing else
+# noise: weights are those that serve the rounded input best (dq/fit/weights.py)
 # clip: codes of 4-bit inputs may cover less than the measured range
-OPTIONS = {"rank": RANK, "share": BRANCH_SHARE, "multiple": 1, "plain": False, "clip": True}
+OPTIONS = {"rank": RANK, "share": BRANCH_SHARE, "multiple": 1, "plain": False, "clip": True, "noise": True}
 NUNCHAKU = {
     "modulation": "int4/group:64",
     "edge": "int4/group:64",
@@ -85,7 +88,8 @@ def _wish(plan: LayerPlan, module: nn.Module, options: Mapping) -> weights.Weigh
         rank = groups.affordable_rank(plan, options["rank"], options["share"], module.weight.element_size())
         unit = options["multiple"] if plan.kind == "linear" else 1
         rank = max(rank // unit, unit > 1) * unit
-    return weights.WeightWish(rank, iterations=2 if plan.rows * plan.columns < WIDE else 1)
+    turns = 2 if plan.rows * plan.columns < WIDE else 1
+    return weights.WeightWish(rank, iterations=turns, noise=options["noise"])
 
 
 def wish(plan: LayerPlan, shared: smooth.Shared, rank: int, options: Mapping) -> smooth.SmoothSearch:

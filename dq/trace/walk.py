@@ -75,6 +75,13 @@ class Trace(Replay):
         self.units, self.unfit = self._layout.units, self._layout.unfit
         self._begin({"seed": seed, "identity": identity, "calls": self._calls}, plan)
 
+    @property
+    def said(self) -> str:
+        """Which calls the model is fitted on, a line for the report."""
+        times = [time for time in self._times if time is not None]
+        span = f" at timesteps {max(times):g} to {min(times):g}" if times else ""
+        return f"fitted on {len(self._calls)} calls{span}"
+
     def observe(self, unit: Unit, needs: Needs) -> Seen:
         """Run the full-precision unit over all calls and tell what its layers saw; stores its outputs."""
         index = self._at(unit)

@@ -73,6 +73,38 @@ def test_gptq_is_on_the_grid_and_never_worse_than_nearest(grid, splits):
     assert share < (0.6 if coarse else 0.9)
 
 
+@pytest.mark.parametrize("grid", ["int4/group:32", "int4/channel", "int3a/channel", "int4/group:32+channel", "nvfp4"])
+def test_coordinate_descent_is_on_the_grid_and_each_sweep_is_no_worse(grid):
+    plan, weight, gram = plan_of(grid, splits=(64,)), weights(), moment(inputs())
+    losses = []
+    for sweeps in range(4):
+        rounded, scales = rounding.coordinate_descent(weight, plan, gram, sweeps)
+        assert_on_grid(rounded, plan, scales)
+        losses.append(rounding.error(rounded, weight, gram))
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.7 * losses[0]
+    scales = rounding.mse_scales(weight, plan, gram.diagonal())
+    assert torch.equal(rounding.coordinate_descent(weight, plan, gram, 0)[0], rounding.on_grid(weight, plan, scales))
+
+
+def test_no_single_weight_can_be_moved_to_a_better_point_after_coordinate_descent():
+    """Where sweeps end: a coordinate-wise minimum, which rounding column after column is not."""
+    plan, weight, gram = plan_of("int4/channel", 4, 20), weights(4, 20), moment(inputs(20))
+    ends = {}
+    for name, (rounded, scales) in {
+        "descent": rounding.coordinate_descent(weight, plan, gram, 30),
+        "gptq": rounding.gptq(weight, plan, gram, search=True),
+    }.items():
+        least, ends[name] = rounding.error(rounded, weight, gram), 0
+        for row in range(4):
+            for column in range(20):
+                for step in (-1, 1):
+                    moved = rounded.clone()
+                    moved[row, column] += step * scales[0].scale[row, 0]
+                    moved = rounding.on_grid(moved, plan, scales)
+                    ends[name] += rounding.error(moved, weight, gram) < least * (1 - 1e-5)
+    assert ends["descent"] == 0 < ends["gptq"]
+
+
 def test_gptq_gains_twofold_at_four_bits():
     x = inputs(256, 4000)
     plan, weight = plan_of("int4/group:64", 64, 256), weights(64, 256)
@@ -284,7 +316,7 @@ def test_losses_of_wide_matrices_are_whole():
 
 def test_factor_in_double_precision_before_more_damping():
     gram = moment(inputs(count=20).double()).float()  # singular, and in fp32 not even positive
-    _, added = rounding._cholesky(gram, 3e-7)
+    _, added = rounding.cholesky(gram, 3e-7)
     torch.testing.assert_close(float(added[0]), 3e-7 * float(gram.diagonal().mean()))
 
 
