@@ -258,7 +258,7 @@ def _measure_parts(home: ModuleType) -> None:
         return room.measured(original(*args, **kwargs))
 
     load.before_dq = original  # pyright: ignore[reportAttributeAccessIssue]
-    home._load_empty_model = load
+    home._load_empty_model = load  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _of_dq(model) -> bool:

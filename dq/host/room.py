@@ -18,12 +18,12 @@ from dq.plan import LayerPlan
 KINDS = {CustomDtype.INT2: 0.25, CustomDtype.INT4: 0.5, CustomDtype.FP8: 1.0}  # bytes of an element, as accelerate has
 
 
-def element_bytes(plan: LayerPlan, dtype: torch.dtype) -> float:
+def element_bytes(plan: LayerPlan, dtype: torch.dtype | None) -> float:
     """Packed bytes of a layer, scales included, for each element of its full-precision weight."""
-    return stored_bytes(plan, dtype) / (plan.rows * plan.columns)
+    return stored_bytes(plan, dtype or torch.float32) / (plan.rows * plan.columns)
 
 
-def kinds(plans: Mapping[str, LayerPlan], dtype: torch.dtype) -> tuple[dict[str, CustomDtype], float]:
+def kinds(plans: Mapping[str, LayerPlan], dtype: torch.dtype | None) -> tuple[dict[str, CustomDtype], float]:
     """-> (accelerate's dtype nearest to what each layer's weights become, by name of the layer; share).
 
     share  of the real bytes that these dtypes count, at most 1: scales have no element of their own there
@@ -33,7 +33,7 @@ def kinds(plans: Mapping[str, LayerPlan], dtype: torch.dtype) -> tuple[dict[str,
         size = element_bytes(plan, dtype)
         found[name] = min(KINDS, key=lambda kind, size=size: abs(math.log(KINDS[kind] / size)))
         counted += KINDS[found[name]] * plan.rows * plan.columns
-        real += stored_bytes(plan, dtype)
+        real += stored_bytes(plan, dtype or torch.float32)
     return found, min(1.0, counted / real) if real else 1.0
 
 
@@ -54,7 +54,7 @@ def measured(model: Any) -> Any:
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if not isinstance(config, dict) or config.get("quant_method") != "dq":
         return model
-    made = DQConfig.from_dict(config)
+    made: Any = DQConfig.from_dict(config)
     swap(model, made.plan_for(model) if made.plan is None else made.plan, model.dtype)
     size = parameter_bytes(model) + sum(value.nbytes for value in model.buffers())
     found = nn.Module()  # of bytes: what counts by a dtype would count scales at half

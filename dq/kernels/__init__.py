@@ -278,7 +278,7 @@ def built(name: str, refusals: Refusals, op: str, plan: LayerPlan, conv: Conv | 
     """The choice of a backend by name."""
     module = backends()[name]
     gelu = module.build_gelu(plan) if op == "linear" and hasattr(module, "build_gelu") else None
-    facts = {"weight_only": leaves_floating(name, op, plan), "lays": hasattr(module, "lay")}
+    facts: dict = {"weight_only": leaves_floating(name, op, plan), "lays": hasattr(module, "lay")}
     run = module.build(op, plan, conv)
     return Choice(name, module.label(op, plan), emulates(name, op, plan), run, refusals, gelu, **facts)
 

@@ -393,7 +393,8 @@ def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str | N
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(getattr(SDPBackend, backend)) if backend else nullcontext():
-        return F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def block(options: SimpleNamespace, note: Callable) -> None:
