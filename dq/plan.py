@@ -96,6 +96,8 @@ class LayerPlan:
             convolution's `tensor` is one scale per sample, its `token` one per pixel (pointwise convolutions only)
     smooth  a vector multiplies the input (its inverse is folded into the weight)
     rotate  order of the Hadamard blocks that turn the (smoothed) input channels, 0 for none; folded into the weight
+    permute  a stored order puts the (smoothed, rotated) input's channels in other places; folded into the weight, and
+            splits are counted in it
     rank    columns of the low-rank branch y += up @ (down @ x)
     splits  input channels at which the input is cut; each part has its own activation and weight scales
     steps   rows of the activation scale table (1 unless act.scale is "table")
@@ -110,6 +112,7 @@ class LayerPlan:
     act: TensorPlan | None = None
     smooth: bool = False
     rotate: int = 0
+    permute: bool = False
     rank: int = 0
     splits: tuple[int, ...] = ()
     steps: int = 1
@@ -144,10 +147,11 @@ class LayerPlan:
         """Bytes of packed weight, scales and low-rank branch (16-bit factors); bias not counted."""
         spec, grain = self.weight.spec, self.weight.grain
         widths = [stop - start for start, stop in self.parts]
-        codes = [self.rows * -(-width * spec.bits // 8) for width in (self.columns, *widths)]
+        codes = [self.rows * spec.row_bytes(width) for width in (self.columns, *widths)]
         scales = sum(spec.packed_bytes(self.rows, width, grain) for width in widths) - sum(codes[1:])
         inputs = self.shape[1]
-        return codes[0] + scales + 2 * self.rank * (self.rows + self.columns) + (4 * inputs if self.smooth else 0)
+        vectors = 4 * inputs * (self.smooth + self.permute)
+        return codes[0] + scales + 2 * self.rank * (self.rows + self.columns) + vectors
 
     def check(self, name: str) -> None:
         """Raise DQError, naming the layer, when the fields contradict each other."""
@@ -163,11 +167,19 @@ class LayerPlan:
         if self.rotate and any(split % self.rotate for split in (*self.splits, self.shape[1])):
             cuts = f"{self.shape[1]} inputs" + (f" split at {self.splits}" if self.splits else "")
             raise DQError(f"layer {name!r}: rotate is {self.rotate}, expected a divisor of its {cuts}")
+        span = self.weight.spec.span
+        if any((stop - first) % span for first, stop in self.parts):
+            got = f"layer {name!r}: {self.weight.format} has a code for {span} weights of a row"
+            raise DQError(f"{got}, expected parts of a multiple of {span} columns, got {self.parts}")
+        if self.permute and self.act is None:
+            raise DQError(f"layer {name!r}: permute is for rounded activations, this layer has none; leave it out")
         if self.start and self.kind != "linear":
             raise DQError(f"layer {name!r}: start is for linears, this is a {self.kind}; leave it out")
         if self.act and self.act.grain.two_level:
             got = f"layer {name!r}: activation granularity {self.act.granularity!r}"
             raise DQError(f"{got}, expected one level of scales; two are for weights")
+        if self.act and self.act.spec.tabled:
+            raise DQError(f"layer {name!r}: activation format {self.act.format!r}, expected one without stored tables")
         if self.act and self.act.clip != 1:
             from dq.formats.integer import Integer
 

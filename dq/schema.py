@@ -43,6 +43,7 @@ class Layer(TypedDict):
     act: NotRequired[Tensor | None]
     smooth: NotRequired[Flag]
     rotate: NotRequired[Annotated[int, Field(strict=True, ge=0, le=2**15)]]
+    permute: NotRequired[Flag]
     rank: NotRequired[Annotated[int, Field(strict=True, ge=0, le=MOST_RANK)]]
     splits: NotRequired[Annotated[list[Size], Field(max_length=256)]]
     steps: NotRequired[Annotated[int, Field(strict=True, ge=1, le=MOST_STEPS)]]
@@ -85,6 +86,8 @@ class Options(TypedDict, total=False):
     round: Literal["gptq", "nearest"]
     ranges: Literal["minmax", "search", "network"]
     splits: Flag
+    groups: Annotated[int, Field(strict=True, ge=1, le=256)]
+    permute: Flag
     static: Flag
     temporal: Flag
     plain: Flag

@@ -141,6 +141,7 @@ def test_a_broken_plan_is_refused_where_it_is_broken(change, message):
             LayerPlan("conv2d", (4, 4, 3, 3), INT8, TensorPlan.parse("int8/token")),
             "granularity 'token' of a conv2d.*expected tensor",
         ),
+        (linear(act=TensorPlan.parse("lut4/token")), "activation format 'lut4', expected one without stored tables"),
         (LayerPlan("stack", (2, 4, 4), INT8, rank=1), "stacked experts are weight-only"),
         (linear(splits=(8, 8)), "splits .* must rise strictly inside its 32 inputs"),
     ],
@@ -152,7 +153,10 @@ def test_fields_that_contradict_each_other_are_refused(plan, message):
 
 @pytest.mark.parametrize(
     "weight",
-    ["int8/channel", "int8/tensor", "int4/group:16", "int4a/group:16", "nvfp4", "mxfp4", "int4/group:16+channel"],
+    (
+        *("int8/channel", "int8/tensor", "int4/group:16", "int4a/group:16", "nvfp4", "mxfp4", "int4/group:16+channel"),
+        *("lut4/channel", "lut3/tensor", "lut3/group:16", "vq16x4"),
+    ),
 )
 @pytest.mark.parametrize("more", [{}, {"splits": (5, 20)}, {"rank": 3, "smooth": True}])
 @pytest.mark.parametrize("shape", [(12, 32), (6, 32, 3), (6, 32, 1, 3), (2, 32, 6)])

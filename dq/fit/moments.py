@@ -35,6 +35,8 @@ def _turn(matrix: torch.Tensor, draft: DraftLinear) -> torch.Tensor:
         blocks = blocks * draft.smooth.detach()[:, None]
     if draft.plan.rotate:
         blocks = hadamard.rotate(blocks, draft.plan.rotate, 0)
+    if draft.permute is not None:
+        blocks = blocks[draft.permute]
     return blocks.reshape(matrix.shape)
 
 

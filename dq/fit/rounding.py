@@ -75,7 +75,7 @@ def gptq(
     Never a larger error than nearest rounding on these moments. FormatError if a moment is not finite.
     """
     weight, gram = weight.float(), check_finite(gram.float(), "second moments of the input")
-    met = _factor(gram, damp, order)
+    met = factor(gram, damp, int(order))
     candidates = [list(scales)] if scales is not None else [fit_scales(weight, plan)]
     if search and scales is None:
         candidates.append(mse_scales(weight, plan, gram.diagonal()))
@@ -250,7 +250,7 @@ def cholesky(gram: torch.Tensor, damp: float) -> tuple[torch.Tensor, torch.Tenso
     raise torch.linalg.LinAlgError(f"second moments have no Cholesky factor at damping {damp:g}")
 
 
-class _Factor(NamedTuple):
+class Factor(NamedTuple):
     """In the order of `columns`. back (columns, columns): B; pivot (columns,): diag(R)^2; added (columns,)"""
 
     back: torch.Tensor
@@ -259,48 +259,53 @@ class _Factor(NamedTuple):
     columns: torch.Tensor
 
 
-def _factor(gram: torch.Tensor, damp: float, order: bool) -> _Factor:
-    """R is the Cholesky factor of the matrix with its order reversed: gram = R R^T, R upper triangular."""
-    count = gram.shape[0]
-    columns = torch.arange(count, device=gram.device)
-    if order:
-        columns = gram.diagonal().argsort(descending=True, stable=True)
+def factor(gram: torch.Tensor, damp: float, run: int = 1) -> Factor:
+    """R is the Cholesky factor of the matrix with its order reversed: gram = R R^T, R upper triangular.
+
+    run  so many neighbours stay together where columns of large moments go first; 0: the columns' own order
+    """
+    columns = torch.arange(gram.shape[0], device=gram.device)
+    if run:
+        first = gram.diagonal().reshape(-1, run).sum(1).argsort(descending=True, stable=True)
+        columns = columns.reshape(-1, run)[first].reshape(-1)
     reverse = columns.flip(0)
     lower, added = cholesky(gram[reverse][:, reverse], damp)
     diagonal = lower.diagonal()
     back = (lower / diagonal).flip(0, 1).contiguous()
-    return _Factor(back, diagonal.flip(0).square(), added.flip(0), columns)
+    return Factor(back, diagonal.flip(0).square(), added.flip(0), columns)
 
 
 class _Grid:
     """Rounds one column at a time. columns: the matrix's column numbers in the order they are asked for."""
 
     def __init__(self, rows: int, plan: LayerPlan, scales: Sequence[Scales], columns: torch.Tensor):
-        self.spec, grain = plan.weight.spec, plan.weight.grain
-        steps, zeros, where, start = [], [], [], 0
+        spec, grain = plan.weight.spec, plan.weight.grain
+        steps, zeros, where, forms, start = [], [], [], [], 0
         for (first, last), scale in zip(plan.parts, scales, strict=True):
-            step = self.spec.step(scale.scale, scale.scale_global)
+            step = spec.step(scale.scale, scale.scale_global)
             steps.append(step.t().expand(-1, rows))
             zeros.append(None if scale.zero is None else scale.zero.float().t().expand(-1, rows))
             where += [start + k // grain.width(last - first) for k in range(last - first)]
+            forms += [spec.of(scale.table)] * step.shape[1]
             start += step.shape[1]
         self.step = torch.cat(steps).contiguous()
         self.divisor = self.step.masked_fill(self.step == 0, torch.inf)
         self.zero = None if zeros[0] is None else torch.cat(zeros).contiguous()
         self.where = [where[k] for k in columns.tolist()]
+        self.forms = forms
 
     def round(self, values: torch.Tensor, k: int) -> torch.Tensor:
         """values (rows,) of the k-th column in order -> their nearest grid points."""
         block = self.where[k]
-        units = values / self.divisor[block]
+        units, form = values / self.divisor[block], self.forms[block]
         if self.zero is None:
-            return self.spec.snap(units).mul_(self.step[block])
+            return form.snap(units).mul_(self.step[block])
         zero = self.zero[block]
-        return self.spec.snap(units.round_().add_(zero)).sub_(zero).mul_(self.step[block])
+        return form.snap(units.round_().add_(zero)).sub_(zero).mul_(self.step[block])
 
 
 def _descend(
-    weight: torch.Tensor, plan: LayerPlan, scales: Sequence[Scales], met: _Factor
+    weight: torch.Tensor, plan: LayerPlan, scales: Sequence[Scales], met: Factor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> (weight on the grid, its error r gram r^T per row). Matrices are held transposed: a column is contiguous."""
     grid = _Grid(weight.shape[0], plan, scales, met.columns)

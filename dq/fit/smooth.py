@@ -164,10 +164,15 @@ class _Scorer:
 
 def sample(seen: LayerSeen, plan: LayerPlan, rows: int = SCORED_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
     """(x, hat) fp32: about `rows` of the rows or pixels that were seen, evenly spaced."""
+    index = picked(seen, plan, rows)
+    return seen.x[index].float(), seen.hat[index].float()
+
+
+def picked(seen: LayerSeen, plan: LayerPlan, rows: int = SCORED_ROWS) -> torch.Tensor:
+    """Indices of the rows or crops that `sample` gives."""
     pixels = seen.x[0].numel() // plan.shape[1]
     count = max(1, min(len(seen.x), rows // pixels if pixels < rows else 1, len(seen.x)))
-    index = torch.linspace(0, len(seen.x) - 1, count).long()
-    return seen.x[index].float(), seen.hat[index].float()
+    return torch.linspace(0, len(seen.x) - 1, count).long()
 
 
 @torch.no_grad()

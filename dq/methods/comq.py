@@ -28,6 +28,10 @@ RECIPES = tuple(
 )
 
 
+def smooths(options: Mapping) -> bool:
+    return False
+
+
 def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     """Drafts of all layers of a unit that saw data."""
     made, wish = {}, weights.WeightWish(rounding="comq", sweeps={**OPTIONS, **options}["sweeps"])

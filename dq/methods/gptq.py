@@ -30,6 +30,10 @@ RECIPES = (
 )
 
 
+def smooths(options: Mapping) -> bool:
+    return False
+
+
 def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     """Drafts of all layers of a unit that saw data."""
     made, wish = {}, weights.WeightWish(noise={**OPTIONS, **options}["noise"])

@@ -9,7 +9,8 @@ with branch and roundings in place, one choice for all layers of one input; "not
   rounded serves the rounded input best, and SVDs are in the norm of what that leaves (dq/fit/weights.py).
 - 4-bit inputs may be clipped: scales cover a part of the range measured in a call, one share an input (option `clip`;
   per layer and range of steps in arXiv 2605.27003).
-- Inputs after GELU may take measured zero points besides the paper's fixed shift of 0.171875 and unsigned codes.
+- All 4-bit integer inputs may take measured zero points, and most do; those after GELU also the paper's fixed shift of
+  0.171875 with unsigned codes.
 - Each layer has a branch of its own, as large as BRANCH_SHARE of its bytes allows: rank 32 on wide layers, less on
   narrow ones. Convolutions round activations to 8 bits, one scale a sample; the paper leaves them in 16 bits.
 `svdquant-int4-nunchaku` has only what diffusers' nunchaku-lite operators hold: inputs that are smoothed and rounded

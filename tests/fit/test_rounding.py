@@ -20,6 +20,7 @@ GRIDS += [
 ]
 GRIDS += ["int4/group:32+channel", "int3/group:32+channel"]
 GRIDS += ["fp8/channel", "fp8/tensor", "e3m0/group:32", "fp6_e2m3/channel", "nvfp4", "mxfp4", "mxfp8"]
+GRIDS += ["lut4/channel", "lut3/tensor"]
 each_grid = pytest.mark.parametrize("grid", GRIDS)
 ROWS, COLUMNS = 24, 150  # more than one block of columns, ragged groups
 
@@ -240,6 +241,41 @@ def test_learned_rounding_steps_over_a_binade_to_the_next_grid_point():
     assert made.low.tolist() == [[4.0, 1.5, 2.0, -2.0, -3.0, 3.0, 0.0, -6.0]]
     assert made.high.tolist() == [[6.0, 2.0, 3.0, -1.5, -2.0, 4.0, 0.5, -4.0]]
     torch.testing.assert_close(made.hard(), torch.tensor([[6.0, 2.0, 2.0, -2.0, -2.0, 4.0, 0.0, -6.0]]))
+
+
+def test_learned_rounding_starts_where_it_is_held_on_the_side_of_the_weight():
+    """A binade's first point has half the gap below it that it has above."""
+    plan, scales = plan_of("fp4/channel", 1, 6), [formats.Scales(torch.ones(1, 1))]
+    weight = torch.tensor([[3.2, -3.2, 4.5, 2.3, 9.0, 0.0]])
+    held = torch.tensor([[4.0, -4.0, 4.0, 4.0, 6.0, 0.5]])
+    made = Rounding(weight, plan, scales, held)
+    assert made.low.tolist() == [[3.0, -4.0, 4.0, 3.0, 4.0, 0.0]]
+    assert made.high.tolist() == [[4.0, -3.0, 6.0, 4.0, 6.0, 0.5]]
+    assert torch.equal(made.hard(), held), "what is held stays until training moves it"
+    torch.testing.assert_close(made.soft(), torch.tensor([[3.55, -3.55, 4.5, 3.55, 6.0, 0.275]]))
+
+
+@each_grid
+def test_learned_rounding_starts_at_any_choice_of_grid_points(grid):
+    plan, weight = plan_of(grid), weights()
+    held, scales = rounding.gptq(weight, plan, moment(inputs()))
+    made = Rounding(weight, plan, scales, held)
+    torch.testing.assert_close(made.hard(), held)
+    towards = torch.where(weight < held, made.low, made.high)
+    assert ((towards - held) * (weight - held) >= 0).all(), "the other point is on the weight's side"
+
+
+def test_scale_aware_rounding_moves_weights_of_every_gap_as_far():
+    plan, scales = plan_of("e3m0/channel", 1, 3), [formats.Scales(torch.ones(1, 1))]
+    weight = torch.tensor([[0.375, 3.0, 12.0]])  # half-way in gaps of 0.25, 2 and 8
+    moved = []
+    for aware in (False, True):
+        made = Rounding(weight, plan, scales, scale_aware=aware)
+        torch.testing.assert_close(made.soft(), weight)
+        made.choice.data += 1e-3
+        moved.append((made.soft() - weight)[0])
+    torch.testing.assert_close(moved[0] / moved[0][0], torch.tensor([1.0, 8.0, 32.0]), rtol=0.02, atol=0)
+    torch.testing.assert_close(moved[1] / moved[1][0], torch.ones(3), rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("grid", ["int4/group:32", "fp4/group:32"])
