@@ -25,12 +25,10 @@ def floats(made: dict) -> dict[str, DraftLinear]:
     return {layer: found for layer, found in made.items() if isinstance(found.plan.weight.spec, MiniFloat)}
 
 
-def errors(fitted, recipe: str, options: dict, **off) -> tuple[float, ...]:
-    """Error of a unit of tiny-pixart by a recipe with these options, and with something of it switched off."""
-    both = [fitted("tiny-pixart", recipe, **{**FEW, **options, **changed}) for changed in ({}, off)]
-    found = tuple(unit_error(*each) for each in both)
-    print(recipe, off, found)
-    return found
+def errors(fitted, recipe: str, **off) -> tuple[float, ...]:
+    """Error of a unit of tiny-pixart by a recipe and with something of it switched off."""
+    both = [fitted("tiny-pixart", recipe, **{**FEW, **changed}) for changed in ({}, off)]
+    return tuple(unit_error(*each) for each in both)
 
 
 @pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: recipe.name)
@@ -60,8 +58,13 @@ def test_shifts_are_powers_of_two_as_far_apart_as_the_exponent_reaches(fitted):
 
 
 def test_exponents_in_the_weight_leave_less_error(fitted):  # LLM-FP4
-    shifted, plain = errors(fitted, "llmfp4-w4a4", {}, shift=False)
+    shifted, plain = errors(fitted, "llmfp4-w4a4", shift=False)
     assert shifted < plain
+
+
+def test_searched_formats_leave_less_error_than_one(fitted):  # low-bitwidth floating point
+    searched, one = errors(fitted, "lowbitfp-w8a8", formats=False)
+    assert searched < 0.8 * one
 
 
 def test_formats_follow_the_layer(fitted):  # FP4DiT: by role
