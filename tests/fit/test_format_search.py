@@ -119,7 +119,7 @@ def test_stored_activation_ranges_come_in_the_format_of_least_error():
     made = formats.stored(module, shared.plan, shared.seen, seen, wish, names)
     alone = {name: formats.stored(module, shared.plan, shared.seen, seen, wish, (name,)) for name in names}
     errors = {name: float((each(x) - module(x)).detach().square().sum()) for name, each in alone.items()}
-    assert made.plan.act.format == min(errors, key=errors.get) == "e2m5" and float(made.act_scale) > 0
+    assert made.plan.act.format == min(errors, key=errors.get) == "e2m5" and float(made.act_scale.detach()) > 0
 
 
 def test_noise_of_stored_floating_scales_is_measured():
