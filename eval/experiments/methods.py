@@ -186,6 +186,15 @@ ENTRIES = (
     *_with_one_width("mixdq-w5a8", "int5/channel"),
     *_with_one_width("mixdq-w4a8", "int4/channel"),
     *_with_one_width("viditq-mp-w4a8", "int5/channel"),
+    Entry("lrqdit-w4a4", "lrqdit-w4a4", against="lrqdit-w4a4 without logarithms"),
+    Entry("lrqdit-w4a4 without logarithms", "lrqdit-w4a4", options={"log": False}),
+    Entry("lrqdit-w4a4 without rotation", "lrqdit-w4a4", options={"rotate": False}),
+    Entry("lrqdit-w3a4", "lrqdit-w3a4", against="lrqdit-w3a4 without logarithms"),
+    Entry("lrqdit-w3a4 without logarithms", "lrqdit-w3a4", options={"log": False}),
+    Entry("squeezellm-w3", "squeezellm-w3", against="squeezellm-w3 without sensitivity"),
+    Entry("squeezellm-w3 without sensitivity", "squeezellm-w3", options={"count": ""}),
+    Entry("squeezellm-w3 with GPTQ", "squeezellm-w3", options={"round": "gptq"}),
+    Entry("plain int3 of squeezellm-w3", "squeezellm-w3", plain=True, weights=("int3/group:64",)),
 )
 # why a row does not beat the one it is set `against`, by (model, row); docs/results/methods.md shows it
 REASONS: dict[tuple[str, str], str] = {
