@@ -28,9 +28,10 @@ from dq.layers.memory import align
 from dq.trace.running import drawing, modules_of
 from dq.trace.world import processes
 from eval import prompts, timing
-from eval.metrics import trajectory_error
-from eval.runs import Item, Run, write
+from eval.metrics import noise_sqnr, trajectory_error
+from eval.runs import REPLAYED, Item, Run, write
 from eval.suite import FULL, Entry, Pipeline, Suite
+from pipelines import tiny
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -43,7 +44,8 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def generate(suite: Suite, folder: Path, chosen: Sequence[tuple[str, str]], progress: bool = True) -> Run:
     """Make every picture and figure of the chosen (pipeline, entry) pairs that is not in the folder yet."""
     for pipeline in suite.pipelines:
-        saved.find(pipeline.path)  # refused before any work
+        if pipeline.path not in tiny.STUDENTS:
+            saved.find(pipeline.path)  # refused before any work
     state = processes()
     if state.is_main_process:
         Run.create(folder, suite, prompts.items(suite))
@@ -73,6 +75,8 @@ class _Making:
         self.draw(pipe)
         self.state.wait_for_everyone()  # nobody draws while the first process takes the time
         if self.state.is_main_process:
+            if "noise_sqnr" in (self.suite.metrics or ()) and self.entry.name != FULL:
+                self.run.write_predictions(*self.names, self.answers(pipe))
             self.run.write_figures(*self.names, self.measure(pipe))
 
     def model(self):
@@ -162,6 +166,20 @@ class _Making:
             if not self.run.has(*self.names, item.index):
                 self.run.write_frames(*self.names, item.index, frames)
 
+    def answers(self, pipe) -> dict[str, torch.Tensor]:
+        """What the denoisers answer to the calls full precision makes for the first items, and what it answered."""
+        full = load(self.pipeline.path, self.pipeline.dtype, self.state.device)
+        with contextlib.ExitStack() as stack:
+            models = api.find_denoisers(full).items()
+            calls = {name: stack.enter_context(noise_sqnr.record(model)) for name, model in models}
+            call(full, self.suite, self.pipeline, self.run.items[:REPLAYED])
+        mine = [x for name, model in api.find_denoisers(pipe).items() for x in noise_sqnr.replay(model, calls[name])]
+        theirs = [made.prediction for rows in calls.values() for made in rows]
+        return {
+            "predictions": torch.stack(mine).cpu().contiguous(),
+            "reference": torch.stack(theirs).cpu().contiguous(),
+        }
+
     def measure(self, pipe) -> dict[str, Any]:
         """The figures of an entry; time and memory for one picture at a time."""
 
@@ -176,7 +194,7 @@ class _Making:
 
 def load(path: str, dtype: str, device: torch.device):
     """A pipeline on a device, silent. DQError when there is none, or only a denoiser."""
-    pipe = saved.load(path, dtype)
+    pipe = tiny.load(path, getattr(torch, dtype)) if path in tiny.STUDENTS else saved.load(path, dtype)
     if not hasattr(pipe, "components"):
         raise DQError(f"{path!r} holds a {type(pipe).__name__} alone, expected a pipeline to draw with")
     pipe.set_progress_bar_config(disable=True)

@@ -77,13 +77,13 @@ def results(run: Run) -> list[dict[str, Any]]:
     from eval.experiments.quality import fingerprint
     from pipelines import tiny
 
-    found, suite = summary(run), run.suite
+    found, suite, known = summary(run), run.suite, (*tiny.NAMES, *tiny.STUDENTS)
     made = {key: run.manifest[key] for key in ("commit", "versions", "machine")}
     asked = {"suite": suite.name, "items": found["items"], "seeds": list(suite.seeds), "steps": suite.steps}
     listed = []
     for name, pipeline in found["pipelines"].items():
         path = suite.pipeline(name).path
-        model = {"pipeline": name, "path": path, "weights": fingerprint(path) if path in tiny.NAMES else None}
+        model = {"pipeline": name, "path": path, "weights": fingerprint(path) if path in known else None}
         for entry, given in pipeline["entries"].items():
             kept = {key: given[key] for key in ("missing", "emulated", "figures", "scores")}
             listed.append(asked | model | {"entry": entry} | _rounded(kept) | made)

@@ -7,12 +7,17 @@ x, z (columns,), s (in,) repeated over a kernel's taps. Rounding errors count as
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
+from dq.fit import rounding
 from dq.fit.drafts import DraftLinear
 from dq.kernels import reference
 from dq.layers import hadamard
 from dq.trace.seen import LayerSeen
+
+SOLVED_DAMP = 1e-5  # of moments that are inverted: they have their noise on the diagonal
 
 
 def transformed(seen: LayerSeen, draft: DraftLinear) -> torch.Tensor:
@@ -28,12 +33,55 @@ def _turn(matrix: torch.Tensor, draft: DraftLinear) -> torch.Tensor:
         blocks = blocks * draft.smooth.detach()[:, None]
     if draft.plan.rotate:
         blocks = hadamard.rotate(blocks, draft.plan.rotate, 0)
+    if draft.permute is not None:
+        blocks = blocks[draft.permute]
     return blocks.reshape(matrix.shape)
 
 
 def rounded(seen: LayerSeen, draft: DraftLinear) -> torch.Tensor:
     """E[q(z) q(z)^T] (columns, columns) fp32: what GPTQ rounds the weight against."""
     return transformed(seen, draft) + noise(seen, draft).diag()
+
+
+@dataclass(frozen=True, eq=False)
+class Met:
+    """What the rounded weight of a draft meets: q(z) = z + noise.
+
+    clean (columns, columns): H = E[z z^T]; noise (columns,): D, 0 without rounding; inverse: of H + D, None without
+    """
+
+    clean: torch.Tensor
+    noise: torch.Tensor
+    inverse: torch.Tensor | None
+
+    @property
+    def rounded(self) -> torch.Tensor:
+        """H + D."""
+        return self.clean + self.noise.diag()
+
+    def target(self, weight: torch.Tensor) -> torch.Tensor:
+        """W H (H + D)^-1 (rows, columns): the weight of q(z) that comes nearest to W z. W itself without noise."""
+        return weight if self.inverse is None else weight - (weight * self.noise) @ self.inverse
+
+    def lost(self) -> torch.Tensor:
+        """(H^-1 + D^-1)^-1: the norm of what even that weight leaves, of which a low-rank branch takes the most."""
+        if self.inverse is None:
+            return self.clean
+        return self.noise.diag() - self.noise[:, None] * self.inverse * self.noise
+
+    def error(self, rounded: torch.Tensor, rest: torch.Tensor) -> float:
+        """E|W z - L z - Q q(z)|^2 over the rows: Q = `rounded`, W - L - Q = `rest`, both (rows, columns)."""
+        return rounding.error(rest, torch.zeros_like(rest), self.clean) + float(rounded.square().sum(0) @ self.noise)
+
+
+def met(seen: LayerSeen, draft: DraftLinear, solved: bool = True) -> Met:
+    """The moments of a draft; without `solved` the weight that is rounded is W itself."""
+    clean, added = transformed(seen, draft), noise(seen, draft)
+    inverse = None
+    if solved and float(added.sum()) > 0:
+        factor, _ = rounding.cholesky(clean + added.diag(), SOLVED_DAMP)
+        inverse = torch.cholesky_inverse(factor)
+    return Met(clean, added, inverse)
 
 
 @torch.no_grad()

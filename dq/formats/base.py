@@ -8,6 +8,7 @@ code_value is fixed by the format, or a table that is stored for each row of sca
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -80,10 +81,11 @@ class Scales(NamedTuple):
 class Encoded:
     """A quantized matrix, not yet packed.
 
-    codes: int8 (rows, K). scale: fp32 (1, 1) | (rows, 1) | (rows, ceil(K/size)); for micro formats the stored bytes
-    (int8 view of e4m3 or e8m0 codes) of that shape, for two-level granularities the int8 multipliers. zero: int8
+    codes: int8 (rows, K / span). scale: fp32 (1, 1) | (rows, 1) | (rows, ceil(K/size)); for micro formats the stored
+    bytes (int8 view of e4m3 or e8m0 codes) of that shape, for two-level granularities the int8 multipliers. zero: int8
     shaped as scale, affine integers only. scale_global: fp32 (1,), or (rows, 1) where the caller gave one per row, of
-    nvfp4; (rows, 1) of two-level granularities. table: int8 (rows of scale, 2^bits), rising, of formats with tables.
+    nvfp4; (rows, 1) of two-level granularities. table: int8 (rows of scale, table_width), of formats with tables:
+    rising values of a row's codes, or a codebook.
     """
 
     codes: torch.Tensor
@@ -172,7 +174,7 @@ def unpack_bits(packed: torch.Tensor, bits: int, k: int, signed: bool) -> torch.
 class Format(ABC):
     """One number format. Instances are frozen and hashable; all arithmetic is in fp32.
 
-    name: as in `names()`. bits: per element, scales not counted. granularity: the default; the only one if `fixed`.
+    name: as in `names()`. bits: per code, scales not counted. granularity: the default; the only one if `fixed`.
     """
 
     name: str
@@ -184,6 +186,21 @@ class Format(ABC):
     tabled: ClassVar[bool] = False  # each row of scales has its own values, in a stored table; for weights
     scale_bytes: ClassVar[int] = 4  # per block
     global_bytes: ClassVar[int] = 0  # per matrix
+
+    @property
+    def span(self) -> int:
+        """Neighbours along K that a code stands for."""
+        return 1
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Scales and tables not counted."""
+        return self.bits / self.span
+
+    @property
+    def table_width(self) -> int:
+        """Bytes of the table of a row of scales, 0 without one."""
+        return 2**self.bits * self.span if self.tabled else 0
 
     @property
     def most_multiplier(self) -> int:
@@ -236,7 +253,8 @@ class Format(ABC):
         units = self._units(x, granularity, scales)
         if scales.zero is not None:
             units = units.round_().add_(scales.zero[..., None])
-        return Encoded(self._rows(self.of(scales.table).codes_of(units), x.shape), *scales)
+        codes = self.of(scales.table).codes_of(units)
+        return Encoded(self._rows(codes, (len(x), x.shape[1] // self.span)), *scales)
 
     def decode(self, e: Encoded, granularity=None) -> torch.Tensor:
         """The fp32 matrix (rows, K) that `e` stands for: (value − zero) · step, one rounding."""
@@ -248,7 +266,8 @@ class Format(ABC):
         values = self.of(e.table).values_of(block_view(e.codes, granularity))
         if e.zero is not None:
             values = values.sub_(e.zero[..., None])
-        return self._rows(values.mul_(self.step(e.scale, e.scale_global)[..., None]), e.codes.shape)
+        rows, count = e.codes.shape
+        return self._rows(values.mul_(self.step(e.scale, e.scale_global)[..., None]), (rows, count * self.span))
 
     def fake(self, x, granularity=None, scale=None, zero=None, scale_global=None, table=None) -> torch.Tensor:
         """decode(encode(x)) in x's dtype and shape (..., K); leading dimensions are flattened to rows.
@@ -283,18 +302,22 @@ class Format(ABC):
         return pack_bits(codes, self.bits)
 
     def unpack(self, packed: torch.Tensor, k: int) -> torch.Tensor:
-        """Inverse of `pack`: int8 (rows, ceil(k·bits/8)) -> codes int8 (rows, k)."""
-        width = -(-k * self.bits // 8)
+        """Inverse of `pack` for k weights a row: int8 (rows, row_bytes(k)) -> codes int8 (rows, k / span)."""
+        width = self.row_bytes(k)
         if packed.dim() != 2 or packed.dtype is not torch.int8 or packed.shape[1] != width:
             got = f"{packed.dtype} {tuple(packed.shape)}"
             raise FormatError(f"{self.name}: unpack to k={k} got {got}, expected int8 (rows, {width}); check k")
-        return unpack_bits(packed, self.bits, k, self.signed)
+        return unpack_bits(packed, self.bits, k // self.span, self.signed)
+
+    def row_bytes(self, k: int) -> int:
+        """Bytes of the codes of k weights of a row."""
+        return -(-(k // self.span) * self.bits // 8)
 
     def packed_bytes(self, rows: int, k: int, granularity=None) -> int:
         """Exact bytes of a (rows, k) matrix: packed codes, scales, zero points, tensor scale, tables."""
         granularity = self._resolve(granularity)
         n_rows, n_blocks = granularity.scale_shape(rows, k)
-        codes = rows * -(-k * self.bits // 8) + (n_rows * 2**self.bits if self.tabled else 0)
+        codes = rows * self.row_bytes(k) + n_rows * self.table_width
         if granularity.two_level:
             return codes + n_rows * (n_blocks + 4)
         per_block = self.scale_bytes + (1 if self.affine else 0)
@@ -317,6 +340,8 @@ class Format(ABC):
         if x.dim() != 2 or not x.is_floating_point() or x.shape[1] == 0:
             got = f"{x.dtype} {tuple(x.shape)}"
             raise FormatError(f"{self.name}: got {got}, expected a float matrix (rows, K); reshape or cast it first")
+        if x.shape[1] % self.span:
+            raise FormatError(f"{self.name}: got rows of {x.shape[1]} weights, expected a multiple of {self.span}")
         return x.float()
 
     def _scales(self, x, granularity: Granularity, given: Scales) -> Scales:
@@ -349,6 +374,6 @@ class Format(ABC):
         step = step.masked_fill(step == 0, torch.inf)
         return block_view(x, granularity) / step[..., None]
 
-    def _rows(self, blocks: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    def _rows(self, blocks: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """Blocks (rows, n, width) back to (rows, K), padding cut off."""
         return blocks.reshape(shape[0], blocks.shape[1] * blocks.shape[2])[:, : shape[1]].contiguous()

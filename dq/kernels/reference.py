@@ -68,6 +68,7 @@ def weight_decoder(plan: LayerPlan) -> Callable[[Tensors], torch.Tensor]:
     """-> decode(tensors) -> fp32 (rows, columns)."""
     spec, grain, columns = plan.weight.spec, plan.weight.grain, plan.columns
     ranges, table = list(zip(plan.parts, scale_columns(plan), strict=True)), tables(plan)
+    span = spec.span
 
     def decode(t: Tensors) -> torch.Tensor:
         codes = spec.unpack(t.weight, columns)
@@ -77,7 +78,7 @@ def weight_decoder(plan: LayerPlan) -> Callable[[Tensors], torch.Tensor]:
             whole = t.scale_global
             if whole is not None:
                 whole = whole[:, i : i + 1] if grain.two_level else whole[i : i + 1]
-            encoded = Encoded(codes[:, first:last], t.scale[:, left:right], zero, whole, table(t, i))
+            encoded = Encoded(codes[:, first // span : last // span], t.scale[:, left:right], zero, whole, table(t, i))
             parts.append(spec.decode(encoded, grain))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -85,8 +86,8 @@ def weight_decoder(plan: LayerPlan) -> Callable[[Tensors], torch.Tensor]:
 
 
 def tables(plan: LayerPlan) -> Callable[[Tensors, int], torch.Tensor | None]:
-    """-> table(tensors, part) -> int8 (rows | 1, 2^bits), None for formats without tables."""
-    count = 2**plan.weight.spec.bits
+    """-> table(tensors, part) -> int8 (rows | 1, table_width), None for formats without tables."""
+    count = plan.weight.spec.table_width
     return lambda t, part: None if t.table is None else t.table[:, part * count : (part + 1) * count]
 
 
@@ -103,7 +104,8 @@ def row_codes(plan: LayerPlan) -> Callable[[Tensors], torch.Tensor]:
 
         def looked_up(t: Tensors) -> torch.Tensor:
             found, bounds = spec.unpack(t.weight, columns), enumerate(plan.parts)
-            parts = [spec.of(table(t, i)).values_of(found[:, first:last]) for i, (first, last) in bounds]
+            cuts = ((i, found[:, first // spec.span : last // spec.span]) for i, (first, last) in bounds)
+            parts = [spec.of(table(t, i)).values_of(part) for i, part in cuts]
             return torch.cat(parts, 1).to(torch.int8)
 
         return looked_up
@@ -143,10 +145,12 @@ def input_rounder(plan: LayerPlan, dim: int) -> Callable[[torch.Tensor, torch.Te
         grain = PER_ROW if per_sample else act_grain
         if scale is not None:
             scale, grain = scale.reshape(1, 1), Granularity("tensor")
-        shifted, whole = rows + act.shift, None
+        shifted, whole, zero = rows + act.shift, None, None
+        if act.clip != 1:
+            scale, zero, _ = spec.fit(shifted.detach().float() * act.clip, grain)
         if spec.global_bytes:  # one tensor-wide scale per row, so that no row depends on another
             whole = spec.fit_global(shifted.detach(), per_row=True)
-        rounded = spec.fake(shifted, grain, scale=scale, scale_global=whole) - act.shift
+        rounded = spec.fake(shifted, grain, scale=scale, zero=zero, scale_global=whole) - act.shift
         return rounded.reshape(x.shape) if per_sample else rounded.reshape(x.movedim(dim, -1).shape).movedim(-1, dim)
 
     def rounded(x: torch.Tensor, act_scale: torch.Tensor | None) -> torch.Tensor:

@@ -45,6 +45,8 @@ def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> 
         return "torch's int8 kernels take one activation scale per token, not per group"
     if plan.act.shift:
         return "torch's int8 kernels have no fixed activation shift"
+    if plan.act.clip != 1:
+        return "torch's int8 kernels cover the whole range of activations"
     if conv is not None and conv.groups > 1:
         return "a grouped convolution is one small product per group"
     if op == "conv" and plan.splits and plan.act.granularity != "token":

@@ -2,7 +2,8 @@
 
     w_j <- w_j - (w_i - q(w_i)) / U_ii U_ij  for all j > i,   U^T U = (E[z z^T] + damp I)^-1      W (out, in), z (in,)
 
-The second moments are those of inputs as the quantized units before give them, with the noise of rounded activations.
+The second moments are those of inputs as the quantized units before give them, with the noise of rounded activations,
+and W is the weight that serves the rounded input best (dq/fit/weights.py; option `noise`).
 All grids, floats included; groups keep scales fixed beforehand; columns in order of falling second moment.
 """
 
@@ -17,15 +18,26 @@ from dq.trace.seen import Needs, Seen, Unit
 
 NEEDS = Needs(rows=1024, gram=True, hat=True)
 FEW_CALLS = True
+OPTIONS = {"noise": True}  # weights are those that serve the rounded input best (dq/fit/weights.py)
 RECIPES = (
     Recipe("gptq-int4-weight", ("int4/group:64", None), ("int4/group:64", None), method="gptq"),
-    Recipe("gptq-w4a8", ("int4/group:64", "int8/token"), ("int4/group:64", "int8a/tensor"), method="gptq"),
+    Recipe(
+        "gptq-w4a8",
+        ("int4/group:64", "int8/token"),
+        ("int4/group:64", "int8a/tensor"),
+        method="gptq",
+        options=OPTIONS,
+    ),
 )
+
+
+def smooths(options: Mapping) -> bool:
+    return False
 
 
 def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     """Drafts of all layers of a unit that saw data."""
-    made = {}
+    made, wish = {}, weights.WeightWish(noise={**OPTIONS, **options}["noise"])
     for shared in groups.shared(unit, seen):
-        made |= groups.fit(shared, seen, None, dict.fromkeys(shared.plans, weights.WeightWish()))
+        made |= groups.fit(shared, seen, None, dict.fromkeys(shared.plans, wish))
     return made

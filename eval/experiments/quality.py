@@ -106,8 +106,8 @@ def fp32_bytes(name: str) -> int:
 
 
 def fingerprint(name: str) -> str:
-    """crc32 of the denoiser's weight files: rows of older weights are measured again."""
-    folders = [tiny.folder(name) / part for part in ("transformer", "unet")]
+    """crc32 of the denoiser's weight files, of a student's LoRA: rows of older weights are measured again."""
+    folders = [tiny.folder(name) / part for part in ("transformer", "unet", "")]
     paths = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
     return f"{zlib.crc32(b''.join(path.read_bytes() for path in paths)):08x}"
 

@@ -10,12 +10,12 @@ import argparse
 import torch
 
 MINUTES = {"recogniser": 7, "vae": 10, "text": 7, "pixart": 67.5, "refine": 12, "sd": 43, "clip": 4.5}
-MINUTES |= {"video-text": 6, "video": 240, "cards": 0}
+MINUTES |= {"video-text": 6, "video": 240, "pixart-4step": 25, "sd-4step": 25, "cards": 0}
 
 
 def train(part: str, minutes: float) -> None:
     """One part of the training; the order of `MINUTES` is the order they need each other in."""
-    from . import cards, train_clip, train_denoiser, train_refine, train_text, train_video, train_vision
+    from . import cards, train_clip, train_denoiser, train_refine, train_student, train_text, train_video, train_vision
     from .training import RUNS
 
     if part == "recogniser":
@@ -32,6 +32,8 @@ def train(part: str, minutes: float) -> None:
         train_video.train_text(minutes)
     elif part == "video":
         train_video.train_video(minutes)
+    elif part.endswith("-4step"):
+        train_student.train_student(part.removesuffix("-4step"), minutes)
     elif part == "refine":
         train_refine.train_refine(minutes)
     elif part == "cards":

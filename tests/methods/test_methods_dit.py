@@ -265,14 +265,13 @@ def test_quiet_inputs_are_rotated_and_loud_ones_are_not(fitted, observed):  # LR
 def test_maxima_are_those_of_the_noisiest_quarter_of_steps():  # ViDiT-Q: where channels are least even
     x = torch.ones(4, 3)
     absmax = torch.ones(8, 2, 3)
-    absmax[:, :, 0] = torch.arange(2.0, 10.0)[:, None]  # channel 0 stands out the more, the later the bucket
+    absmax[:, :, 0] = torch.arange(2.0, 10.0)[:, None]
     seen = LayerSeen(x, x, torch.zeros(4), torch.zeros(4), absmax=absmax)
-    assert viditq._early(seen).absmax[:, 0, 0].tolist() == [8, 9]
-    falling = replace(seen, absmax=absmax.flip(0))  # models whose timestep falls with the noise
-    assert viditq._early(falling).absmax[:, 0, 0].tolist() == [9, 8]
+    assert viditq._early(seen, rising=False).absmax[:, 0, 0].tolist() == [8, 9], "large timesteps are noisy ..."
+    assert viditq._early(seen, rising=True).absmax[:, 0, 0].tolist() == [2, 3], "... unless they rise along the run"
     unseen = replace(seen, absmax=torch.cat([absmax[:6], torch.zeros(2, 2, 3)]))
-    assert viditq._early(unseen).absmax[:, 0, 0].tolist() == [2, 3], "steps that were never recorded tell nothing"
-    assert viditq._early(replace(seen, absmax=absmax[:1])).absmax.shape[0] == 1
+    assert viditq._early(unseen, False).absmax[:, 0, 0].tolist() == [6, 7], "steps never recorded tell nothing"
+    assert viditq._early(replace(seen, absmax=absmax[:1]), False).absmax.shape[0] == 1
 
 
 def correlated(count, seed, spread):
