@@ -30,10 +30,7 @@ from dq.plan import LayerPlan
 
 CONV_KINDS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 PLAIN = {"linear": nn.Linear, **CONV_KINDS}
-OPTIONAL = (
-    *("zero", "scale_global", "table", "smooth", "permute", "proj_down", "proj_up", "act_scale"),
-    *("start_in", "start_out"),
-)
+OPTIONAL = tuple("zero scale_global table smooth permute proj_down proj_up act_scale start_in start_out".split())
 STARTS_ALIKE = 1e-4  # squared distance, as a share of the power, up to which a first token is the stored one
 
 
@@ -374,7 +371,7 @@ class PackedStack(_Frozen, nn.Module):
     def __getitem__(self, expert: int) -> torch.Tensor:
         outputs = self.plan.shape[2]
         rows = slice(expert * outputs, (expert + 1) * outputs)
-        found = [self.stored, self.scale, self.zero, self.scale_global, self.table]
+        found: list[Any] = [self.stored, self.scale, self.zero, self.scale_global, self.table]
         *picked, table = [t if t is None or len(t) < self.plan.rows else t[rows] for t in found]  # else of all rows
         return reference.weight_decoder(self.plan)(Tensors(*picked, table=table)).t().to(self.compute_dtype)
 

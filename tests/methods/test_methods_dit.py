@@ -12,7 +12,7 @@ import torch
 from dq import cookbook, families, layers, methods, planning
 from dq.fit import groups, levels, reconstruct, rounding, smooth
 from dq.fit.drafts import draft
-from dq.methods import gptq, lrqdit, squeezellm, svdquant, viditq
+from dq.methods import comq, gptq, lrqdit, squeezellm, svdquant, viditq
 from dq.plan import LayerPlan, TensorPlan
 from dq.trace import calibration, capture
 from dq.trace.seen import LayerSeen, Needs, Seen, Unit
@@ -20,9 +20,9 @@ from dq.trace.walk import Trace
 from pipelines import tiny
 
 UNITS = {"tiny-sd": "up_blocks.2.resnets.0", "tiny-pixart": "transformer_blocks.5"}
-RECIPES = (*svdquant.RECIPES, *gptq.RECIPES, *viditq.RECIPES, *lrqdit.RECIPES, *squeezellm.RECIPES)
+RECIPES = (*svdquant.RECIPES, *gptq.RECIPES, *comq.RECIPES, *viditq.RECIPES, *lrqdit.RECIPES, *squeezellm.RECIPES)
 LEFT = re.compile("to_out|attn2.to_q")  # in full precision, to save time
-EVERYTHING = Needs(rows=2048, gram=True, absmax=True, calls=True, hat=False)  # what the three methods ask for
+EVERYTHING = Needs(rows=2048, gram=True, absmax=True, calls=True, hat=False)  # what the methods ask for
 EXACT = TensorPlan.parse("int8/group:1")  # a scale for each weight: rounding leaves fp32's own error
 # a unit's error as a share of that of plain rounding, on prompts that nothing was fitted to; ViDiT-Q moves no weight
 WORST = {"svdquant-nvfp4": 0.8, "svdquant-int8": 0.6, "viditq-w8a8": 0.8, "viditq-w4a8": 0.98, "viditq-mp-w4a8": 0.9}
@@ -274,6 +274,14 @@ def test_maxima_are_those_of_the_noisiest_quarter_of_steps():  # ViDiT-Q: where 
     assert viditq._early(replace(seen, absmax=absmax[:1]), False).absmax.shape[0] == 1
 
 
+@every_model
+def test_coordinate_descent_beats_nearest_under_the_same_scales(name, fitted, observed):  # COMQ
+    unit, _, made = fitted(name, "comq-w4a8")
+    _, _, nearest = fitted(name, "comq-w4a8", sweeps=0)
+    new = observed[name][2]
+    assert unit_error(unit, made, new) < 0.8 * unit_error(unit, nearest, new)
+
+
 def correlated(count, seed, spread):
     """(count, 64) rows; spread 0: channels are independent, 1: all lie near 8 directions."""
     mix = torch.randn(8, 64, generator=torch.Generator().manual_seed(99))
@@ -311,7 +319,7 @@ def test_layers_that_saw_nothing_are_left_to_the_walk(observed):
     unit, seen, _ = observed["tiny-pixart"]
     first = next(iter(unit.layers))
     unit = replace(unit, layers={first: unit.layers[first]})
-    for method in (svdquant, gptq, viditq):
+    for method in (svdquant, gptq, comq, viditq):
         options = {"rank": 4, "share": 0.13}
         assert method.fit(unit, replace(seen, layers={}), options) == {}
         assert list(method.fit(unit, seen, options)) == [first]
