@@ -16,7 +16,7 @@ from functools import cache
 
 from dq import cookbook, kernels
 from dq.kernels import Conv, Machine
-from dq.plan import LayerPlan, Recipe, TensorPlan
+from dq.plan import STATUS, LayerPlan, Recipe, TensorPlan
 from eval.experiments import rows
 from eval.markdown import table
 
@@ -61,10 +61,10 @@ GPUS = {"sm_80": "A100", "sm_86": "RTX 30", "sm_87": "Orin", "sm_89": "RTX 40, L
 GPUS |= {"sm_103": "B300", "sm_120": "RTX 50", "sm_121": "DGX Spark", "gfx942": "MI300", "gfx950": "MI350"}
 
 
-def pairs(kind: str) -> list[Pair]:
-    """Every pair of formats that some recipe gives to "linear" or "conv" layers, each once."""
+def pairs(kind: str, statuses: Iterable[str] = STATUS) -> list[Pair]:
+    """Every pair of formats that some recipe of a status gives to "linear" or "conv" layers, each once."""
     recipes = map(cookbook.get, cookbook.names())
-    return list(dict.fromkeys(getattr(recipe, kind) for recipe in recipes))
+    return list(dict.fromkeys(getattr(recipe, kind) for recipe in recipes if recipe.status in statuses))
 
 
 def plan(kind: str, pair: Pair) -> LayerPlan:
@@ -111,9 +111,9 @@ def _plain(label: str) -> str:
     return re.sub(r"\b(int\d)a\b", r"\1", label)
 
 
-def matrix(kinds: Iterable[str] = ("linear", "conv")) -> list[str]:
-    """Markdown lines: a row per pair of formats, a column per processor; alike ones become one."""
-    listed = [(kind, pair) for kind in kinds for pair in pairs(kind)]
+def matrix(kinds: Iterable[str] = ("linear", "conv"), statuses: Iterable[str] = STATUS) -> list[str]:
+    """Markdown lines: a row per pair of formats of recipes, a column per processor; alike ones become one."""
+    listed = [(kind, pair) for kind in kinds for pair in pairs(kind, statuses)]
     columns: list[tuple[list[Processor], list[str]]] = []
     for processor in PROCESSORS:
         words = [word(kind, pair, processor) for kind, pair in listed]
