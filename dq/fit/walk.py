@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,13 +70,13 @@ class Fitted:
 
     def _tables(self) -> list[str]:
         """How many layers store activation scales, and how many of those make use of a table: a line, if any has."""
-        stored = [layer for layer in self.packed.values() if layer.plan.act and layer.plan.act.scale != "dynamic"]
+        rounded: list[Any] = [layer for layer in self.packed.values() if layer.plan.act]  # pyright: ignore[reportAttributeAccessIssue]
+        stored = [layer for layer in rounded if layer.plan.act.scale != "dynamic"]
         spreads = [float((s.amax(0) / s.amin(0)).amax()) for s in (layer.act_scale for layer in stored) if len(s) > 1]
         if not spreads:
             return []
-        rounded = sum(layer.plan.act is not None for layer in self.packed.values())
         used = sum(spread > USED for spread in spreads)
-        what = f"{len(spreads)} of {rounded} layers with rounded activations have a table of scales"
+        what = f"{len(spreads)} of {len(rounded)} layers with rounded activations have a table of scales"
         spread = f"the largest is over {USED:g} times the smallest, in the middle {median(spreads):.1f}"
         return [f"{what}; in {used} {spread}"]
 

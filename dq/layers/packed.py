@@ -30,10 +30,7 @@ from dq.plan import LayerPlan
 
 CONV_KINDS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 PLAIN = {"linear": nn.Linear, **CONV_KINDS}
-OPTIONAL = (
-    *("zero", "scale_global", "table", "smooth", "permute", "proj_down", "proj_up", "act_scale"),
-    *("start_in", "start_out"),
-)
+OPTIONAL = tuple("zero scale_global table smooth permute proj_down proj_up act_scale start_in start_out".split())
 STARTS_ALIKE = 1e-4  # squared distance, as a share of the power, up to which a first token is the stored one
 
 

@@ -14,7 +14,7 @@ logarithmic ones. Options: `groups` clusters of channels, 1 for none; `permute` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -59,8 +59,8 @@ def smooths(options: Mapping) -> bool:
 
 def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     """Drafts of the unit's layers with rounded activations; weight-only layers are left to plain rounding."""
-    made, found = {}, ends(unit, seen.calls("full"))
-    starts = mixdq.start_tokens(unit, seen.calls("full"))
+    made, starts = {}, mixdq.start_tokens(unit, seen.calls("full"))
+    found = ends(unit, seen.calls("full"), starts)
     for name, plan in unit.layers.items():
         if plan.act is not None and name in seen.layers:
             layer = _without(seen.layers[name], starts.get(name))
@@ -71,6 +71,7 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
 
 
 def _fitted(module, plan: LayerPlan, layer: LayerSeen, found: Ends, seen: Seen, options: Mapping) -> DraftLinear:
+    assert plan.act is not None  # only layers with rounded activations are fitted here
     if not found.by_channel or len(found.channels) != plan.shape[1]:  # a grouped convolution has no groups of its own
         grain, form = ("token", plan.act.format) if plan.kind == "linear" else ("tensor", f"{plan.act.format}a")
         plan = replace(plan, act=TensorPlan(form, grain, "dynamic"), reason="a scale for each position")
@@ -93,7 +94,7 @@ def clusters(found: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """(n,) the K-means cluster of each of (n, 2) ends, at most `count`, numbered without gaps."""
     points = found.double().numpy()
     count = min(count, len(np.unique(points, axis=0)))
-    labels = kmeans2(points, count, minit="++", seed=np.random.default_rng(seed))[1]
+    labels = kmeans2(points, count, minit="++", rng=np.random.default_rng(seed))[1]
     return torch.unique(torch.from_numpy(labels), return_inverse=True)[1]
 
 
@@ -107,13 +108,13 @@ def _without(layer: LayerSeen, start: torch.Tensor | None) -> LayerSeen:
 
 
 @torch.no_grad()
-def ends(unit: Unit, calls: Iterable[UnitCall]) -> dict[str, Ends]:
-    """By layer that is called: the ends of its inputs over the calls; positions are counted from the first."""
+def ends(unit: Unit, calls: Iterable[UnitCall], starts: Container[str] = ()) -> dict[str, Ends]:
+    """By layer that is called: the ends of its inputs over the calls, without first tokens in `starts`."""
     found: dict[str, Ends] = {}
 
     def watch(name: str, dim: int):
         def look(module, args):
-            x = args[0].float().cpu()
+            x = args[0][:, 1:].float().cpu() if name in starts else args[0].float().cpu()
             table = x.movedim(dim, -1).reshape(len(x), -1, x.shape[dim])  # (batch, positions, channels)
             own = [torch.stack([table.amin(axes), table.amax(axes)], 1) for axes in ((0, 1), (0, 2))]
             known = vars(found[name]).values() if name in found else own

@@ -59,6 +59,7 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
 
 def _early(seen: LayerSeen, rising: bool) -> LayerSeen:
     """Channel maxima of the noisiest quarter of the steps that were recorded; `rising` as in Seen."""
+    assert seen.absmax is not None  # NEEDS asks for it
     known = seen.absmax[seen.absmax.flatten(1).amax(1) > 0]
     if not len(known):
         return seen

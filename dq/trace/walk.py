@@ -295,7 +295,7 @@ class Trace(Replay):
         self._ranks.wait_for_everyone()
 
 
-def _rise(infos: list[dict]) -> bool:
+def _rise(infos: list) -> bool:
     """Whether timesteps rise along the runs, as where 1 is a clean picture; not where no step is known."""
     known = [(i["step"], i["timestep"]) for i in infos if i.get("step", -1) >= 0 and i.get("timestep") is not None]
     table = torch.tensor(known, dtype=torch.float64).reshape(-1, 2)

@@ -135,6 +135,9 @@ def test_a_model_of_groups_keeps_the_start_token_and_reloads(tmp_path):
         dq.quantize(model, wish, calibration=lambda given: [given(x) for x in calls], progress=False)
         (layer,) = packed_layers(model).values()
         assert layer.plan.start and layer.plan.permute == (groups > 1)
+        assert 31 * float(layer.act_scale.max()) < 60, "no range is for the start token, which is twice as loud"
+        quiet = sorted(float(scale) for scale in layer.act_scale[0])[:-1]
+        assert all(31 * scale < 6 for scale in quiet), "all groups but that of the loud channel are for quiet ones"
         with torch.no_grad():
             y, truth = model(calls[0]), exact(calls[0])
         assert torch.allclose(y[:, 0], truth[:, 0], atol=1e-4)
