@@ -301,7 +301,7 @@ def test_learned_rounding_beats_nearest_on_unseen_inputs(grid):
 def test_rows_that_gptq_would_make_worse_stay_at_nearest():
     plan, weight, gram = plan_of("int2/channel", 2000, 18), weights(2000, 18), moment(inputs(18))
     tight = [formats.Scales(plan.weight.spec.fit(weight, plan.weight.grain).scale * 0.5)]  # some weights are clipped
-    met = rounding._factor(gram, 0.01, True)
+    met = rounding.factor(gram, 0.01, True)
     descended, loss = rounding._descend(weight, plan, tight, met)
     plain, _ = rounding.nearest(weight, plan, tight)
     exact, plain_loss = (rounding._quadratic(matrix - weight, gram) for matrix in (descended, plain))
