@@ -77,7 +77,7 @@ def reconstruct(
     tensors = [t for group in parameters for t in (group["params"] if isinstance(group, dict) else (group,))]
     saved = [t.detach().clone() for t in tensors]
     before = measure(module, clock, held)
-    with _only(tensors, module):
+    with only(tensors, module):
         learning.soften()
         _train(module, clock, train, parameters, settings, learning, seen.seed, max(before, 1e-30))
         learning.harden()
@@ -194,7 +194,7 @@ def _endless(count: int, seed: int) -> Iterator[int]:
 
 
 @contextmanager
-def _only(tensors: Sequence[torch.Tensor], module: nn.Module):
+def only(tensors: Sequence[torch.Tensor], module: nn.Module):
     """Gradients for these tensors alone, on even where the caller has switched them off."""
     flags = {p: p.requires_grad for p in (*module.parameters(), *tensors)}
     for parameter in flags:

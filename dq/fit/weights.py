@@ -1,12 +1,16 @@
 """Branch and rounded weight of one layer under a given input transform: low rank and rounding in turn.
 
-    E|W z - L z - Q q(z)|^2 = |W - L - Q|_H^2 + |Q|_D^2   W, L, Q (rows, columns), z = (x * s) R, |A|_H^2 = tr(A H A^T)
-    L = SVD_r(W - Q) in the norm (H^-1 + D^-1)^-1, from Q = 0;   Q = GPTQ((W - L) H (H + D)^-1) on H + D
+    L = SVD_r(W - Q) in the norm H, from Q = 0;   Q = GPTQ(W - L) on H + D      W, L, Q (rows, columns), z = (x * s) R
 
-H = E[z z^T], q(z) = z + noise, D = E[noise^2], W smoothed and rotated. For a given L the unrounded Q of least error is
-(W - L) H (H + D)^-1: it lets go of directions in which noise is louder than signal, as a Wiener filter does and, for
-rounded inputs of language models, Qronos (arXiv 2505.11695). What it leaves is W - L in the norm (H^-1 + D^-1)^-1, so
-that is the branch's. SVDQuant (arXiv 2411.05007) alternates plain SVDs of W and nearest rounding.
+W smoothed and rotated, H = E[z z^T], q(z) = z + noise, D = E[noise^2]. SVDQuant (arXiv 2411.05007) alternates plain
+SVDs and nearest rounding. With `noise` all of the layer's error is brought down, not that of its weight alone:
+
+    E|W z - L z - Q q(z)|^2 = |W - L - Q|_H^2 + |Q|_D^2,   |A|_H^2 = tr(A H A^T)
+    Q = GPTQ((W - L) H (H + D)^-1) on H + D,   SVD_r in the norm (H^-1 + D^-1)^-1
+
+For a given L the unrounded Q of least error is (W - L) H (H + D)^-1, which lets go of directions in which noise is
+louder than signal, as a Wiener filter does and, for language models, Qronos (arXiv 2505.11695); what that leaves is
+W - L in the other norm. Directions that the calibration never saw would go, too: H has a ridge (dq/fit/moments.py).
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ from dq.fit.drafts import DraftLinear
 from dq.formats.base import Scales
 from dq.trace.seen import LayerSeen
 
+DAMP, SOLVED_DAMP = 0.01, 0.001  # of GPTQ; solved moments have a ridge and the noise on their diagonal
+
 
 @dataclass(frozen=True)
 class WeightWish:
@@ -29,14 +35,14 @@ class WeightWish:
 
     rank       of the branch, 0 for none; iterations of branch and rounding in turn
     rounding   "nearest", "gptq" or "comq" in so many `sweeps`
-    noise      the weight that is rounded is the best one for the rounded input; else W - L, and the norm is H
+    noise      of linears the best weight for the rounded input is rounded; else W - L, and the norm is H
     """
 
     rank: int = 0
     rounding: str = "gptq"
     iterations: int = 2
     sweeps: int = 0
-    noise: bool = True
+    noise: bool = False
 
 
 @torch.no_grad()
@@ -71,7 +77,9 @@ def _variants(made: DraftLinear, seen: LayerSeen, wish: WeightWish) -> Iterator[
         wanted = met.target(rest)
         if wish.rounding == "comq":
             return rounding.coordinate_descent(wanted, plan, met.rounded, wish.sweeps)
-        return rounding.gptq(wanted, plan, met.rounded) if wish.rounding == "gptq" else rounding.nearest(wanted, plan)
+        if wish.rounding == "gptq":
+            return rounding.gptq(wanted, plan, met.rounded, DAMP if met.inverse is None else SOLVED_DAMP)
+        return rounding.nearest(wanted, plan)
 
     def error(rounded: torch.Tensor, branch: torch.Tensor) -> float:
         return met.error(rounded, weight - branch - rounded)

@@ -371,7 +371,7 @@ class PackedStack(_Frozen, nn.Module):
     def __getitem__(self, expert: int) -> torch.Tensor:
         outputs = self.plan.shape[2]
         rows = slice(expert * outputs, (expert + 1) * outputs)
-        found = [self.stored, self.scale, self.zero, self.scale_global, self.table]
+        found: list[Any] = [self.stored, self.scale, self.zero, self.scale_global, self.table]
         *picked, table = [t if t is None or len(t) < self.plan.rows else t[rows] for t in found]  # else of all rows
         return reference.weight_decoder(self.plan)(Tensors(*picked, table=table)).t().to(self.compute_dtype)
 

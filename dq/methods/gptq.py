@@ -2,8 +2,7 @@
 
     w_j <- w_j - (w_i - q(w_i)) / U_ii U_ij  for all j > i,   U^T U = (E[z z^T] + damp I)^-1      W (out, in), z (in,)
 
-The second moments are those of inputs as the quantized units before give them, with the noise of rounded activations,
-and W is the weight that serves the rounded input best (dq/fit/weights.py; option `noise`).
+The second moments are those of inputs as the quantized units before give them, with the noise of rounded activations.
 All grids, floats included; groups keep scales fixed beforehand; columns in order of falling second moment.
 """
 
@@ -18,7 +17,7 @@ from dq.trace.seen import Needs, Seen, Unit
 
 NEEDS = Needs(rows=1024, gram=True, hat=True)
 FEW_CALLS = True
-OPTIONS = {"noise": True}  # weights are those that serve the rounded input best (dq/fit/weights.py)
+OPTIONS = {"noise": False}  # the weight that is rounded serves the rounded input best (dq/fit/weights.py)
 RECIPES = (
     Recipe("gptq-int4-weight", ("int4/group:64", None), ("int4/group:64", None), method="gptq"),
     Recipe(

@@ -4,8 +4,9 @@
 
 The input's smoothing s, Hadamard rotation R and rounding (symmetric or with zero points) are searched by output error
 with branch and roundings in place, one choice for all layers of one input; "nothing" is a candidate. Deviations:
-- The rounded weight is the one that serves the rounded input best, by GPTQ, and SVDs are in the norm of what it leaves
-  (dq/fit/weights.py, option `noise`; the paper: plain SVDs of W / s, and nearest rounding or GPTQ afterwards).
+- SVDs are weighted by the input's second moments, and alternate with GPTQ rounding that knows the noise of the rounded
+  input (the paper: plain SVDs of W / s, and nearest rounding or GPTQ afterwards). Option `noise`: the weight that is
+  rounded serves the rounded input best, and SVDs are in the norm of what that leaves (dq/fit/weights.py).
 - 4-bit inputs may be clipped: scales cover a part of the range measured in a call, one share an input (option `clip`;
   per layer and range of steps in arXiv 2605.27003).
 - All 4-bit integer inputs may take measured zero points, and most do; those after GELU also the paper's fixed shift of
@@ -40,9 +41,9 @@ ONE_SIDED = 0.25  # an input whose low end is closer to 0 than this share of its
 
 # multiple: ranks of linears are multiples of it, and at least it
 # plain: inputs are smoothed and rounded as planned, nothing else
-# noise: weights are those that serve the rounded input best (dq/fit/weights.py)
+# noise: weights are those that serve the rounded input best
 # clip: codes of 4-bit inputs may cover less than the measured range
-OPTIONS = {"rank": RANK, "share": BRANCH_SHARE, "multiple": 1, "plain": False, "clip": True, "noise": True}
+OPTIONS = {"rank": RANK, "share": BRANCH_SHARE, "multiple": 1, "plain": False, "clip": True, "noise": False}
 NUNCHAKU = {
     "modulation": "int4/group:64",
     "edge": "int4/group:64",

@@ -20,7 +20,7 @@ from dq.families import Family
 from dq.fit import codebook, moments, rounding
 from dq.fit.drafts import DraftLinear, draft
 from dq.formats.codebook import Codebook
-from dq.plan import LayerPlan, Plan, Recipe
+from dq.plan import Plan, Recipe
 from dq.trace.seen import LayerSeen, Needs, Seen, Unit
 
 NEEDS = Needs(rows=1024, gram=True, hat=True)
@@ -41,20 +41,20 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     """Drafts of the unit's layers that have codebooks."""
     made = {}
     for name, plan in unit.layers.items():
-        if name in seen.layers and isinstance(plan.weight.spec, Codebook):
-            made[name] = _fitted(unit.layer(name), plan, seen.layers[name], seen.seed, **options)
+        spec = plan.weight.spec
+        if name in seen.layers and isinstance(spec, Codebook):
+            made[name] = draft(unit.layer(name), plan)
+            _round(made[name], spec, seen.layers[name], seen.seed, **options)
     return made
 
 
-def _fitted(module: nn.Module, plan: LayerPlan, layer: LayerSeen, seed: int, compensate: bool = True) -> DraftLinear:
-    made, spec = draft(module, plan), plan.weight.spec
-    weight, gram = made.weight.data.reshape(plan.rows, -1), moments.rounded(layer, made)
+def _round(made: DraftLinear, spec: Codebook, layer: LayerSeen, seed: int, compensate: bool = True) -> None:
+    weight, gram = made.weight.data.reshape(made.plan.rows, -1), moments.rounded(layer, made)
     scales = codebook.start(weight, spec, gram.diagonal(), seed)
     book = spec.book(scales)
     rounded = codebook.decoded(book, codebook.assigned(weight, spec, scales, gram.diagonal()))
     if compensate:
         better = codebook.decoded(book, codebook.compensated(weight, spec, scales, gram))
         rounded = min(rounded, better, key=lambda found: rounding.error(found, weight, gram))
-    made.weight.data.copy_(rounded.reshape(plan.shape))
+    made.weight.data.copy_(rounded.reshape(made.plan.shape))
     made.scales = [scales]
-    return made

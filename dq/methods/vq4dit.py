@@ -66,9 +66,11 @@ def _fit(
 ) -> dict[str, DraftLinear]:
     made, learning = {}, Candidates(strength)
     for name, plan in unit.layers.items():
-        if name in seen.layers and isinstance(plan.weight.spec, Codebook):
+        spec = plan.weight.spec
+        if name in seen.layers and isinstance(spec, Codebook):
             made[name] = draft(unit.layer(name), plan)
-            learning.add(made[name], moments.rounded(seen.layers[name], made[name]).diagonal(), candidates, seen.seed)
+            important = moments.rounded(seen.layers[name], made[name]).diagonal()
+            learning.blends.append(Blend(made[name], spec, important, candidates, seen.seed))
     if made and steps:
         settings = reconstruct.Settings(steps, BIAS_RATE, batch)
         reconstruct.reconstruct(unit, seen, made, learning.parameters(lr), settings, learning)
@@ -86,10 +88,6 @@ class Candidates(reconstruct.Learning):
         self.strength = strength
         self.blends: list[Blend] = []
         self.decided: list[float] = []
-
-    def add(self, made: DraftLinear, important: torch.Tensor, count: int, seed: int) -> None:
-        """Round a draft to its k-means codebook, columns weighed by `important` (columns,), and learn from there."""
-        self.blends.append(Blend(made, important, count, seed))
 
     def parameters(self, lr: float) -> list[dict]:
         """Adam's groups."""
@@ -128,12 +126,13 @@ class Candidates(reconstruct.Learning):
 class Blend:
     """The codebook of one draft and, for each of its n vectors, the candidates among its entries.
 
+    Begins, and puts the draft, where k-means does with columns weighed by `important` (columns,).
     book (entries, span), in the weight's units; codes (n, count), nearest first; logits (n, count); taken (n,): the
     candidate that is left, -1 while there are several
     """
 
-    def __init__(self, made: DraftLinear, important: torch.Tensor, count: int, seed: int):
-        self.made, self.spec = made, made.plan.weight.spec
+    def __init__(self, made: DraftLinear, spec: Codebook, important: torch.Tensor, count: int, seed: int):
+        self.made, self.spec = made, spec
         rows = made.weight.data.reshape(made.plan.rows, -1)
         self.first = codebook.start(rows, self.spec, important, seed)
         self.book = nn.Parameter(self.spec.book(self.first))

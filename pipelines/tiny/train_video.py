@@ -221,8 +221,8 @@ def seeing(model: LatteTransformer3DModel, places: torch.Tensor, frames: torch.T
 
 
 def v_loss(model, clean: torch.Tensor, states: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of v at one step a clip, in bf16 arithmetic; steps t / T are distributed as u^0.7."""
-    t = (torch.rand(len(clean)) ** 0.7 * len(alphas)).long()
+    """Mean squared error of v at one step a clip, in bf16 arithmetic; steps t / T are distributed as u^0.4."""
+    t = (torch.rand(len(clean)) ** 0.4 * len(alphas)).long()
     a, s = alphas[t].sqrt()[:, None, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None, None]
     noise = torch.randn_like(clean)
     with torch.autocast("cpu", torch.bfloat16):

@@ -437,3 +437,17 @@ def test_weights_that_know_the_noise_of_their_input_gain_where_inputs_go_togethe
         left[noise] = error(made, module, together(500))
     gain = decibels(left[False], left[True])
     assert gain > 1 if act else gain == 0
+
+
+@torch.no_grad()
+def test_directions_that_only_some_rows_have_are_not_let_go_of():
+    """Text of one prompt says nothing of another's: a later half of rows in directions that the earlier one lacks."""
+    module, earlier, later = linear(48, 64), together(500, 64, 3), together(500, 64, 30)
+    x, left = torch.cat([earlier, later]), {}
+    plan = plan_of(module, weight="int8/channel", act="int4/group:64")
+    seen = seen_of(x, gram=earlier.t() @ earlier / 500)
+    for noise in (True, False):
+        made = smooth.transformed(module, plan, smooth.Transform())
+        weights.fit(made, module, seen, weights.WeightWish(noise=noise))
+        left[noise] = error(made, module, later)
+    assert left[True] < 1.05 * left[False]
