@@ -1,7 +1,6 @@
 """Measure the shipped models on held-out scenes: `python -m eval.experiments.tiny_models [--count 500] [--names ...]`.
 
-Writes one row per figure set to eval/results/tiny_models.json: the models in their own number of steps and in four,
-the students in one to eight.
+Writes one row per figure set to eval/results/tiny_models.json.
 """
 
 import argparse
@@ -19,7 +18,6 @@ from pipelines.tiny.training import write_json
 
 RESULTS = rows.FOLDER / "tiny_models.json"
 MACHINE = "2 cores AMD Zen 5"
-STUDENT_STEPS = (1, 2, 4, 8)
 
 
 def measure(name: str, objects: int, count: int, seed: int = 0, dtype=torch.float32, **call) -> dict:
@@ -55,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--objects", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--steps", type=int, nargs="+", help="20 by default, 1, 2, 4 and 8 of few-step students")
     parser.add_argument("--names", nargs="+", default=[*tiny.NAMES, *tiny.STUDENTS, "judges"])
     options = parser.parse_args()
     kernels_by_rank()
@@ -62,7 +61,7 @@ def main() -> None:
         if name == "judges":
             record(measure_judges(options.count))
         for objects in options.objects if name != "judges" else []:
-            for steps in STUDENT_STEPS if name in tiny.STUDENTS else (20, 4):
+            for steps in options.steps or ((1, 2, 4, 8) if name in tiny.STUDENTS else (20,)):
                 record([measure(name, objects, options.count, num_inference_steps=steps)])
 
 
