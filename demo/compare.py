@@ -35,6 +35,7 @@ EXAMPLES = [
     "a small red ring under a cyan circle",
     "a big cyan square over a small white plus sign",
     "there is an orange cross",
+    "a large red star moving left slowly",  # of tiny-video
 ]
 
 

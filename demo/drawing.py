@@ -74,6 +74,7 @@ class Request:
             "width": int(self.width),
             "height": int(self.height),
             "num_frames": int(self.frames),
+            "video_length": int(self.frames),  # what Latte calls it
         }
         call = {"use_resolution_binning": False, "clean_caption": False, "output_type": "pil"} | dict(own)
         call |= {"guidance_scale": float(self.guidance)} | {name: value for name, value in optional.items() if value}

@@ -71,7 +71,7 @@ class Shelf:
     def names(self) -> list[str]:
         """Embedded models, then full-precision pipelines below the roots."""
         found = [name for root in self.roots for name, folder in _pipelines(root) if not saved.plans(folder)]
-        return [*tiny.NAMES, *dict.fromkeys(found)]
+        return [*embedded(), *dict.fromkeys(found)]
 
     def choices(self, name: str) -> list[str]:
         """What a model can be quantized with at once: data-free recipes, its results, and others of its class."""
@@ -89,7 +89,7 @@ class Shelf:
     def place(self, name: str) -> Path | str:
         """The folder or Hub id of a name that may be opened; DQError, the same for all others, for any other name."""
         name = str(name or "").strip()
-        if name in tiny.NAMES:
+        if name in embedded():
             return tiny.folder(name)
         folder = _below(self.roots, name)
         if folder is not None:
@@ -98,7 +98,7 @@ class Shelf:
             return name
         shown = name[:80] + ("..." if len(name) > 80 else "")
         local = "a pipeline in this demo's model folders " if self.roots else ""
-        expected = f"expected {', '.join(tiny.NAMES)}, {local}or a Hub id (owner/name)"
+        expected = f"expected {', '.join(embedded())}, {local}or a Hub id (owner/name)"
         raise DQError(f"model {shown!r} is not known here, {expected}")
 
     @contextlib.contextmanager
@@ -136,6 +136,11 @@ class Shelf:
         if recipe in cookbook.names():
             raise DQError(f"recipe {recipe!r} needs calibration: run it in the Quantize tab, then choose its result")
         raise DQError(f"recipe {recipe[:80]!r} is unknown, {nearest(recipe[:80], self.choices(model.name))}")
+
+
+def embedded() -> list[str]:
+    """The trained pipelines of the repository that are there, those of pictures first."""
+    return tiny.shipped(tiny.NAMES + tiny.VIDEOS)
 
 
 def load(place: str):

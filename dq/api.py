@@ -46,7 +46,8 @@ def quantize(
     recipe       a name from `dq.recipes()`, a Recipe, a Plan, or the path of a plan or recipe JSON
     calibration  for recipes of a method and for budgets: a dq.Calibration, or a function that runs a bare model as its
                  user does; a budget of a data-free recipe takes dq's own prompts where it gets none
-    budget       a dq.Budget: the recipe then names the choices, and each layer gets one by its measured sensitivity
+    budget       a dq.Budget: the recipe then names the choices, and each layer gets one by its measured sensitivity;
+                 or one for each denoiser, {"transformer": dq.Budget(bits=6), "transformer_2": dq.Budget(bits=4)}
     components   further parts of a pipeline and their data-free recipes, e.g. {"text_encoder_2": "int8-weight"}; a
                  denoiser named here gets this recipe instead, or with None stays as it is: {"transformer_2": None}
     keep         patterns, matched from the start of layer names, left in full precision
@@ -239,7 +240,7 @@ def _resolve(target, wanted: Recipe | Plan, calibration, budget):
     """The Calibration a recipe is fitted with, None for a data-free one. DQError when the two do not go together."""
     name = wanted.name
     if budget is not None:
-        _check_budget(budget, wanted)
+        _check_budget(target, budget, wanted)
     if not wanted.needs_calibration:
         return _for_budget(target, name, calibration, budget)
     from dq import methods
@@ -264,11 +265,14 @@ def _own_budget(wanted: Recipe | Plan):
     return Budget(bits=wanted.options["bits"])
 
 
-def _check_budget(budget, wanted: Recipe | Plan) -> None:
+def _check_budget(target, budget, wanted: Recipe | Plan) -> None:
     from dq.budget.limits import Budget
 
-    if not isinstance(budget, Budget):
-        raise DQError(f"budget is {budget!r}, expected dq.Budget(bytes=...), (ms_per_step=...) or (bits=...)")
+    if isinstance(budget, Mapping) and isinstance(target, nn.Module):
+        raise DQError("budget: got limits by denoiser for a model, which has none; expected one dq.Budget")
+    for own in budget.values() if isinstance(budget, Mapping) else [budget]:
+        if not isinstance(own, Budget):
+            raise DQError(f"budget is {own!r}, expected dq.Budget(bytes=...), (ms_per_step=...) or (bits=...)")
     if isinstance(wanted, Plan):
         raise DQError(
             "budget: got a plan, in which every layer is decided; expected a recipe, which names the choices"

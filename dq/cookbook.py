@@ -25,6 +25,10 @@ DATA_FREE = (
     Recipe("fp8", linear=("fp8/channel", "fp8/token"), conv=("fp8/channel", "fp8/tensor"), status="experimental"),
     # OCP MX v1.0 (2023): activations have one scale for 32 values, too; a convolution's are not in such blocks
     Recipe("mxfp8", linear=("mxfp8", "mxfp8"), conv=("mxfp8", None), status="experimental"),
+    # HiF8 (Luo et al., 2409.16626) with a scale a row and token where OSP-Next has one a tensor; no unit of the chips
+    # that dq knows multiplies it
+    Recipe("hif8", linear=("hif8/channel", "hif8/token"), conv=("hif8/channel", "hif8/tensor"), status="experimental"),
+    Recipe("hif8-weight", linear=("hif8/channel", None), conv=("hif8/channel", None), status="experimental"),
     Recipe("int8-weight", linear=("int8/channel", None), conv=("int8/channel", None)),
     Recipe("int4-weight", linear=("int4/group:64", None), conv=("int4/group:64", None)),
     Recipe("nvfp4-weight", linear=("nvfp4", None), conv=("nvfp4", None)),

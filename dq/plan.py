@@ -42,16 +42,18 @@ class TensorPlan:
 
     scale  "dynamic" (measured per call), "static" (one stored scale) or "table" (one stored scale per step)
     shift  fixed value added to an activation before it is quantized and folded out again (one-sided, post-GELU inputs)
+    clip   share of a measured range that codes cover, at most 1; what lies beyond saturates
     """
 
     format: str
     granularity: str
     scale: str = "dynamic"
     shift: float = 0.0
+    clip: float = 1.0
 
     @classmethod
     def parse(cls, text: str, checked: bool = True) -> TensorPlan:
-        """Read `format[/granularity[/scale[/shift]]]`; without `checked`, what they are called is taken as it is."""
+        """Read `format[/granularity[/scale[/shift[/clip]]]]`; without `checked`, any name is taken as it is."""
         return _parsed(text, checked)
 
     @classmethod
@@ -59,19 +61,20 @@ class TensorPlan:
         head, *rest = text.split("/")
         try:
             name, granularity = _known(head, rest[0] if rest else None) if checked else (head, (*rest, "default")[0])
-            shift = float(rest[2]) if len(rest) > 2 else 0.0
+            shift, clip = (float(rest[k]) if len(rest) > k else default for k, default in ((2, 0.0), (3, 1.0)))
         except ValueError as error:
             raise DQError(f"tensor plan {text!r}: {error}") from None
         scale = rest[1] if len(rest) > 1 else "dynamic"
         if scale not in SCALES:
             raise DQError(f"tensor plan {text!r}: scale is {scale!r}, {nearest(scale, SCALES)}")
-        if not abs(shift) < MOST_SHIFT or len(rest) > 3:
-            raise DQError(f"tensor plan {text!r}: expected format/granularity/scale/shift, the last one finite")
-        return cls(name, granularity, scale, shift)
+        if not abs(shift) < MOST_SHIFT or not 0 < clip <= 1 or len(rest) > 4:
+            raise DQError(f"tensor plan {text!r}: expected format/granularity/scale/shift/clip, a clip of at most 1")
+        return cls(name, granularity, scale, shift, clip)
 
     def __str__(self) -> str:
-        tail = f"/{self.scale}" if self.scale != "dynamic" or self.shift else ""
-        return f"{self.format}/{self.granularity}{tail}" + (f"/{self.shift:g}" if self.shift else "")
+        tail = [self.scale, f"{self.shift:g}", f"{self.clip:g}"]
+        said = 3 if self.clip != 1 else 2 if self.shift else int(self.scale != "dynamic")
+        return "/".join([self.format, self.granularity, *tail[:said]])
 
     @property
     def spec(self) -> formats.Format:
@@ -93,6 +96,8 @@ class LayerPlan:
             convolution's `tensor` is one scale per sample, its `token` one per pixel (pointwise convolutions only)
     smooth  a vector multiplies the input (its inverse is folded into the weight)
     rotate  order of the Hadamard blocks that turn the (smoothed) input channels, 0 for none; folded into the weight
+    permute  a stored order puts the (smoothed, rotated) input's channels in other places; folded into the weight, and
+            splits are counted in it
     rank    columns of the low-rank branch y += up @ (down @ x)
     splits  input channels at which the input is cut; each part has its own activation and weight scales
     steps   rows of the activation scale table (1 unless act.scale is "table")
@@ -107,6 +112,7 @@ class LayerPlan:
     act: TensorPlan | None = None
     smooth: bool = False
     rotate: int = 0
+    permute: bool = False
     rank: int = 0
     splits: tuple[int, ...] = ()
     steps: int = 1
@@ -141,10 +147,11 @@ class LayerPlan:
         """Bytes of packed weight, scales and low-rank branch (16-bit factors); bias not counted."""
         spec, grain = self.weight.spec, self.weight.grain
         widths = [stop - start for start, stop in self.parts]
-        codes = [self.rows * -(-width * spec.bits // 8) for width in (self.columns, *widths)]
+        codes = [self.rows * spec.row_bytes(width) for width in (self.columns, *widths)]
         scales = sum(spec.packed_bytes(self.rows, width, grain) for width in widths) - sum(codes[1:])
         inputs = self.shape[1]
-        return codes[0] + scales + 2 * self.rank * (self.rows + self.columns) + (4 * inputs if self.smooth else 0)
+        vectors = 4 * inputs * (self.smooth + self.permute)
+        return codes[0] + scales + 2 * self.rank * (self.rows + self.columns) + vectors
 
     def check(self, name: str) -> None:
         """Raise DQError, naming the layer, when the fields contradict each other."""
@@ -160,11 +167,25 @@ class LayerPlan:
         if self.rotate and any(split % self.rotate for split in (*self.splits, self.shape[1])):
             cuts = f"{self.shape[1]} inputs" + (f" split at {self.splits}" if self.splits else "")
             raise DQError(f"layer {name!r}: rotate is {self.rotate}, expected a divisor of its {cuts}")
+        span = self.weight.spec.span
+        if any((stop - first) % span for first, stop in self.parts):
+            got = f"layer {name!r}: {self.weight.format} has a code for {span} weights of a row"
+            raise DQError(f"{got}, expected parts of a multiple of {span} columns, got {self.parts}")
+        if self.permute and self.act is None:
+            raise DQError(f"layer {name!r}: permute is for rounded activations, this layer has none; leave it out")
         if self.start and self.kind != "linear":
             raise DQError(f"layer {name!r}: start is for linears, this is a {self.kind}; leave it out")
         if self.act and self.act.grain.two_level:
             got = f"layer {name!r}: activation granularity {self.act.granularity!r}"
             raise DQError(f"{got}, expected one level of scales; two are for weights")
+        if self.act and self.act.spec.tabled:
+            raise DQError(f"layer {name!r}: activation format {self.act.format!r}, expected one without stored tables")
+        if self.act and self.act.clip != 1:
+            from dq.formats.integer import Integer
+
+            if self.kind != "linear" or self.act.scale != "dynamic" or not isinstance(self.act.spec, Integer):
+                got = f"layer {name!r}: activation {self.act} of a {self.kind} covers {self.act.clip:g} of its range"
+                raise DQError(f"{got}, expected all of it; less is for integers under dynamic scales in linears")
         if self.act and self.act.scale == "dynamic":
             fits = ("token", "group") if self.kind == "linear" else ("tensor", "token")[: 1 + self.pointwise]
             if self.act.grain.kind not in fits:

@@ -43,6 +43,7 @@ class Layer(TypedDict):
     act: NotRequired[Tensor | None]
     smooth: NotRequired[Flag]
     rotate: NotRequired[Annotated[int, Field(strict=True, ge=0, le=2**15)]]
+    permute: NotRequired[Flag]
     rank: NotRequired[Annotated[int, Field(strict=True, ge=0, le=MOST_RANK)]]
     splits: NotRequired[Annotated[list[Size], Field(max_length=256)]]
     steps: NotRequired[Annotated[int, Field(strict=True, ge=1, le=MOST_STEPS)]]
@@ -74,6 +75,8 @@ class Options(TypedDict, total=False):
     bits: Annotated[Number, Field(ge=1, le=32)]
     choices: Annotated[list[Tensor], Field(min_length=1, max_length=32)]
     steps: Annotated[int, Field(strict=True, ge=0, le=10**6)]
+    sweeps: Annotated[int, Field(strict=True, ge=0, le=100)]
+    multiple: Annotated[int, Field(strict=True, ge=1, le=1024)]
     batch: Annotated[int, Field(strict=True, ge=1, le=4096)]
     strength: Number
     lr: Number
@@ -83,12 +86,16 @@ class Options(TypedDict, total=False):
     round: Literal["gptq", "nearest"]
     ranges: Literal["minmax", "search", "network"]
     splits: Flag
+    groups: Annotated[int, Field(strict=True, ge=1, le=256)]
+    permute: Flag
     static: Flag
     temporal: Flag
     plain: Flag
     smooth: Flag
     shift: Flag
     rotate: Flag
+    clip: Flag
+    noise: Flag
 
 
 @closed

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
@@ -15,6 +15,7 @@ from dq import families, methods
 from dq.budget import search, sensing
 from dq.budget.limits import Budget
 from dq.budget.search import Search
+from dq.errors import DQError
 from dq.fit import walk
 from dq.plan import Plan, Recipe
 from dq.trace import capture as capturing
@@ -28,6 +29,7 @@ class Stages:
     """What runs on data: capture what the denoisers see, choose each layer's format under a budget, fit.
 
     Plans are replaced in `plans`; parts that no run calls are taken out of `models` and `plans`.
+    budget  of all denoisers together, or one for each by name
     """
 
     target: object
@@ -35,15 +37,15 @@ class Stages:
     plans: dict[str, Plan]
     recipe: Recipe
     calibration: Calibration | None
-    budget: Budget | None
+    budget: Budget | Mapping[str, Budget] | None
     progress: bool
     candidates: float | None = field(default=None, init=False)  # tried a layer by a method, on average
 
     def done(self) -> tuple[dict, dict, list[str]]:
         """-> packed layers and errors by part, notes for the report."""
         self._prepare()
-        if self.budget is not None:
-            sensing.refuse_impossible(self._subject(), self.budget)
+        for part, budget in self._budgets().items():
+            sensing.refuse_impossible(self._subject(part), budget)
         if self.calibration is None:
             return {}, {}, self._chosen(None)
         with self._captured() as (folder, notes):
@@ -61,6 +63,7 @@ class Stages:
             return sensing.find(self._subject(), folder, wish, self.progress)
 
     def _prepare(self) -> None:
+        self._check_budgets()
         if self.recipe.needs_calibration:
             for part, model in self.models.items():
                 self.plans[part] = methods.prepared(model, self.plans[part], self.recipe)
@@ -79,21 +82,51 @@ class Stages:
             notes = [f"{part}: {reason}" for part, reason in silent.items()]
             yield folder, [f"captured in {time.perf_counter() - begun:.0f} s", *notes]
 
-    def _subject(self) -> sensing.Subject:
-        return sensing.Subject(self.target, self.models, self.plans, self.recipe, self.calibration)
+    def _subject(self, part: str | None = None) -> sensing.Subject:
+        """What is measured, of one denoiser alone where one is named."""
+        models = self.models if part is None else {part: self.models[part]}
+        plans = {name: self.plans[name] for name in models}
+        return sensing.Subject(self.target, models, plans, self.recipe, self.calibration)
+
+    def _budgets(self) -> dict[str | None, Budget]:
+        """Every budget by the denoiser it is of, None: of all together."""
+        if not isinstance(self.budget, Mapping):
+            return {} if self.budget is None else {None: self.budget}
+        return {part: budget for part, budget in self.budget.items() if part in self.models}
+
+    def _check_budgets(self) -> None:
+        """DQError for budgets by denoiser that are not of these denoisers, or that one search cannot serve."""
+        if not isinstance(self.budget, Mapping):
+            return
+        if self.budget.keys() != self.models.keys():
+            got, names = ", ".join(self.budget) or "nothing", ", ".join(self.models)
+            raise DQError(f"budget: got limits of {got}, expected one for each of {names}, or one for all")
+        if any(budget.scope != "denoiser" for budget in self.budget.values()):
+            raise DQError("budget: limits by denoiser count its own parameters; expected scope='denoiser' in each")
+        if len(metrics := {budget.metric for budget in self.budget.values()}) > 1:
+            raise DQError(f"budget: got metrics {', '.join(sorted(metrics))}, expected the same in each")
 
     def _chosen(self, folder: Path | None) -> list[str]:
         """Choose every layer's format; -> notes."""
-        begun, budget = time.perf_counter(), self.budget
+        begun, budgets = time.perf_counter(), self._budgets()
         if folder is None:
             found = sensing.unseen(self._subject())
         else:
-            wish = sensing.Wish(budget.metric, budget.ms_per_step is not None)
-            found = sensing.find(self._subject(), folder, wish, self.progress)
-        chosen = found.choose(budget)
-        self.plans.update(search.plans(found, self.plans, chosen, str(budget)))
-        notes = search.summary(found, chosen, budget)
+            metric = next(iter(budgets.values())).metric
+            timed = any(budget.ms_per_step is not None for budget in budgets.values())
+            found = sensing.find(self._subject(), folder, sensing.Wish(metric, timed), self.progress)
+        notes = []
+        for part, budget in budgets.items():
+            mine = found if part is None else self._alone(found, part)
+            chosen = mine.choose(budget)
+            self.plans.update(search.plans(mine, self.plans, chosen, str(budget)))
+            notes += _named(part, search.summary(mine, chosen, budget))
         return [*notes, f"sensitivity and cost measured in {time.perf_counter() - begun:.0f} s"]
+
+    def _alone(self, found: Search, part: str) -> Search:
+        """What was measured of one denoiser, with the bytes of that one."""
+        parts = {part: found.parts[part]}
+        return replace(found, parts=parts, fixed_bytes=sensing.fixed_bytes(self._subject(part), parts, None))
 
     def _fitted(self, folder: Path) -> tuple[dict, dict, list[str]]:
         packed, errors, notes, tried = {}, {}, [], 0
@@ -103,11 +136,18 @@ class Stages:
         for part, model in self.models.items():
             place, family = folder / (part or "model"), families.of(model)
             most = walk.calls_worth(place, method)
-            trace = Trace(model, self.plans[part], family, place, self.calibration.seed, identity=identity, most=most)
+            named = {"identity": identity, "most": most, "between": method.NEEDS.between}
+            trace = Trace(model, self.plans[part], family, place, self.calibration.seed, **named)
             fitted = walk.walk(trace, method, recipe, self.plans[part].dtype, self.progress)
             self.plans[part] = walk.finish(model, self.plans[part], trace, fitted)
             packed[part], errors[part] = fitted.packed, fitted.error_db
-            notes += fitted.notes(trace)
+            several = part if len(self.models) > 1 else None
+            notes += _named(several, [trace.said, *fitted.notes(trace)] if several else fitted.notes(trace))
             tried += fitted.tried
         self.candidates = tried / max(sum(map(len, errors.values())), 1)
         return packed, errors, notes
+
+
+def _named(part: str | None, lines: list[str]) -> list[str]:
+    """Lines of a report, of one denoiser where one is named."""
+    return lines if part is None else [f"{part}: {line}" for line in lines]

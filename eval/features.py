@@ -147,7 +147,7 @@ def pretrained(kind, name: str, fetch: bool = True):
         except Exception as error:  # of whatever the files were taken for
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         else:
-            return loaded.eval().requires_grad_(False).to(_device()) if isinstance(loaded, torch.nn.Module) else loaded
+            return loaded.eval().requires_grad_(False).to(device()) if isinstance(loaded, torch.nn.Module) else loaded
     if not fetch:
         reason = "it is not on this machine; name it in the suite to have it fetched"
     raise DQError(f"{kind.__name__} {name!r} cannot be had: {reason}")
@@ -208,7 +208,8 @@ def _alike(paths: list[Path]) -> Iterator[list[Image.Image]]:
     yield group
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
+    """Where networks run that look at pictures."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -216,21 +217,21 @@ def _inception() -> Callable[[torch.Tensor], torch.Tensor]:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     try:
-        net = FrechetInceptionDistance(2048).inception.to(_device())
+        net = FrechetInceptionDistance(2048).inception.to(device())
     except ModuleNotFoundError:
         raise DQError("Inception v3 needs torch-fidelity, not installed here") from None
     except OSError as error:  # no connection, no space
         raise DQError(f"the weights of Inception v3 cannot be fetched: {error}") from None
-    return lambda images: net((images.clamp(0, 1) * 255).round().byte().to(_device()))
+    return lambda images: net((images.clamp(0, 1) * 255).round().byte().to(device()))
 
 
 def _recogniser() -> Callable[[torch.Tensor], torch.Tensor]:
-    net = tiny.load_recogniser().to(_device())
+    net = tiny.load_recogniser().to(device())
 
     def of(images):
         if images.shape[2:] != (64, 64):
             images = F.interpolate(images, (64, 64), mode="bilinear", antialias=True)
-        return net.features(images.to(_device()))
+        return net.features(images.to(device()))
 
     return of
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+MOST_FRAMES = 16  # of a video on a page
 GAIN = 8  # by which differences are multiplied, as in `make demo`
 # colours drawn with -> what the page's style sheet calls them
 INK = {"#010101": "--ink", "#020202": "--muted", "#030303": "--line", "#040404": "--accent", "#050505": "--surface"}
@@ -150,10 +151,15 @@ def _said(point: Point) -> str:
     return f"{point.name} {point.quality:.4g} at {point.cost:.4g}"
 
 
+def chosen(frames: Sequence[Image.Image]) -> list[Image.Image]:
+    """The frames of a video that a page plays: MOST_FRAMES at most, evenly spaced from the first to the last."""
+    count = min(len(frames), MOST_FRAMES)
+    return [frames[round(place)] for place in np.linspace(0, len(frames) - 1, count)]
+
+
 def strip(frames: Sequence[Image.Image], side: int) -> Image.Image:
-    """A picture, or the first, middle and last frame of a video side by side, no side of a frame above `side`."""
-    chosen = [frames[0]] if len(frames) == 1 else [frames[0], frames[len(frames) // 2], frames[-1]]
-    small = [frame.convert("RGB") for frame in chosen]
+    """A picture, or frames side by side, no side of a frame above `side`."""
+    small = [frame.convert("RGB") for frame in frames]
     for frame in small:
         frame.thumbnail((side, side), Image.Resampling.LANCZOS)
     width, height = small[0].size

@@ -28,8 +28,8 @@ from dq.layers.memory import align
 from dq.trace.running import drawing, modules_of
 from dq.trace.world import processes
 from eval import prompts, timing
-from eval.metrics import trajectory_error
-from eval.runs import Item, Run, write
+from eval.metrics import noise_sqnr, trajectory_error
+from eval.runs import REPLAYED, Item, Run, write
 from eval.suite import FULL, Entry, Pipeline, Suite
 from pipelines import tiny
 
@@ -75,6 +75,8 @@ class _Making:
         self.draw(pipe)
         self.state.wait_for_everyone()  # nobody draws while the first process takes the time
         if self.state.is_main_process:
+            if "noise_sqnr" in (self.suite.metrics or ()) and self.entry.name != FULL:
+                self.run.write_predictions(*self.names, self.answers(pipe))
             self.run.write_figures(*self.names, self.measure(pipe))
 
     def model(self):
@@ -163,6 +165,20 @@ class _Making:
         for item, frames in zip(batch, pictures, strict=True):
             if not self.run.has(*self.names, item.index):
                 self.run.write_frames(*self.names, item.index, frames)
+
+    def answers(self, pipe) -> dict[str, torch.Tensor]:
+        """What the denoisers answer to the calls full precision makes for the first items, and what it answered."""
+        full = load(self.pipeline.path, self.pipeline.dtype, self.state.device)
+        with contextlib.ExitStack() as stack:
+            models = api.find_denoisers(full).items()
+            calls = {name: stack.enter_context(noise_sqnr.record(model)) for name, model in models}
+            call(full, self.suite, self.pipeline, self.run.items[:REPLAYED])
+        mine = [x for name, model in api.find_denoisers(pipe).items() for x in noise_sqnr.replay(model, calls[name])]
+        theirs = [made.prediction for rows in calls.values() for made in rows]
+        return {
+            "predictions": torch.stack(mine).cpu().contiguous(),
+            "reference": torch.stack(theirs).cpu().contiguous(),
+        }
 
     def measure(self, pipe) -> dict[str, Any]:
         """The figures of an entry; time and memory for one picture at a time."""

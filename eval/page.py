@@ -1,7 +1,7 @@
 """The HTML page of a report: no script and no address outside of it, for phones and desks, light and dark.
 
-Pictures are small JPEGs inside the page: SIDES are tried until it stays below PAGE_BYTES. Differences are taken from
-the pictures as they were drawn, before anything is made smaller.
+Pictures are small JPEGs inside the page, videos strips of frames that the style sheet plays: SIDES are tried until it
+stays below PAGE_BYTES. Differences are taken from the pictures as they were drawn, before anything is made smaller.
 """
 
 from __future__ import annotations
@@ -29,27 +29,36 @@ COSTS = {"bytes": ("MiB of the denoiser", 2**20), "ms_per_step": ("ms per step",
 
 
 @dataclass(frozen=True)
+class Shown:
+    """A picture as an address; of a video a strip of so many frames."""
+
+    address: str
+    frames: int
+
+
+@dataclass(frozen=True)
 class Album:
-    """Pictures of one pipeline of a run as addresses, None where nothing was drawn."""
+    """Pictures of one pipeline of a run, None where nothing was drawn."""
 
     run: Run
     pipeline: str
     side: int
 
-    def picture(self, entry: str, index: int) -> str | None:
+    def picture(self, entry: str, index: int) -> Shown | None:
         if not self.run.has(self.pipeline, entry, index):
             return None
-        return self._uri(self.run.frames(self.pipeline, entry, index))
+        return self._shown(self.run.frames(self.pipeline, entry, index))
 
-    def difference(self, entry: str, index: int) -> str | None:
+    def difference(self, entry: str, index: int) -> Shown | None:
         """Of an entry to full precision, which has none itself; None for other sizes."""
         if entry == FULL or not all(self.run.has(self.pipeline, name, index) for name in (entry, FULL)):
             return None
         pair = [self.run.frames(self.pipeline, name, index) for name in (entry, FULL)]
-        return self._uri(figures.difference(*pair)) if figures.alike(*pair) else None
+        return self._shown(figures.difference(*pair)) if figures.alike(*pair) else None
 
-    def _uri(self, frames) -> str:
-        return figures.data_uri(figures.strip(frames, self.side))
+    def _shown(self, frames) -> Shown:
+        kept = figures.chosen(frames)
+        return Shown(figures.data_uri(figures.strip(kept, self.side)), len(kept))
 
 
 def render(run: Run, found: Mapping[str, Any]) -> str:
@@ -75,6 +84,7 @@ def render(run: Run, found: Mapping[str, Any]) -> str:
             manifest=json.dumps(found["manifest"], indent=1, ensure_ascii=False),
             gain=figures.GAIN,
             size=_size(run),
+            plays=any(run.is_video(name, FULL, item.index) for name in run.pipelines for item in run.items),
         )
         if len(text.encode()) <= PAGE_BYTES:
             break
@@ -82,13 +92,11 @@ def render(run: Run, found: Mapping[str, Any]) -> str:
 
 
 def _size(run: Run) -> str:
-    """`small` for pictures that the page shows larger than they are, pixels kept sharp; `large`; `video`."""
+    """`small` for pictures that the page shows larger than they are, pixels kept sharp, else `large`."""
     drawn = ((name, item.index) for name in run.pipelines for item in run.items if run.has(name, FULL, item.index))
     name, index = next(drawn, (None, 0))
     if name is None:
         return "small"
-    if run.is_video(name, FULL, index):
-        return "video"
     return "small" if max(run.picture(name, FULL, index).size) <= SMALL else "large"
 
 

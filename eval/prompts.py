@@ -1,4 +1,5 @@
-"""Prompts of a suite: from a file (txt, csv, tsv, jsonl, json) or from the scene grammar of the embedded models.
+"""Prompts of a suite: from a file (txt, csv, tsv, jsonl, json) or from the grammar of scenes, or of clips, that the
+embedded models know.
 
     txt        a prompt a line                        jsonl   an object a line, or a text a line
     csv, tsv   a header, then a prompt a row          json    a list, or objects by name (MJHQ's meta_data.json), or
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -24,7 +25,7 @@ from eval.reading import shown
 from eval.runs import Item
 from eval.suite import MOST_PICTURES, Suite
 from pipelines import tiny
-from pipelines.tiny import scenes
+from pipelines.tiny import motion, scenes
 
 COLUMNS = ("prompt", "caption", "text")
 ENDINGS = (".txt", ".csv", ".tsv", ".jsonl", ".json")
@@ -34,10 +35,10 @@ OTHERS, OTHERS_SEED = 32, 7  # prompts of the grammar for calibration, and where
 
 def items(suite: Suite) -> list[Item]:
     """Every picture a suite asks for: each prompt with each seed. DQError when its prompts cannot be read."""
-    given = suite.prompts
-    if "scenes" in given:
-        drawn = tiny.prompts(given["scenes"], given["objects"], given["seed"])
-        rows = [(caption, asdict(scene)) for caption, scene in drawn]
+    given, draw = suite.prompts, _grammar(suite)
+    if draw:
+        drawn = draw(given.get("scenes") or given["clips"], given["objects"], given["seed"])
+        rows = [(caption, asdict(label)) for caption, label in drawn]
     else:
         rows = [(text, None) for text in read(given["file"], given["column"], given["limit"])]
     if len(rows) * len(suite.seeds) > MOST_PICTURES:
@@ -47,18 +48,34 @@ def items(suite: Suite) -> list[Item]:
     return [Item(index, *pair) for index, pair in enumerate(pairs)]
 
 
+def _grammar(suite: Suite) -> Callable | None:
+    """What draws the prompts of a suite with their labels, None for a file."""
+    return tiny.prompts if "scenes" in suite.prompts else tiny.motions if "clips" in suite.prompts else None
+
+
+def moves(row: Mapping[str, Any]) -> bool:
+    """Whether the label of an item is that of a clip."""
+    return "motions" in row
+
+
 def scene(row: Mapping[str, Any]) -> scenes.Scene:
-    """The scene of an item, from the plain values it is kept as. DQError for other values."""
-    return reading.checked(scenes.Scene, row, "the scene of an item")
+    """The scene of an item, of a clip its first frame's, from the plain values it is kept as. DQError for others."""
+    return clip(row).scene if moves(row) else reading.checked(scenes.Scene, row, "the scene of an item")
+
+
+def clip(row: Mapping[str, Any]) -> motion.Clip:
+    """The label of a clip, as `scene`."""
+    return reading.checked(motion.Clip, row, "the clip of an item")
 
 
 def others(suite: Suite) -> list[str] | None:
     """Prompts to calibrate with that the suite does not ask for, not even by the same words; None: dq's own."""
-    if "scenes" not in suite.prompts:
+    draw = _grammar(suite)
+    if draw is None:
         return None
     asked = {item.prompt for item in items(suite)}
     seed = OTHERS_SEED + (suite.prompts["seed"] == OTHERS_SEED)
-    drawn = dict.fromkeys(caption for caption, _ in tiny.prompts(20 * OTHERS, seed=seed))
+    drawn = dict.fromkeys(caption for caption, _ in draw(20 * OTHERS, seed=seed))
     return [caption for caption in drawn if caption not in asked][:OTHERS]
 
 

@@ -5,6 +5,8 @@
     models/<pipeline>/<entry>/                the saved quantized pipeline
     images/<pipeline>/<entry>/00000.png       picture of item 0; a video is a folder 00000 of frames 000.png, ...
     latents/<pipeline>/<entry>/00000.safetensors   latents after every step, only for metrics of the trajectory
+    predictions/<pipeline>/<entry>.safetensors     what the denoisers answer to the calls that full precision makes for
+                                                   the first REPLAYED items, and what it answered; only for noise_sqnr
     figures/<pipeline>/<entry>.json           kernels, bytes, time and memory, or why the entry is missing
     scores/<pipeline>/<entry>.json            what the metrics say
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
 MANIFEST, ITEMS = "manifest.json", "items.jsonl"
+REPLAYED = 8  # items whose denoiser calls an entry answers, too
 AGAIN = "delete it and run the suite again"
 NO_MANIFEST = "it says what the pictures are of: put it back, or delete the folder and run the suite again"
 
@@ -199,6 +202,25 @@ class Run:
     def latents_path(self, pipeline: str, entry: str, index: int) -> Path:
         return self.folder / "latents" / pipeline / entry / f"{index:05d}.safetensors"
 
+    def predictions(self, pipeline: str, entry: str) -> dict[str, torch.Tensor]:
+        """`predictions` and `reference` (calls, ...), noisiest first; {} when the suite did not ask for them."""
+        path = self.predictions_path(pipeline, entry)
+        if not path.is_file():
+            return {}
+        from safetensors.torch import load_file  # here: the command line answers without torch
+
+        try:
+            found = load_file(path)
+        except Exception as error:  # of whatever the bytes were taken for
+            raise DQError(f"predictions {str(path)!r} cannot be read: {error}; {AGAIN}") from None
+        if found.keys() != {"predictions", "reference"}:
+            got = ", ".join(sorted(found)) or "nothing"
+            raise DQError(f"predictions {str(path)!r} hold {got}, expected predictions and reference; {AGAIN}")
+        return found
+
+    def predictions_path(self, pipeline: str, entry: str) -> Path:
+        return self._path("predictions", pipeline, entry).with_suffix(".safetensors")
+
     def model_path(self, pipeline: str, entry: str) -> Path:
         return self.folder / "models" / pipeline / entry
 
@@ -233,6 +255,11 @@ class Run:
 
         tensors = {"latents": latents.float().contiguous()}
         write(self.latents_path(pipeline, entry, index), lambda fresh: save_file(tensors, fresh))
+
+    def write_predictions(self, pipeline: str, entry: str, found: dict[str, torch.Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        write(self.predictions_path(pipeline, entry), lambda fresh: save_file(found, fresh))
 
     def _frame_paths(self, pipeline: str, entry: str, index: int) -> list[Path]:
         place = self.image_path(pipeline, entry, index)

@@ -24,7 +24,7 @@ import torch
 
 from dq.errors import DQError
 from eval import features, intervals, metrics, prompts
-from eval.runs import Item, Run
+from eval.runs import REPLAYED, Item, Run
 from eval.suite import FULL, Suite
 
 NEEDS = {  # what a run may lack, and then says
@@ -32,8 +32,9 @@ NEEDS = {  # what a run may lack, and then says
     "real": "needs real pictures; name some in the suite under fid: real",
     "scenes": "needs prompts of the scene grammar",
     "clips": "needs videos",
+    "motions": "needs prompts of motion",
     "trajectory": "needs the latents of every step, which this run did not keep",
-    "predictions": "needs recorded calls of the denoiser; eval/methods.py measures it",
+    "predictions": "needs what the denoiser predicts for recorded calls, which this run did not keep",
 }
 SETS = "features"  # what metrics of whole sets need; those that also need clips turn them into one vector each
 PIXELS = 2**20  # of the pictures that metrics get at once
@@ -58,8 +59,12 @@ class Task:
         name, space, network = self.key.partition(" ")
         return f"{name}_to_full{space}{network}"
 
-    def row(self, value: float, interval: tuple[float, float] | None, count: int, note: str = "") -> dict[str, Any]:
-        figure, unit = next(iter(self.module.UNITS.items()))
+    def row(
+        self, value: float, interval: tuple[float, float] | None, count: int, note: str = "", figure: str = ""
+    ) -> dict[str, Any]:
+        """A row of a figure, the headline where none is named."""
+        figure = figure or next(iter(self.module.UNITS))
+        unit = self.module.UNITS[figure]
         better = self.module.BETTER if isinstance(self.module.BETTER, str) else self.module.BETTER[figure]
         low, high = interval or (None, None)
         if self.judge != self.usual:
@@ -99,6 +104,18 @@ class Feed:
     def scenes(self) -> list:
         found = [prompts.scene(item.scene) for item in self.items]
         return [found[owner] for owner in self.owners]
+
+    @cached_property
+    def motions(self) -> list:
+        return [prompts.clip(item.scene) for item in self.items]
+
+    @property
+    def predictions(self) -> list[torch.Tensor]:
+        return list(self.run.predictions(self.pipeline, self.entry)["predictions"])
+
+    @property
+    def reference_predictions(self) -> list[torch.Tensor]:
+        return list(self.run.predictions(self.pipeline, self.entry)["reference"])
 
     @cached_property
     def trajectory(self) -> list[torch.Tensor]:
@@ -165,11 +182,12 @@ def score(run: Run, pipeline: str, entry: str) -> dict[str, dict[str, Any]]:
         raise DQError(f"{pipeline} {entry}: no picture to score; run the suite again")
     has = _given(run, pipeline, entry, items[0])
     tasks, rows = _tasks(run.suite, has)
-    alone = [task for task in tasks if SETS not in task.module.NEEDS]
+    alone = [task for task in tasks if hasattr(task.module, "per_item")]
     rows |= _of_items(run, pipeline, entry, items, alone)
     for task in tasks:
         if task not in alone:
-            rows |= _of_set(run, pipeline, entry, items, task)
+            of = _of_set if SETS in task.module.NEEDS else _of_run
+            rows |= of(run, pipeline, entry, items, task)
     if len(items) < len(run.items):
         part = f"{len(items)} of {len(run.items)} pictures"
         for row in rows.values():
@@ -183,13 +201,15 @@ def _given(run: Run, pipeline: str, entry: str, item: Item) -> set[str]:
     found = {"images", "prompts", SETS, "reference_features"}
     pairs = entry != FULL
     if item.scene is not None:
-        found.add("scenes")
+        found |= {"scenes", "motions"} if prompts.moves(item.scene) else {"scenes"}
     if run.is_video(pipeline, entry, item.index):
         found |= {"clips", "reference_clips"} if pairs else {"clips"}
     if pairs:
         found.add("reference")
         if run.trajectory(pipeline, entry, item.index) is not None:
             found |= {"trajectory", "reference_trajectory"}
+        if run.predictions(pipeline, entry):
+            found |= {"predictions", "reference_predictions"}
     return found
 
 
@@ -216,7 +236,7 @@ def _tasks(suite: Suite, has: set[str]) -> tuple[list[Task], dict[str, dict]]:
 def _only_for_pairs(lacks: list[str], has: set[str]) -> bool:
     """Whether all that is lacking is a second side: full precision is not compared with itself."""
     return "reference" not in has and all(
-        need in ("reference", "reference_clips") or "trajectory" in need for need in lacks
+        need in ("reference", "reference_clips") or "trajectory" in need or "predictions" in need for need in lacks
     )
 
 
@@ -272,6 +292,17 @@ def _of_items(
             row = task.row(intervals.mean(found), intervals.of_mean(found, groups), len(found))
             rows[task.key] = row | {"per_item": [places.get(item.index) for item in run.items]}
     return rows
+
+
+def _of_run(run: Run, pipeline: str, entry: str, items: Sequence[Item], task: Task) -> dict[str, dict[str, Any]]:
+    """A row for every figure of a metric that has no value for an item."""
+    feed, recorded = Feed(run, pipeline, entry, items), "predictions" in task.module.NEEDS
+    try:
+        found = task.module.score(*[getattr(feed, need) for need in task.module.NEEDS])
+    except ValueError as error:  # these pictures are not for this metric
+        return {task.key: {"missing": str(error), "instead": None}}
+    count = min(len(items), REPLAYED) if recorded else len(items)
+    return {figure.removesuffix("_db"): task.row(value, None, count, figure=figure) for figure, value in found.items()}
 
 
 def _of_set(run: Run, pipeline: str, entry: str, items: Sequence[Item], task: Task) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ LONGEST_NAME = 200  # bytes
 MOST_SEED, MOST_STEPS, MOST_SCENES, MOST_PICTURES = 2**32 - 1, 10_000, 20_000, 200_000
 DECIDED = ("prompt", "generator", "num_inference_steps", "output_type")  # of a call, by other keys of the suite
 SOURCES = ("recipe", "plan", "folder")
-SCENES, LINES = ("scenes", "seed", "objects"), ("file", "column", "limit")
+SCENES, CLIPS, LINES = ("scenes", "seed", "objects"), ("clips", "seed", "objects"), ("file", "column", "limit")
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,10 @@ class EntryForm(Form):
 
 
 class PromptsForm(Form):
-    """The scene grammar, or a file."""
+    """The grammar of scenes or of clips, or a file."""
 
     scenes: whole(1, MOST_SCENES) | None = None
+    clips: whole(1, MOST_SCENES) | None = None
     seed: whole(0, MOST_SEED) = 0
     objects: whole(1, 3) | None = None
     file: Text | None = None
@@ -200,8 +201,9 @@ def _suite(given: SuiteForm) -> Suite:
     _distinct(given.seeds, "seeds")
     if not given.seeds:
         raise DQError("seeds is empty, expected one seed or more, for example seeds: [0]")
-    if (given.prompts.scenes or 0) * len(given.seeds) > MOST_PICTURES:
-        asked = f"{given.prompts.scenes} scenes with {len(given.seeds)} seeds each"
+    count = given.prompts.scenes or given.prompts.clips or 0
+    if count * len(given.seeds) > MOST_PICTURES:
+        asked = f"{count} scenes with {len(given.seeds)} seeds each"
         raise DQError(f"prompts: got {asked}, expected at most {MOST_PICTURES} pictures")
     return Suite(
         name=given.name,
@@ -258,12 +260,16 @@ def _entry(given: EntryForm) -> Entry:
 
 
 def _prompts(given: PromptsForm) -> dict[str, Any]:
-    """The scene grammar, or a file, with defaults filled in."""
-    if (given.scenes is None) == (given.file is None):
-        raise DQError(f"prompts: got {', '.join(_given(given))}, expected either scenes: COUNT or file: PATH")
-    mine = LINES if given.scenes is None else SCENES
+    """One of the grammars, or a file, with defaults filled in."""
+    named = [keys for keys in (SCENES, CLIPS, LINES) if getattr(given, keys[0]) is not None]
+    if len(named) != 1:
+        got = ", ".join(_given(given))
+        raise DQError(f"prompts: got {got}, expected either scenes: COUNT, clips: COUNT or file: PATH")
+    (mine,) = named
     for key in given.model_fields_set.difference(mine):
         raise DQError(f"prompts: {key} does not go with {mine[0]}, expected one of {', '.join(mine)}")
+    if given.clips is not None and given.objects == 3:
+        raise DQError("prompts: objects is 3, expected 1 or 2 with clips")
     return {key: getattr(given, key) for key in mine}
 
 

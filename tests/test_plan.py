@@ -21,6 +21,7 @@ tensor_plans = st.builds(
     st.sampled_from(("tensor", "channel", "token", "group:16")),
     st.sampled_from(("dynamic", "static", "table")),
     st.sampled_from((0.0, 0.1702, -2.5)),
+    st.sampled_from((1.0, 0.95, 0.6)),
 )
 
 
@@ -32,6 +33,18 @@ def linear(**more):
 @given(plan=tensor_plans)
 def test_a_tensor_plan_reads_back_what_it_prints(plan):
     assert TensorPlan.parse(str(plan)) == plan
+
+
+@pytest.mark.parametrize(
+    ("kind", "act"),
+    [("linear", "int4/token/static/0/0.9"), ("linear", "nvfp4/group:16/dynamic/0/0.9"), ("conv1d", "int4/tensor")],
+)
+def test_a_part_of_the_range_is_for_integers_under_dynamic_scales_in_linears(kind, act):
+    act = replace(TensorPlan.parse(act), clip=0.9)
+    plan = LayerPlan(kind, (12, 32) if kind == "linear" else (12, 32, 1), INT8, act)
+    with pytest.raises(DQError, match=r"layer 'name': activation \S+/dynamic/0/0.9 .* covers 0.9|static/0/0.9"):
+        plan.check("name")
+    linear(act=TensorPlan.parse("int4a/group:16/dynamic/0.17/0.9")).check("name")
 
 
 def test_two_levels_of_scales_are_for_weights():
@@ -128,6 +141,7 @@ def test_a_broken_plan_is_refused_where_it_is_broken(change, message):
             LayerPlan("conv2d", (4, 4, 3, 3), INT8, TensorPlan.parse("int8/token")),
             "granularity 'token' of a conv2d.*expected tensor",
         ),
+        (linear(act=TensorPlan.parse("lut4/token")), "activation format 'lut4', expected one without stored tables"),
         (LayerPlan("stack", (2, 4, 4), INT8, rank=1), "stacked experts are weight-only"),
         (linear(splits=(8, 8)), "splits .* must rise strictly inside its 32 inputs"),
     ],
@@ -139,7 +153,10 @@ def test_fields_that_contradict_each_other_are_refused(plan, message):
 
 @pytest.mark.parametrize(
     "weight",
-    ["int8/channel", "int8/tensor", "int4/group:16", "int4a/group:16", "nvfp4", "mxfp4", "int4/group:16+channel"],
+    (
+        *("int8/channel", "int8/tensor", "int4/group:16", "int4a/group:16", "nvfp4", "mxfp4", "int4/group:16+channel"),
+        *("lut4/channel", "lut3/tensor", "lut3/group:16", "vq16x4"),
+    ),
 )
 @pytest.mark.parametrize("more", [{}, {"splits": (5, 20)}, {"rank": 3, "smooth": True}])
 @pytest.mark.parametrize("shape", [(12, 32), (6, 32, 3), (6, 32, 1, 3), (2, 32, 6)])

@@ -2,8 +2,9 @@
 
 The recipe decides the kind: weight-only or with rounded activations, integers or floats, with low-rank branches or
 without. Integers go from 8 bits down to 2, floats from fp8 to the 4-bit micro formats; every layer may also stay in
-full precision. A recipe's option "choices" names the weight formats itself, as MixDQ (arXiv 2405.17873) and Qua2SeDiMo
-(arXiv 2412.14628) do.
+full precision. Convolutions with rounded activations take one scale a row or two levels of them: no kernel multiplies
+by a scale for each group there. A recipe's option "choices" names the weight formats itself, as MixDQ (arXiv
+2405.17873) and Qua2SeDiMo (arXiv 2412.14628) do.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from dq.formats.integer import NARROW, Integer
-from dq.layers import tensor_shapes
+from dq.layers import stored_bytes
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 
 GROUP = "group:64"
@@ -57,6 +58,8 @@ def _weights(layer: LayerPlan, recipe: Recipe) -> Iterator[str]:
     letter = "a" if own.spec.affine else ""
     below = GROUP if own.spec.bits == 8 and not letter else own.granularity
     above = below.removesuffix("+channel")  # more bits than 4 have one level of scales
+    if layer.kind != "linear" and layer.act is not None and layer.act.granularity != "token":
+        below, above = f"{GROUP}+channel" if "group" in below and not letter else "channel", "channel"
     for bits in WIDTHS:
         grain = "channel" if bits == 8 else below if bits <= NARROW else above
         yield f"int{bits}{letter}/{grain}"
@@ -87,8 +90,7 @@ def weight_bytes(choice: Choice, dtype: torch.dtype, elements: int = 0) -> int:
     """Bytes of everything a packed layer holds but its bias; of `elements` weights in `dtype` for a kept layer."""
     if choice is None:
         return elements * dtype.itemsize
-    shapes = tensor_shapes(choice).values()
-    return sum(torch.Size(shape).numel() * (kind or dtype).itemsize for shape, kind in shapes)
+    return stored_bytes(choice, dtype)
 
 
 def label(choice: Choice) -> str:

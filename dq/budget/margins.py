@@ -6,10 +6,12 @@
 dW = Q(W) - W (rows, columns) is the rounding error of the weight, dx = Q(x) - x that of the activations. L is what
 shall stay the same and L_v = <v, L> with random signs v, so that the mean of <dL_v/dW, dW>^2 over v is |J dW|^2: the
 energy of the error in L, to first order. Errors of different weights are independent, which makes the square of the
-sum a sum of squares, and the margins make it cheap: one measurement serves any number of formats. Runs differ by
-orders of magnitude in how much an error moves their end, by the energy e that rounding all layers to REFERENCE_BITS
-leaves there. Each is divided by e^FAIRNESS: with 1 the mean over runs is one of decibels, with 0 the worst run rules.
-Pictures that an error tips over lose more than the first order says, so the hard runs count for more than with 1.
+sum a sum of squares, and the margins make it cheap: one measurement serves any number of formats. Layers with one
+input (q, k, v) round it alike: their dL_v/dx are added before the square, and each layer gets of it the share that it
+has among their own squares. Runs differ by orders of magnitude in how much an error moves their end, by the energy e
+that rounding all layers to REFERENCE_BITS leaves there. Each is divided by e^FAIRNESS: with 1 the mean over runs is
+one of decibels, with 0 the worst run rules. Pictures that an error tips over lose more than the first order says, so
+that the hard runs count for more than with 1.
 """
 
 from __future__ import annotations
@@ -65,6 +67,15 @@ class Margins:
         self.columns[bucket] += squares.sum(0).double().cpu()
 
 
+@dataclass
+class _Input:
+    """One input tensor in one call, how many uses of it still wait for their gradient, and the layers' gradients."""
+
+    x: torch.Tensor
+    waiting: int = 0
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
 class Listener:
     """Hooks that gather the gradients of all layers of one model while something is run forward and back.
 
@@ -84,6 +95,7 @@ class Listener:
         self.noise = {name: _row_noise(module.weight, menus[name]) for name, module in self.modules.items()}
         self.bucket = 0
         self.summed: dict[str, torch.Tensor] = {}
+        self._inputs: dict[tuple, _Input] = {}
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -97,6 +109,8 @@ class Listener:
 
     def end(self) -> float:
         """A run has ended: what it added up is squared; -> the energy that plain rounding would leave at its end."""
+        for key in list(self._inputs):  # inputs of layers that no gradient reached
+            self._count(key)
         for name, gradient in self.summed.items():
             self.running[name].add(gradient, WHOLE)
         self.summed.clear()
@@ -117,25 +131,46 @@ class Listener:
             if not torch.is_grad_enabled():
                 return output
             x, bucket = args[0].detach(), self.bucket
+            key = (x.data_ptr(), x.shape, x.stride(), x._version)
+            if self.rounders[name]:
+                self._inputs.setdefault(key, _Input(x)).waiting += 1
             if not output.requires_grad:  # nothing before this layer asks for a gradient
                 output = output.detach().requires_grad_(True)
-            output.register_hook(lambda gradient: self._see(name, module, x, gradient, bucket))
+            output.register_hook(lambda gradient: self._see(name, module, x, gradient, bucket, key))
             return output
 
         return heard
 
     @torch.no_grad()
-    def _see(self, name: str, module: nn.Module, x: torch.Tensor, gradient: torch.Tensor, bucket: int) -> None:
-        margins, rounders = self.running[name], self.rounders[name]
-        to_weight, to_input = _gradients(module, x, gradient, bool(rounders))
+    def _see(
+        self, name: str, module: nn.Module, x: torch.Tensor, gradient: torch.Tensor, bucket: int, key: tuple
+    ) -> None:
+        margins = self.running[name]
+        to_weight, to_input = _gradients(module, x, gradient, bool(self.rounders[name]))
         to_weight = to_weight.reshape(len(module.weight), -1).float()
         margins.add(to_weight, bucket)
         self.summed[name] = self.summed[name].add_(to_weight) if name in self.summed else to_weight
-        for text, rounded in rounders.items():
-            noise = (rounded(x.float(), None) - x.float()) * to_input.float()
-            energy = noise.square().sum().double().cpu()
-            margins.acts[text][bucket] += energy
-            margins.acts[text][WHOLE] += energy  # activations are rounded anew in every step
+        if self.rounders[name]:
+            shared = self._inputs[key]
+            shared.gradients[name] = shared.gradients.get(name, 0) + to_input.float()
+            shared.waiting -= 1
+            if not shared.waiting:
+                self._count(key)
+
+    @torch.no_grad()
+    def _count(self, key: tuple) -> None:
+        """All gradients of an input are there: the energy of its rounding, shared out among its layers."""
+        shared = self._inputs.pop(key)
+        x = shared.x.float()
+        texts = dict.fromkeys(text for name in shared.gradients for text in self.rounders[name])
+        for text in texts:
+            mine = {name: g for name, g in shared.gradients.items() if text in self.rounders[name]}
+            rounded = self.rounders[next(iter(mine))][text](x, None)
+            own = torch.stack([((rounded - x) * g).square().sum().double() for g in mine.values()])
+            whole = ((rounded - x) * sum(mine.values())).square().sum().double()
+            for name, energy in zip(mine, (own * whole / own.sum().clamp(min=1e-300)).cpu(), strict=True):
+                self.running[name].acts[text][self.bucket] += energy
+                self.running[name].acts[text][WHOLE] += energy  # activations are rounded anew in every step
 
     def state(self) -> dict[str, dict[str, Any]]:
         """What was gathered, as a tree that a store takes."""

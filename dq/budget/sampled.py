@@ -1,10 +1,10 @@
 """The second estimator of sensitivity: run the denoiser under random plans and regress on what each layer got.
 
-    y_k = sum_i E[i, c_ik] + noise,   E by ridge regression on one-hot (layer, choice),   k = 1 ... samples
+    y_k = sum_i f_i E[i, c_ik] + noise,   f >= 0 by ridge regression towards a common factor,   k = 1 ... samples
 
-y is the prediction's error under plan k. This is the additive core of Qua2SeDiMo (arXiv 2412.14628), which fits a
-graph network to FID scores of 500 plans. With fewer samples than unknowns the regression needs a first guess: it
-corrects the gradient's errors, one factor per layer, towards a common one.
+y is the prediction's error under plan k, E the gradient's error of layer i under choice c_ik, f one factor for each
+layer. This is the additive core of Qua2SeDiMo (arXiv 2412.14628), which fits a graph network to FID scores of 500
+plans; with 48 plans there is no room for a number for each layer and choice.
 """
 
 from __future__ import annotations

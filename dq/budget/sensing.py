@@ -16,6 +16,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
+from dq import methods
 from dq.budget import choices, cost, sampled, search, sensitivity, trajectory
 from dq.budget.limits import Budget
 from dq.budget.predictions import BUCKETS, Predictions
@@ -70,7 +71,7 @@ class Subject:
     @property
     def extra(self) -> int:
         """Bytes per input channel that fitting may add."""
-        return SMOOTH_BYTES if self.recipe.needs_calibration else 0
+        return SMOOTH_BYTES if methods.smooths(self.recipe) else 0
 
 
 def find(subject: Subject, folder: Path, wish: Wish, progress: bool = True) -> Search:
@@ -95,7 +96,7 @@ def refuse_impossible(subject: Subject, budget: Budget) -> None:
         )
     scope = "pipeline" if budget.scope == "peak" else budget.scope
     least = replace(budget, ms_per_step=None, scope=scope)
-    Search(subject.recipe.name, budget.metric, parts, _fixed_bytes(subject, parts, None)).choose(least)
+    Search(subject.recipe.name, budget.metric, parts, fixed_bytes(subject, parts, None)).choose(least)
 
 
 @torch.no_grad()
@@ -110,7 +111,7 @@ def unseen(subject: Subject) -> Search:
         parts[part] = Part(
             search.measured(subject.plans[part], subject.menus[part], errors, {}, subject.dtype(part), subject.extra)
         )
-    return Search(subject.recipe.name, "weights alone", parts, _fixed_bytes(subject, parts, None))
+    return Search(subject.recipe.name, "weights alone", parts, fixed_bytes(subject, parts, None))
 
 
 def _measured(subject: Subject, folder: Path, wish: Wish, progress: bool) -> Search:
@@ -124,7 +125,7 @@ def _measured(subject: Subject, folder: Path, wish: Wish, progress: bool) -> Sea
             costs = cost.measure(model, subject.menus[part], seen, subject.plans[part], progress)
         rows = search.measured(subject.plans[part], subject.menus[part], errors[part], costs.ms, dtype, subject.extra)
         parts[part] = Part(rows, costs.fixed, costs.calls)
-    return Search(subject.recipe.name, metric, parts, _fixed_bytes(subject, parts, stores), trust, runs)
+    return Search(subject.recipe.name, metric, parts, fixed_bytes(subject, parts, stores), trust, runs)
 
 
 def _errors(subject: Subject, stores: Mapping[str, Store], own: Store, wish: Wish, progress: bool) -> tuple:
@@ -204,7 +205,7 @@ def _checked(subject: Subject, found, stores, own: Store, whole: bool, count: in
     return trust
 
 
-def _fixed_bytes(subject: Subject, parts: Mapping[str, Part], stores: Mapping[str, Store] | None) -> dict[str, int]:
+def fixed_bytes(subject: Subject, parts: Mapping[str, Part], stores: Mapping[str, Store] | None) -> dict[str, int]:
     """By scope: bytes that stay whatever the layers become."""
     models = subject.models
     planned = sum(_weight(models[part], name) for part, found in parts.items() for name in found.layers)

@@ -27,7 +27,7 @@ from dq.budget.predictions import BUCKETS
 from dq.budget.sensitivity import Errors
 from dq.errors import DQError
 from dq.trace.records import Store
-from dq.trace.running import Runner
+from dq.trace.running import Runner, Steps, timestep_reader
 from dq.trace.units import replaced
 
 FEWEST_RUNS, MOST_RUNS = 4, 64  # hard runs are few: at 6 bits tiny-pixart gained 0.2 dB from 16 runs, 1.7 from 64
@@ -78,7 +78,8 @@ def _walk(runner: Runner, run: int, models: Mapping, listeners: Mapping, signs: 
     parts = [part for part in runner.pipe.components.values() if isinstance(part, nn.Module)]
     with ExitStack() as stack:
         stack.enter_context(sensitivity.frozen(parts))
-        calls = {part: _Again(model, listeners[part], runner.calibration.steps) for part, model in models.items()}
+        steps = Steps()  # of all denoisers: two may take turns in a run
+        calls = {part: _Again(part, model, listeners[part], steps) for part, model in models.items()}
         stack.enter_context(replaced({models[part]: call for part, call in calls.items()}))
         for listener in listeners.values():
             stack.enter_context(listener.listening())
@@ -92,20 +93,20 @@ def _walk(runner: Runner, run: int, models: Mapping, listeners: Mapping, signs: 
 class _Again:
     """A model's forward that keeps only its inputs, and runs again, with gradients, when its turn comes back."""
 
-    def __init__(self, model: nn.Module, listener: Listener, steps: int):
+    def __init__(self, part: str, model: nn.Module, listener: Listener, steps: Steps):
+        self.part = part
         self.forward = model.forward
+        self.timestep = timestep_reader(model)
         self.listener = listener
         self.steps = steps
-        self.count = 0
 
     def __call__(self, *args, **kwargs):
         leaves, self.tree = tree_flatten((args, kwargs))
         tensors = [leaf if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
-        bucket = min(self.count * BUCKETS // self.steps, BUCKETS - 1)
-        self.count += 1
+        step = self.steps.number(self.part, self.timestep(args, kwargs))
         made: list = []
         ask = torch.zeros((), requires_grad=True)  # so that the first step's output has a gradient too
-        outputs = _Step.apply(self, leaves, self.tree, bucket, made, ask, *tensors)
+        outputs = _Step.apply(self, leaves, self.tree, step, made, ask, *tensors)
         return tree_unflatten(list(outputs), made[0])
 
 
@@ -113,11 +114,11 @@ class _Step(torch.autograd.Function):
     """One denoiser call: forward without a graph, backward by running it again."""
 
     @staticmethod
-    def forward(ctx, again: _Again, leaves: list, tree, bucket: int, made: list, ask, *tensors):
+    def forward(ctx, again: _Again, leaves: list, tree, step: int, made: list, ask, *tensors):
         ctx.again = again
         ctx.leaves = leaves
         ctx.tree = tree
-        ctx.bucket = bucket
+        ctx.step = step
         args, kwargs = tree_unflatten(leaves, tree)
         with torch.no_grad():
             outputs, shape = tree_flatten(again.forward(*args, **kwargs))
@@ -130,7 +131,7 @@ class _Step(torch.autograd.Function):
         # model may count or compare them, where no gradient goes
         wanted = ctx.needs_input_grad[-len(ctx.leaves) :]
         roots = [x.detach().requires_grad_(True) if want else x for x, want in zip(ctx.leaves, wanted, strict=True)]
-        ctx.again.listener.bucket = ctx.bucket
+        ctx.again.listener.bucket = ctx.step * BUCKETS // len(ctx.again.steps)  # of the whole run, which has ended
         with torch.enable_grad():
             leaves = [x.clone() if want else x for x, want in zip(roots, wanted, strict=True)]  # models write in place
             args, kwargs = tree_unflatten(leaves, ctx.tree)

@@ -111,7 +111,7 @@ def _sizes(plan: LayerPlan) -> str | None:
 def _surroundings(plan: LayerPlan) -> str | None:
     if plan.rotate:
         return f"its input is rotated in blocks of {plan.rotate}, the operators do not rotate"
-    if plan.splits:
+    if plan.splits or plan.permute:
         return "its input is split, the operators take one whole"
     return "the output of its first token is stored, the operators store none" if plan.start else None
 

@@ -2,8 +2,8 @@
 
     y = Q(W) Q(z) + up (down z) + bias,    z = (x * smooth) R
 
-W is already divided by `smooth`, rotated, and has the low-rank branch taken out. Shapes as in `layers.py`; a draft and
-the layer it packs into give the same output, up to the compute dtype's rounding.
+W is already divided by `smooth`, rotated, permuted, and has the low-rank branch taken out. Shapes as in `layers.py`; a
+draft and the layer it packs into give the same output, up to the compute dtype's rounding.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class DraftLinear(nn.Module):
     weight (out, in), bias (out,), smooth (in,), proj_down (rank, in), proj_up (out, rank), act_scale (steps, parts):
     fp32 Parameters, None where the plan lacks it. Starts with the given smooth (else 1), branch 0, act_scale 1
     and the layer's own weight. scales: weight scales of each part, None to follow the weight's range.
+    permute (in,): the order that the input's channels are put in, None for their own.
     start_in (in,): the first token whose output is stored, None to store none; it counts only in the packed layer.
     soft: gives the weight (as `rounded_weight` does) while its rounding is being learned; None otherwise.
     tried: how many candidates were weighed up for this layer, for the report.
@@ -35,9 +36,15 @@ class DraftLinear(nn.Module):
     op = "linear"
     clock: Any  # a Clock
 
-    def __init__(self, module: Any, plan: LayerPlan, smooth: torch.Tensor | None = None):
+    def __init__(
+        self,
+        module: Any,
+        plan: LayerPlan,
+        smooth: torch.Tensor | None = None,
+        permute: torch.Tensor | None = None,
+    ):
         super().__init__()
-        self.plan = plan
+        self.plan, self.permute = plan, permute if plan.permute else None
         inherit.hooks(self, module)
         self.source = [module]
         self.clock = None  # a list hides the source from named_modules
@@ -64,7 +71,8 @@ class DraftLinear(nn.Module):
         weight = self.source[0].weight.detach().float()
         if self.smooth is not None:
             weight = weight / self.smooth.detach().reshape(1, -1, *[1] * (weight.dim() - 2))
-        return hadamard.rotate(weight, self.plan.rotate, 1) if self.plan.rotate else weight
+        weight = hadamard.rotate(weight, self.plan.rotate, 1) if self.plan.rotate else weight
+        return weight if self.permute is None else weight[:, self.permute]
 
     def rounded_weight(self) -> torch.Tensor:
         """The weight as the packed layer will hold it: fp32, full shape, straight-through gradient."""
@@ -78,10 +86,12 @@ class DraftLinear(nn.Module):
         return torch.cat(parts, 1).reshape(self.plan.shape)
 
     def transform(self, x: torch.Tensor) -> torch.Tensor:
-        """The input as it is rounded: smoothed and rotated."""
+        """The input as it is rounded: smoothed, rotated and permuted."""
         if self.smooth is not None:
             x = x * per_channel(self.smooth, x, self.op == "conv")
-        return hadamard.rotate(x, self.plan.rotate, 1 if self.op == "conv" else -1) if self.plan.rotate else x
+        dim = 1 if self.op == "conv" else -1
+        x = hadamard.rotate(x, self.plan.rotate, dim) if self.plan.rotate else x
+        return x if self.permute is None else x.index_select(dim, self.permute)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         wide = self.transform(self.padded(input.float()))
@@ -118,6 +128,8 @@ class DraftLinear(nn.Module):
         for name in ("bias", "proj_down", "proj_up"):
             if getattr(self, name) is not None:
                 packed.put(name, getattr(self, name).detach().to(compute_dtype))
+        if self.permute is not None:
+            packed.put("permute", self.permute.int())
         if self.start_in is not None:
             packed.put("start_in", self.start_in.to(compute_dtype))
             packed.put("start_out", self.source[0](self.start_in.to(self.source[0].weight.dtype)).to(compute_dtype))
@@ -131,8 +143,8 @@ class DraftConv2d(DraftLinear):
 
     op = "conv"
 
-    def __init__(self, module: Any, plan: LayerPlan, smooth: torch.Tensor | None = None):
-        super().__init__(module, plan, smooth)
+    def __init__(self, module: Any, plan: LayerPlan, *transform: torch.Tensor | None):
+        super().__init__(module, plan, *transform)
         self._geometry, self._pad, self._pad_mode = geometry(module)
 
     def padded(self, x: torch.Tensor) -> torch.Tensor:
@@ -145,6 +157,9 @@ class DraftConv2d(DraftLinear):
         return self._geometry
 
 
-def draft(module: nn.Module, plan: LayerPlan, smooth: torch.Tensor | None = None) -> DraftLinear:
-    """The draft of a full-precision layer under a plan, smoothed by `smooth` (in,), with an empty low-rank branch."""
-    return (DraftLinear if plan.kind == "linear" else DraftConv2d)(module, plan, smooth)
+def draft(
+    module: nn.Module, plan: LayerPlan, smooth: torch.Tensor | None = None, permute: torch.Tensor | None = None
+) -> DraftLinear:
+    """The draft of a full-precision layer under a plan, smoothed by `smooth` (in,) and with its input in the order of
+    `permute` (in,), with an empty low-rank branch."""
+    return (DraftLinear if plan.kind == "linear" else DraftConv2d)(module, plan, smooth, permute)

@@ -66,21 +66,21 @@ def refine(
     rank: int,
     round_: Callable[[torch.Tensor], tuple[torch.Tensor, list[Scales]]],
     gram: torch.Tensor | None,
-    error: Callable[[torch.Tensor], float],
+    error: Callable[[torch.Tensor, torch.Tensor], float],
     iterations: int = 8,
     seed: int = 0,
 ) -> tuple[torch.Tensor, list[Scales], torch.Tensor, torch.Tensor]:
     """Alternate L = SVD_r(W - Ŵ) and Ŵ = round(W - L), from Ŵ = 0 -> (Ŵ, scales, down, up) of the least error.
 
     round_  e.g. lambda rest: rounding.nearest(rest, plan)
-    error   of Ŵ + L. Ends once that no longer falls. The first turn is one SVD and one rounding: never worse than it
+    error   of Ŵ and L. Ends once that no longer falls. The first turn is one SVD and one rounding: never worse than it
     """
     best, least, rounded = None, torch.inf, torch.zeros_like(weight)
     for _ in range(max(1, iterations)):
         down, up = factors(weight - rounded, rank, gram, seed)
         branch = up @ down
         rounded, scales = round_(weight - branch)
-        loss = error(rounded + branch)
+        loss = error(rounded, branch)
         if best is not None and not loss < least:
             break
         best, least = (rounded, scales, down, up), loss

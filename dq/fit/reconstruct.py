@@ -27,8 +27,6 @@ from dq.fit.drafts import DraftLinear
 from dq.layers.clock import Clock
 from dq.trace.seen import Seen, Unit, UnitCall
 
-NEAR = 0.45  # of a grid step: how far from its rounded value a weight may start learning
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -79,7 +77,7 @@ def reconstruct(
     tensors = [t for group in parameters for t in (group["params"] if isinstance(group, dict) else (group,))]
     saved = [t.detach().clone() for t in tensors]
     before = measure(module, clock, held)
-    with _only(tensors, module):
+    with only(tensors, module):
         learning.soften()
         _train(module, clock, train, parameters, settings, learning, seen.seed, max(before, 1e-30))
         learning.harden()
@@ -119,9 +117,13 @@ def assembled(unit: Unit, drafts: Mapping[str, DraftLinear]) -> tuple[nn.Module,
 
 def load(seen: Seen, settings: Settings, device: torch.device) -> list[UnitCall]:
     """At most `settings.most` calls, evenly spread, on `device`."""
-    total = sum(1 for _ in seen.calls(settings.stream)) if settings.most else 0
-    stride = max(1, math.ceil(total / max(1, settings.most)))
-    picked = [call for i, call in enumerate(seen.calls(settings.stream)) if i % stride == 0]
+    picked: list[UnitCall] = []
+    stride = 1
+    for index, call in enumerate(seen.calls(settings.stream)):  # read once: how many there are is not known
+        if index % stride == 0:
+            picked.append(call)
+        if len(picked) > settings.most:
+            picked, stride = picked[::2], 2 * stride
     return [UnitCall(*send_to_device((c.args, c.kwargs, c.output), device), c.bucket) for c in picked]
 
 
@@ -192,7 +194,7 @@ def _endless(count: int, seed: int) -> Iterator[int]:
 
 
 @contextmanager
-def _only(tensors: Sequence[torch.Tensor], module: nn.Module):
+def only(tensors: Sequence[torch.Tensor], module: nn.Module):
     """Gradients for these tensors alone, on even where the caller has switched them off."""
     flags = {p: p.requires_grad for p in (*module.parameters(), *tensors)}
     for parameter in flags:
@@ -218,11 +220,18 @@ class AdaRound(Learning):
     drafts   by name, their `weight` on the grid of their `scales`
     targets  what each weight (rows, columns) was before rounding: the side to which it may still go
     strength of the penalty: how much error, in units of that before training, a wholly undecided weight costs
+    scale_aware  as in Rounding
     """
 
-    def __init__(self, drafts: Mapping[str, DraftLinear], targets: Mapping[str, torch.Tensor], strength: float = 1e4):
+    def __init__(
+        self,
+        drafts: Mapping[str, DraftLinear],
+        targets: Mapping[str, torch.Tensor],
+        strength: float = 1e4,
+        scale_aware: bool = False,
+    ):
         self.drafts, self.strength = dict(drafts), strength
-        self.roundings = {name: _around(draft, targets[name]) for name, draft in self.drafts.items()}
+        self.roundings = {name: _around(draft, targets[name], scale_aware) for name, draft in self.drafts.items()}
         self.saved = {name: draft.weight.data.clone() for name, draft in self.drafts.items()}
 
     @property
@@ -256,9 +265,7 @@ def _soft(rounding: Rounding, draft: DraftLinear) -> Callable[[], torch.Tensor]:
 
 
 @torch.no_grad()
-def _around(draft: DraftLinear, target: torch.Tensor) -> Rounding:
+def _around(draft: DraftLinear, target: torch.Tensor, scale_aware: bool) -> Rounding:
     """A rounding that is at the draft's own weight now and may step to the grid point on the target's side of it."""
     held = draft.weight.data.reshape(draft.plan.rows, -1)
-    here = Rounding(held, draft.plan, draft.scales)
-    reach = NEAR * (here.high - here.low)
-    return Rounding(held + (target - held).clamp(-reach, reach), draft.plan, draft.scales)
+    return Rounding(target, draft.plan, draft.scales, held, scale_aware)

@@ -99,13 +99,18 @@ def transformed(module: nn.Module, plan: LayerPlan, change: Transform) -> DraftL
 
 @dataclass(frozen=True)
 class SmoothSearch:
-    """How far to look. rotations: orders of Hadamard blocks; acts: further activation formats; rank: branch scored."""
+    """How far to look.
+
+    rank  of the branch that is scored; rotations: orders of Hadamard blocks; acts: further activation formats
+    clips  falling shares of the activations' measured range that codes may cover; the first that does not help ends it
+    """
 
     rank: int = 0
     alphas: tuple[float, ...] = ALPHAS
     betas: tuple[str, ...] = ("1-alpha", "0")
     rotations: tuple[int, ...] = ()
     acts: tuple[TensorPlan, ...] = ()
+    clips: tuple[float, ...] = ()
 
 
 @dataclass
@@ -159,10 +164,15 @@ class _Scorer:
 
 def sample(seen: LayerSeen, plan: LayerPlan, rows: int = SCORED_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
     """(x, hat) fp32: about `rows` of the rows or pixels that were seen, evenly spaced."""
+    index = picked(seen, plan, rows)
+    return seen.x[index].float(), seen.hat[index].float()
+
+
+def picked(seen: LayerSeen, plan: LayerPlan, rows: int = SCORED_ROWS) -> torch.Tensor:
+    """Indices of the rows or crops that `sample` gives."""
     pixels = seen.x[0].numel() // plan.shape[1]
     count = max(1, min(len(seen.x), rows // pixels if pixels < rows else 1, len(seen.x)))
-    index = torch.linspace(0, len(seen.x) - 1, count).long()
-    return seen.x[index].float(), seen.hat[index].float()
+    return torch.linspace(0, len(seen.x) - 1, count).long()
 
 
 @torch.no_grad()
@@ -187,7 +197,7 @@ def put_branch(made: DraftLinear, down: torch.Tensor, up: torch.Tensor, rest: to
 
 @torch.no_grad()
 def search(shared: Shared, wish: SmoothSearch) -> Found:
-    """The transform of a shared input that leaves the least error: smoothing, then rotation, then format."""
+    """The transform of a shared input that leaves the least error: smoothing, then rotation, format and clipping."""
     score = _Scorer(shared, wish.rank)
     nothing = Transform()
     smoothed = [_smooth(shared, alpha, beta) for alpha, beta in _pairs(wish)]
@@ -200,6 +210,11 @@ def search(shared: Shared, wish: SmoothSearch) -> Found:
     best = _least(score, [best, *turned])
     formats = [replace(best, act=act) for act in wish.acts]
     best = _least(score, [best, *formats])
+    for clip in wish.clips:
+        less = replace(best, act=replace(best.act or shared.plan.act, clip=clip))
+        if score(less) >= score(best):
+            break
+        best = less
     return Found(best, score(best), score(nothing), len(score.errors))
 
 

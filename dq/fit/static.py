@@ -79,9 +79,11 @@ class Change:
 class Layer:
     """A layer to fit: its module, plan and what it saw, the rows cut in two by calls."""
 
-    def __init__(self, module: Any, plan: LayerPlan, seen: LayerSeen, whole: Seen):
+    def __init__(
+        self, module: Any, plan: LayerPlan, seen: LayerSeen, whole: Seen, permute: torch.Tensor | None = None
+    ):
         assert plan.act is not None  # only layers with stored scales are fitted here
-        self.module = module
+        self.module, self.permute = module, permute
         self.seen = seen
         self.whole = whole
         self.act = plan.act
@@ -96,7 +98,8 @@ class Layer:
         """A draft with this transform, from the statistics of these rows; act_scale not yet set."""
         act = replace(self.act, shift=change.shift)
         plan = replace(self.plan, smooth=change.powers is not None, rotate=change.rotate, act=act)
-        return draft(self.module, plan, None if change.powers is None else self.balance(*change.powers, rows))
+        smooth = None if change.powers is None else self.balance(*change.powers, rows)
+        return draft(self.module, plan, smooth, self.permute)
 
     def balance(self, alpha: float, beta: float, rows: torch.Tensor) -> torch.Tensor:
         """(in,) smoothing vector of the module docstring, geometric mean 1."""
@@ -137,6 +140,7 @@ class Layer:
         """(steps, parts) scales that cover everything that was ever seen."""
         assert self.seen.absmax is not None
         tops = self.seen.absmax.amax(1) * (1.0 if made.smooth is None else made.smooth.data)
+        tops = tops if self.permute is None else tops[:, self.permute]
         tops = (tops if made.plan.steps > 1 else tops.amax(0, keepdim=True))[
             tables.nearest(tops.amax(1) > 0) if made.plan.steps > 1 else slice(None)
         ]
@@ -188,12 +192,19 @@ def _centre(layer: Layer, change: Change, rows: torch.Tensor) -> Change:
 
 
 @torch.no_grad()
-def fit(module: nn.Module, plan: LayerPlan, seen: LayerSeen, whole: Seen, wish: StaticWish) -> DraftLinear:
-    """The draft of a layer whose plan has stored activation scales, its weight rounded.
+def fit(
+    module: nn.Module,
+    plan: LayerPlan,
+    seen: LayerSeen,
+    whole: Seen,
+    wish: StaticWish,
+    permute: torch.Tensor | None = None,
+) -> DraftLinear:
+    """The draft of a layer whose plan has stored activation scales, its weight rounded; `permute` (in,) of its plan's.
 
     `draft.plan` is final; `draft.tried` counts candidates; its clock stands at the middle bucket.
     """
-    layer = Layer(module, plan, seen, whole)
+    layer = Layer(module, plan, seen, whole, permute)
     best, tried = _choose(layer, wish)
     rows = layer.everything
     made = layer.start(best, rows)

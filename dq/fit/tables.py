@@ -40,11 +40,6 @@ class Values:
     weight: torch.Tensor
     filled: torch.Tensor
 
-    @property
-    def power(self) -> torch.Tensor:
-        """(buckets, parts) weighted mean square."""
-        return (self.weight * self.value.square()).sum(-1).clamp(min=1e-30)
-
 
 @torch.no_grad()
 def boil_down(
@@ -61,14 +56,15 @@ def boil_down(
     shape = (-1, *[1] * (x.dim() - 2))
     shift, edges = plan.act.shift if plan.act else 0.0, [0, *plan.splits, x.shape[1]]
     filled = torch.bincount(bucket, minlength=buckets)[:buckets] > 0
-    points = []
-    for index in nearest(filled).tolist():
+    points, places = [], nearest(filled)
+    for index in places.unique().tolist():
         rows = x[bucket == index].float() + shift
         parts = [(rows[:, a:b], weight[a:b].reshape(shape).expand(rows[:, a:b].shape)) for a, b in pairwise(edges)]
         points.append([_points(values.flatten(), shares.flatten()) for values, shares in parts])
     value = torch.stack([torch.stack([value for value, _ in row]) for row in points])
     share = torch.stack([torch.stack([share for _, share in row]) for row in points])
-    return Values(value, share, filled)
+    index = torch.unique(places, return_inverse=True)[1]
+    return Values(value[index], share[index], filled)
 
 
 def _points(values: torch.Tensor, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,22 +108,29 @@ def error(values: Values, scale: torch.Tensor, act: TensorPlan, power: float = 2
 @torch.no_grad()
 def finite_set(values: Values, act: TensorPlan, power: float = POWER) -> torch.Tensor:
     """(buckets, parts) scales with the least error of their own bucket, of 80 shrinks of its full range."""
+    values, places = _seen(values)
     full = widest(values, act)
     best, lowest = full.clone(), torch.full_like(full, torch.inf)
     for shrink in SHRINKS:
         found = error(values, full * shrink, act, power)
         better = found < lowest
         best, lowest = torch.where(better, full * shrink, best), torch.where(better, found, lowest)
-    return best
+    return best[places]
 
 
-def _relative(values: Values, scale: torch.Tensor, act: TensorPlan) -> torch.Tensor:
-    """Mean over filled buckets of error / optimal-order error (s^2), with LSQ's gradient to `scale`."""
+def _seen(values: Values) -> tuple[Values, torch.Tensor]:
+    """The buckets that saw something, and the place of each bucket's nearest one among them."""
+    known = values.filled.nonzero().flatten()
+    places = torch.searchsorted(known, nearest(values.filled))
+    return Values(values.value[known], values.weight[known], values.filled[known]), places
+
+
+def _trainable(values: Values, scale: torch.Tensor, act: TensorPlan) -> torch.Tensor:
+    """(buckets, parts) weighted mean squared error under scales of that shape, with LSQ's gradient to them."""
     buckets, parts, points = values.value.shape
     flat, row = values.value.reshape(-1, points), scale.reshape(-1, 1)
     rounded = act.spec.fake(flat, Granularity("token"), scale=row)
-    loss = (values.weight.reshape(-1, points) * (rounded - flat).square()).sum(-1).reshape(buckets, parts)
-    return loss
+    return (values.weight.reshape(-1, points) * (rounded - flat).square()).sum(-1).reshape(buckets, parts)
 
 
 class Network(nn.Module):
@@ -178,15 +181,17 @@ def network(
     values: Values, act: TensorPlan, edges: tuple[float, ...], steps: int = 400, lr: float = 1e-2, seed: int = 0
 ) -> torch.Tensor:
     """(buckets, parts) scales of a network of the timestep, trained on every bucket that saw something."""
+    times, known = centres(edges), values.filled
+    values, _ = _seen(values)
+    own = finite_set(values, act)
+    best = error(values, own, act).clamp(min=1e-30)
     with torch.enable_grad():
-        times, start = centres(edges), finite_set(values, act).log().mean(0).exp()
-        net = Network(start, float(times[0]), float(times[-1]), seed=seed)
-        best = error(values, finite_set(values, act), act).clamp(min=1e-30)
+        net = Network(own.log().mean(0).exp(), float(times[0]), float(times[-1]), seed=seed)
         adam = torch.optim.Adam(net.parameters(), lr=lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
         for _ in range(steps):
             adam.zero_grad()
-            ((_relative(values, net(times), act) / best)[values.filled]).mean().backward()
+            (_trainable(values, net(times[known]), act) / best).mean().backward()
             adam.step()
             schedule.step()
     return net.bake(times)

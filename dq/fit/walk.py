@@ -10,7 +10,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +20,8 @@ from tqdm import tqdm
 
 from dq import layers, schema
 from dq.errors import DQError
-from dq.fit import drafts
+from dq.fit import drafts, smooth, static
 from dq.fit.drafts import DraftLinear
-from dq.fit.smooth import sample
 from dq.formats.base import FormatError
 from dq.layers import PACKED, inherit, naming
 from dq.layers.memory import aligned, peak_bytes
@@ -33,6 +34,7 @@ from dq.trace.world import processes
 
 FEWEST_CALLS = 16
 ENOUGH = 2**18
+USED = 1.1  # largest over smallest scale of a table from which on it differs from one scale for all steps
 
 
 def calls_worth(folder: Path, method: ModuleType) -> int:
@@ -64,7 +66,19 @@ class Fitted:
         seen = f"{len(trace.units)} units, {mean:.1f} candidates tried a layer"
         peak = peak_bytes()
         held = "" if peak is None else f"peak memory {peak / 2**30:.1f} GiB; "
-        return [f"{seen}; {held}{spent or 'all units were fitted before'}"]
+        return [f"{seen}; {held}{spent or 'all units were fitted before'}", *self._tables()]
+
+    def _tables(self) -> list[str]:
+        """How many layers store activation scales, and how many of those make use of a table: a line, if any has."""
+        rounded: list[Any] = [layer for layer in self.packed.values() if layer.plan.act]  # pyright: ignore[reportAttributeAccessIssue]
+        stored = [layer for layer in rounded if layer.plan.act.scale != "dynamic"]
+        spreads = [float((s.amax(0) / s.amin(0)).amax()) for s in (layer.act_scale for layer in stored) if len(s) > 1]
+        if not spreads:
+            return []
+        used = sum(spread > USED for spread in spreads)
+        what = f"{len(spreads)} of {len(rounded)} layers with rounded activations have a table of scales"
+        spread = f"the largest is over {USED:g} times the smallest, in the middle {median(spreads):.1f}"
+        return [f"{what}; in {used} {spread}"]
 
 
 def walk(trace: Trace, method: ModuleType, recipe: Recipe, dtype: torch.dtype, progress: bool = True) -> Fitted:
@@ -141,11 +155,13 @@ def _store(trace: Trace, index: int, made: Mapping[str, DraftLinear], seen: Seen
 
 
 def _error_db(unit: Unit, name: str, made: DraftLinear, seen: Seen) -> float:
-    """Output SQNR of one layer alone on full-precision inputs, over a few rows of the running step bucket's middle."""
-    x, _ = sample(seen.layers[name], unit.layers[name])
-    module = unit.layer(name)
+    """Output SQNR of one layer alone on full-precision inputs, over a few rows, each at the scale of its own step."""
+    layer, module = seen.layers[name], unit.layer(name)
+    index = smooth.picked(layer, unit.layers[name])
+    x = layer.x[index].float()
     truth = module(x.to(module.weight.dtype)).float()
-    noise = (made(x) - truth).square().sum()
+    y = static.outputs(made, x, layer.bucket[index]) if made.plan.steps > 1 else made(x)
+    noise = (y - truth).detach().square().sum()
     return float("inf") if noise == 0 else float(10 * torch.log10(truth.square().sum() / noise))
 
 

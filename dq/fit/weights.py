@@ -1,9 +1,16 @@
-"""Branch and rounded weight of one layer under a given input transform: low rank and GPTQ in turn.
+"""Branch and rounded weight of one layer under a given input transform: low rank and rounding in turn.
 
-    L_0 = SVD_r(W'),   Q_k = GPTQ(W' - L_k),   L_(k+1) = SVD_r(W' - Q_k),   W' = W / s R        (rows, columns)
+    L = SVD_r(W - Q) in the norm H, from Q = 0;   Q = GPTQ(W - L) on H + D      W, L, Q (rows, columns), z = (x * s) R
 
-SVD_r is the best rank-r matrix in the norm of the input's second moments, and GPTQ's moments include the noise of the
-rounded input. SVDQuant (arXiv 2411.05007) alternates plain SVDs and nearest rounding.
+W smoothed and rotated, H = E[z z^T], q(z) = z + noise, D = E[noise^2]. SVDQuant (arXiv 2411.05007) alternates plain
+SVDs and nearest rounding. With `noise` all of the layer's error is brought down, not that of its weight alone:
+
+    E|W z - L z - Q q(z)|^2 = |W - L - Q|_H^2 + |Q|_D^2,   |A|_H^2 = tr(A H A^T)
+    Q = GPTQ((W - L) H (H + D)^-1) on H + D,   SVD_r in the norm (H^-1 + D^-1)^-1
+
+For a given L the unrounded Q of least error is (W - L) H (H + D)^-1, which lets go of directions in which noise is
+louder than signal, as a Wiener filter does and, for language models, Qronos (arXiv 2505.11695); what that leaves is
+W - L in the other norm. Directions that the calibration never saw would go, too: H has a ridge (dq/fit/moments.py).
 """
 
 from __future__ import annotations
@@ -19,14 +26,23 @@ from dq.fit.drafts import DraftLinear
 from dq.formats.base import Scales
 from dq.trace.seen import LayerSeen
 
+DAMP, SOLVED_DAMP = 0.01, 0.001  # of GPTQ; solved moments have a ridge and the noise on their diagonal
+
 
 @dataclass(frozen=True)
 class WeightWish:
-    """rank of the branch, 0 for none; rounding "nearest" or "gptq"; iterations of branch and rounding in turn."""
+    """What a weight becomes.
+
+    rank       of the branch, 0 for none; iterations of branch and rounding in turn
+    rounding   "nearest", "gptq" or "comq" in so many `sweeps`
+    noise      of linears the best weight for the rounded input is rounded; else W - L, and the norm is H
+    """
 
     rank: int = 0
     rounding: str = "gptq"
     iterations: int = 2
+    sweeps: int = 0
+    noise: bool = False
 
 
 @torch.no_grad()
@@ -55,17 +71,21 @@ def _variants(made: DraftLinear, seen: LayerSeen, wish: WeightWish) -> Iterator[
     yield *rounding.nearest(weight, plan), *nothing
     if seen.gram is None or (wish.rounding == "nearest" and not wish.rank):
         return
-    gram = moments.transformed(seen, made)
-    met = gram + moments.noise(seen, made).diag()
+    met = moments.met(seen, made, wish.noise)
 
     def round_(rest: torch.Tensor) -> tuple[torch.Tensor, list[Scales]]:
-        return rounding.gptq(rest, plan, met) if wish.rounding == "gptq" else rounding.nearest(rest, plan)
+        wanted = met.target(rest)
+        if wish.rounding == "comq":
+            return rounding.coordinate_descent(wanted, plan, met.rounded, wish.sweeps)
+        if wish.rounding == "gptq":
+            return rounding.gptq(wanted, plan, met.rounded, DAMP if met.inverse is None else SOLVED_DAMP)
+        return rounding.nearest(wanted, plan)
 
-    def error(value: torch.Tensor) -> float:
-        return rounding.error(value, weight, gram)
+    def error(rounded: torch.Tensor, branch: torch.Tensor) -> float:
+        return met.error(rounded, weight - branch - rounded)
 
     if wish.rank:
-        yield lowrank.refine(weight, wish.rank, round_, gram, error, wish.iterations)
+        yield lowrank.refine(weight, wish.rank, round_, met.lost(), error, wish.iterations)
     else:
         yield *round_(weight), *nothing
 

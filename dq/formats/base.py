@@ -4,9 +4,11 @@
 
 `step` is the stored scale, or for micro formats the product of block scale and tensor scale. A block is the part of a
 row that shares one scale: the tensor, the row, or `size` neighbours along K (the last group of a row may be shorter).
+code_value is fixed by the format, or a table that is stored for each row of scales.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -72,22 +74,25 @@ class Scales(NamedTuple):
     scale: torch.Tensor
     zero: torch.Tensor | None = None
     scale_global: torch.Tensor | None = None
+    table: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
     """A quantized matrix, not yet packed.
 
-    codes: int8 (rows, K). scale: fp32 (1, 1) | (rows, 1) | (rows, ceil(K/size)); for micro formats the stored bytes
-    (int8 view of e4m3 or e8m0 codes) of that shape, for two-level granularities the int8 multipliers. zero: int8
+    codes: int8 (rows, K / span). scale: fp32 (1, 1) | (rows, 1) | (rows, ceil(K/size)); for micro formats the stored
+    bytes (int8 view of e4m3 or e8m0 codes) of that shape, for two-level granularities the int8 multipliers. zero: int8
     shaped as scale, affine integers only. scale_global: fp32 (1,), or (rows, 1) where the caller gave one per row, of
-    nvfp4; (rows, 1) of two-level granularities.
+    nvfp4; (rows, 1) of two-level granularities. table: int8 (rows of scale, table_width), of formats with tables:
+    rising values of a row's codes, or a codebook.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor | None = None
     scale_global: torch.Tensor | None = None
+    table: torch.Tensor | None = None
 
 
 def check_finite(x: torch.Tensor, what: str) -> torch.Tensor:
@@ -169,7 +174,7 @@ def unpack_bits(packed: torch.Tensor, bits: int, k: int, signed: bool) -> torch.
 class Format(ABC):
     """One number format. Instances are frozen and hashable; all arithmetic is in fp32.
 
-    name: as in `names()`. bits: per element, scales not counted. granularity: the default; the only one if `fixed`.
+    name: as in `names()`. bits: per code, scales not counted. granularity: the default; the only one if `fixed`.
     """
 
     name: str
@@ -178,8 +183,24 @@ class Format(ABC):
     fixed: ClassVar[bool] = False  # True: only the default granularity exists (micro formats)
     signed: ClassVar[bool] = True  # codes are two's complement; False: raw bit patterns
     affine: ClassVar[bool] = False  # has a zero point
+    tabled: ClassVar[bool] = False  # each row of scales has its own values, in a stored table; for weights
     scale_bytes: ClassVar[int] = 4  # per block
     global_bytes: ClassVar[int] = 0  # per matrix
+
+    @property
+    def span(self) -> int:
+        """Neighbours along K that a code stands for."""
+        return 1
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Scales and tables not counted."""
+        return self.bits / self.span
+
+    @property
+    def table_width(self) -> int:
+        """Bytes of the table of a row of scales, 0 without one."""
+        return 2**self.bits * self.span if self.tabled else 0
 
     @property
     def most_multiplier(self) -> int:
@@ -208,14 +229,18 @@ class Format(ABC):
 
     @abstractmethod
     def grid(self) -> torch.Tensor:
-        """Every representable value in units of the step: fp32, 1-d, sorted, no duplicates."""
+        """Every representable value in units of the step: fp32, 1-d, sorted, no duplicates; of tables 2-d."""
+
+    def of(self, table: torch.Tensor | None) -> "Format":
+        """The format of rows that have a table of values; itself where values need none, or for the default one."""
+        return self
 
     def step(self, scale: torch.Tensor, scale_global: torch.Tensor | None = None) -> torch.Tensor:
         """The fp32 multiplier of each block, shaped as the scale."""
         return scale
 
     @torch.no_grad()
-    def encode(self, x, granularity=None, scale=None, zero=None, scale_global=None) -> Encoded:
+    def encode(self, x, granularity=None, scale=None, zero=None, scale_global=None, table=None) -> Encoded:
         """Quantize x (rows, K). Scales not given are fitted; a given scale is used as it is (it may broadcast).
 
         With a given scale, an affine format fits only the zero point if that is missing. NaN and Inf are not looked
@@ -224,11 +249,12 @@ class Format(ABC):
         """
         granularity = self._resolve(granularity)
         x = self._check(x)
-        scales = self._scales(x, granularity, Scales(scale, zero, scale_global))
+        scales = self._scales(x, granularity, Scales(scale, zero, scale_global, table))
         units = self._units(x, granularity, scales)
         if scales.zero is not None:
             units = units.round_().add_(scales.zero[..., None])
-        return Encoded(self._rows(self.codes_of(units), x.shape), *scales)
+        codes = self.of(scales.table).codes_of(units)
+        return Encoded(self._rows(codes, (len(x), x.shape[1] // self.span)), *scales)
 
     def decode(self, e: Encoded, granularity=None) -> torch.Tensor:
         """The fp32 matrix (rows, K) that `e` stands for: (value − zero) · step, one rounding."""
@@ -237,12 +263,13 @@ class Format(ABC):
         if e.scale.shape != shape:
             got = tuple(e.scale.shape)
             raise FormatError(f"{self.name}: decode got a scale of shape {got}, expected {shape} for {granularity}")
-        values = self.values_of(block_view(e.codes, granularity))
+        values = self.of(e.table).values_of(block_view(e.codes, granularity))
         if e.zero is not None:
             values = values.sub_(e.zero[..., None])
-        return self._rows(values.mul_(self.step(e.scale, e.scale_global)[..., None]), e.codes.shape)
+        rows, count = e.codes.shape
+        return self._rows(values.mul_(self.step(e.scale, e.scale_global)[..., None]), (rows, count * self.span))
 
-    def fake(self, x, granularity=None, scale=None, zero=None, scale_global=None) -> torch.Tensor:
+    def fake(self, x, granularity=None, scale=None, zero=None, scale_global=None, table=None) -> torch.Tensor:
         """decode(encode(x)) in x's dtype and shape (..., K); leading dimensions are flattened to rows.
 
         Gradient: straight through, zero where x lies outside `limits()` (as in torch's fake-quantize). A given scale
@@ -251,14 +278,15 @@ class Format(ABC):
         """
         granularity = self._resolve(granularity)
         flat = self._check(x.reshape(-1, x.shape[-1]))
-        scales = self._scales(flat.detach(), granularity, Scales(scale, zero, scale_global))
+        scales = self._scales(flat.detach(), granularity, Scales(scale, zero, scale_global, table))
+        form = self.of(scales.table)
         with torch.no_grad():
             units = self._units(flat, granularity, scales)
             shift = 0.0 if scales.zero is None else scales.zero[..., None].float()
-            values = self.snap(units.round() + shift).sub_(shift) if self.affine else self.snap(units)
+            values = form.snap(units.round() + shift).sub_(shift) if self.affine else form.snap(units)
             out = values * self.step(scales.scale, scales.scale_global)[..., None]
         if torch.is_grad_enabled() and (x.requires_grad or scales.scale.requires_grad):
-            low, high = self.limits()
+            low, high = form.limits()
             inside = (units >= low - shift) & (units <= high - shift)
             carrier = block_view(flat, granularity)
             out = out + torch.where(inside, carrier - carrier.detach(), 0.0)
@@ -274,18 +302,22 @@ class Format(ABC):
         return pack_bits(codes, self.bits)
 
     def unpack(self, packed: torch.Tensor, k: int) -> torch.Tensor:
-        """Inverse of `pack`: int8 (rows, ceil(k·bits/8)) -> codes int8 (rows, k)."""
-        width = -(-k * self.bits // 8)
+        """Inverse of `pack` for k weights a row: int8 (rows, row_bytes(k)) -> codes int8 (rows, k / span)."""
+        width = self.row_bytes(k)
         if packed.dim() != 2 or packed.dtype is not torch.int8 or packed.shape[1] != width:
             got = f"{packed.dtype} {tuple(packed.shape)}"
             raise FormatError(f"{self.name}: unpack to k={k} got {got}, expected int8 (rows, {width}); check k")
-        return unpack_bits(packed, self.bits, k, self.signed)
+        return unpack_bits(packed, self.bits, k // self.span, self.signed)
+
+    def row_bytes(self, k: int) -> int:
+        """Bytes of the codes of k weights of a row."""
+        return -(-(k // self.span) * self.bits // 8)
 
     def packed_bytes(self, rows: int, k: int, granularity=None) -> int:
-        """Exact bytes of a (rows, k) matrix: packed codes, scales, zero points, tensor scale."""
+        """Exact bytes of a (rows, k) matrix: packed codes, scales, zero points, tensor scale, tables."""
         granularity = self._resolve(granularity)
         n_rows, n_blocks = granularity.scale_shape(rows, k)
-        codes = rows * -(-k * self.bits // 8)
+        codes = rows * self.row_bytes(k) + n_rows * self.table_width
         if granularity.two_level:
             return codes + n_rows * (n_blocks + 4)
         per_block = self.scale_bytes + (1 if self.affine else 0)
@@ -308,6 +340,8 @@ class Format(ABC):
         if x.dim() != 2 or not x.is_floating_point() or x.shape[1] == 0:
             got = f"{x.dtype} {tuple(x.shape)}"
             raise FormatError(f"{self.name}: got {got}, expected a float matrix (rows, K); reshape or cast it first")
+        if x.shape[1] % self.span:
+            raise FormatError(f"{self.name}: got rows of {x.shape[1]} weights, expected a multiple of {self.span}")
         return x.float()
 
     def _scales(self, x, granularity: Granularity, given: Scales) -> Scales:
@@ -316,7 +350,11 @@ class Format(ABC):
             raise FormatError(f"{self.name}: got a zero point, expected none; use an affine format such as 'int4a'")
         if given.scale_global is not None and not (self.global_bytes or granularity.two_level):
             raise FormatError(f"{self.name}: got a scale_global, expected none; only two-level formats have one")
+        if given.table is not None and not self.tabled:
+            raise FormatError(f"{self.name}: got a table, expected none; only formats such as 'lut4' have one")
         if given.scale is None:
+            if given.table is not None:
+                raise FormatError(f"{self.name}: got a table alone, expected its scale with it; pass e.scale")
             return self.fit(x, granularity, given.scale_global)
         shape = granularity.scale_shape(*x.shape)
         try:
@@ -336,6 +374,6 @@ class Format(ABC):
         step = step.masked_fill(step == 0, torch.inf)
         return block_view(x, granularity) / step[..., None]
 
-    def _rows(self, blocks: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    def _rows(self, blocks: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """Blocks (rows, n, width) back to (rows, K), padding cut off."""
         return blocks.reshape(shape[0], blocks.shape[1] * blocks.shape[2])[:, : shape[1]].contiguous()

@@ -90,7 +90,7 @@ class DQConfig(QuantizationConfigMixin, TransformersConfigMixin):
         wanted = self.plan or self.resolve()
         plan = wanted if isinstance(wanted, Plan) else planning.make_plan(model, wanted, tuple(self.keep))
         for name, layer in plan.layers.items():
-            if (layer.act is not None and layer.act.scale != "dynamic") or layer.smooth or layer.rank:
+            if (layer.act is not None and layer.act.scale != "dynamic") or layer.smooth or layer.permute or layer.rank:
                 raise DQError(f"layer {name!r}: the plan has calibrated tensors; load the model saved with them")
         return copy.copy(plan)
 

@@ -12,7 +12,7 @@ from accelerate.utils import set_module_tensor_to_device
 from diffusers.quantizers.base import DiffusersQuantizer
 
 from dq.errors import DQError
-from dq.host import files, peft
+from dq.host import files, peft, room
 from dq.host.base import QuantizerBase, enter, forget
 from dq.layers.memory import page_out
 from dq.model import pack_one, to_dense
@@ -20,6 +20,8 @@ from dq.model import pack_one, to_dense
 
 class DQQuantizer(QuantizerBase, DiffusersQuantizer):
     """The diffusers quantizer: see the module docstring."""
+
+    share = 1.0  # of a planned weight's bytes that device maps count
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         self.as_saved = self.pre_quantized and torch_dtype is None
@@ -58,6 +60,19 @@ class DQQuantizer(QuantizerBase, DiffusersQuantizer):
         if self.pre_quantized or key == "bias":
             return self.as_saved or home in self.plan.layers
         return self.is_planned(param_name) is not None
+
+    def get_special_dtypes_update(self, model, torch_dtype: torch.dtype) -> dict:
+        """What tensors count in a device map: packed ones, and on the fly planned weights as what they become."""
+        found = super().get_special_dtypes_update(model, torch_dtype)
+        if self.pre_quantized:
+            return found | room.own_dtypes(model)
+        layers = self.plan.layers
+        dtypes, self.share = room.kinds(layers, self.compute_dtype)
+        return found | {name + (".weight" if layers[name].kind != "stack" else ""): dtypes[name] for name in layers}
+
+    def adjust_max_memory(self, max_memory: dict) -> dict:
+        """Less by what scales need, for which a planned weight has no elements."""
+        return {place: int(size * self.share) for place, size in max_memory.items()}
 
     def create_quantized_param(
         self, model, param_value, param_name, target_device, state_dict=None, unexpected_keys=None, **kwargs

@@ -1,6 +1,6 @@
 """LoRA on packed layers: an adapter fuses into the layer's own low-rank branch, so nothing is quantized again.
 
-    W x + s B (A x)  =  W' (x * smooth) + [up, s B] ([down; A / smooth] (x * smooth)) (rotated likewise)
+    W x + s B (A x)  =  W' (x * smooth) + [up, s B] ([down; A / smooth] (x * smooth)) (rotated and permuted likewise)
 
 A (r, in), B (out, r), s = alpha / r. Fusing appends r rows to `proj_down` and r columns to `proj_up`; unfusing drops
 exactly those. Convolutions are the same: A is a kernel (r, in, *kernel), flattened, and B is a 1x1 convolution.
@@ -36,6 +36,8 @@ def widen(layer: Any, down: torch.Tensor, up: torch.Tensor) -> None:
         down = down / layer.smooth.float().repeat_interleave(taps)
     if layer.plan.rotate:
         down = hadamard.rotate(down.reshape(-1, *layer.plan.shape[1:]), layer.plan.rotate, 1).flatten(1)
+    if layer.permute is not None:
+        down = down.reshape(-1, *layer.plan.shape[1:]).index_select(1, layer.permute).flatten(1)
     down, up = down.to(dtype), up.to(dtype)
     if layer.proj_down is not None:
         down, up = torch.cat([layer.proj_down.data, down]), torch.cat([layer.proj_up.data, up], 1)

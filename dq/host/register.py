@@ -9,6 +9,7 @@ diffusers                class methods that make a model of another, and `fuse_q
 both                     `to`, `half`, `float`, `double`, `bfloat16` of quantized models: see `dq.host.casting`
 diffusers                `DiffusionPipeline.to` refuses a cast before it changes the first part
 peft                     `dispatch_default` makes adapters that fuse into the low-rank branch of packed layers
+diffusers                a pipeline's balanced device map counts parts that were saved quantized by their packed bytes
 diffusers                `FluxLoraLoaderMixin._calculate_module_shape` is told the shape a packed layer stands for
 The wrapped functions keep what they wrap as `before_dq`. None of this imports torch: see `dq.host.later`.
 """
@@ -43,6 +44,7 @@ def register() -> None:
     later.when_imported("diffusers.quantizers.auto", _enter)
     later.when_imported("diffusers.models.modeling_utils", _host_diffusers)
     later.when_imported("diffusers.pipelines.pipeline_utils", _host_pipelines)
+    later.when_imported("diffusers.pipelines.pipeline_loading_utils", _measure_parts)
     later.when_imported("diffusers.loaders.lora_pipeline", _teach_flux_shapes)
     later.when_imported("transformers.quantizers.auto", _enter)
     later.when_imported("transformers.modeling_utils", lambda home: _host_model(home.PreTrainedModel))
@@ -241,6 +243,22 @@ def _cast_none_or_all(home: ModuleType) -> None:
 
     to.before_dq = original  # pyright: ignore[reportAttributeAccessIssue]
     home.DiffusionPipeline.to = to
+
+
+def _measure_parts(home: ModuleType) -> None:
+    """Tell diffusers, which makes empty full-precision parts to plan a device map, how large quantized ones are."""
+    original = home._load_empty_model
+    if hasattr(original, "before_dq"):
+        return
+
+    @functools.wraps(original)
+    def load(*args, **kwargs):
+        from dq.host import room
+
+        return room.measured(original(*args, **kwargs))
+
+    load.before_dq = original  # pyright: ignore[reportAttributeAccessIssue]
+    home._load_empty_model = load
 
 
 def _of_dq(model) -> bool:

@@ -15,7 +15,7 @@ from dq.host.header import Entry
 from dq.plan import LayerPlan, Plan, compute_dtype
 from dq.report import Report, Row
 
-EMBEDDED = ("tiny-pixart", "tiny-sd")
+EMBEDDED = ("tiny-pixart", "tiny-sd", "tiny-video")
 CLONE = Path(__file__).resolve().parents[2] / "pipelines" / "tiny"
 PIPELINE, MODEL, BARE = "model_index.json", "config.json", "dq_plan.json"
 MOST_SIZE = 2**31

@@ -10,7 +10,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 
 from dq.errors import DQError
-from dq.host import files, peft
+from dq.host import files, peft, room
 from dq.host.base import QuantizerBase
 from dq.layers import packed_layers
 from dq.layers.memory import page_out
@@ -45,7 +45,7 @@ class DQTransformersQuantizer(QuantizerBase, HfQuantizer):
 
     def param_element_size(self, model, param_name: str, param: torch.Tensor) -> float:
         name = None if self.pre_quantized else self.is_planned(param_name)
-        return param.element_size() if name is None else self.plan.layers[name].weight.spec.bits / 8
+        return param.element_size() if name is None else room.element_bytes(self.plan.layers[name], self.compute_dtype)
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         return not self.pre_quantized and self.is_planned(param_name) is not None

@@ -51,6 +51,7 @@ class Tensors(NamedTuple):
     bias          (out,) or None
     act_scale     fp32 (parts,): the stored activation scales of the running step, None when dynamic
     down, up      (rank, columns) and (out, rank): low-rank branch, None without one
+    table         int8 (rows | 1, parts * table_width): what codes stand for, parts side by side; formats with tables
     """
 
     weight: torch.Tensor
@@ -61,6 +62,7 @@ class Tensors(NamedTuple):
     act_scale: torch.Tensor | None = None
     down: torch.Tensor | None = None
     up: torch.Tensor | None = None
+    table: torch.Tensor | None = None
 
 
 class Conv(NamedTuple):

@@ -31,7 +31,8 @@ UNIT = 32  # columns of a part are twice this or the group's size, and at most a
 MOST_RANK = 32
 LEAST = 1e-5  # of the norm, in fp32
 MOST_LETTERS = 160
-ALONE: dict = {"smooth": False, "rotate": 0, "start": False, "steps": 1}  # what surrounds a kernel is not its own
+# what surrounds a kernel is not its own
+ALONE: dict = {"smooth": False, "rotate": 0, "permute": False, "start": False, "steps": 1}
 
 
 def why_wrong(name: str, op: str, plan: LayerPlan, conv: Conv | None, x: torch.Tensor) -> str | None:

@@ -58,7 +58,7 @@ def encode(weight: torch.Tensor, plan: LayerPlan, scales: Sequence[Scales] | Non
     pairs = zip(plan.parts, given, strict=True)
     parts = [spec.encode(weight[:, first:last], grain, *scale) for (first, last), scale in pairs]
     out = {"weight": spec.pack(torch.cat([part.codes for part in parts], 1).contiguous())}
-    for name, dim in (("scale", 1), ("zero", 1), ("scale_global", 1 if grain.two_level else 0)):
+    for name, dim in (("scale", 1), ("zero", 1), ("scale_global", 1 if grain.two_level else 0), ("table", 1)):
         if getattr(parts[0], name) is not None:
             out[name] = torch.cat([getattr(part, name) for part in parts], dim).contiguous()
     return out
@@ -67,7 +67,8 @@ def encode(weight: torch.Tensor, plan: LayerPlan, scales: Sequence[Scales] | Non
 def weight_decoder(plan: LayerPlan) -> Callable[[Tensors], torch.Tensor]:
     """-> decode(tensors) -> fp32 (rows, columns)."""
     spec, grain, columns = plan.weight.spec, plan.weight.grain, plan.columns
-    ranges = list(zip(plan.parts, scale_columns(plan), strict=True))
+    ranges, table = list(zip(plan.parts, scale_columns(plan), strict=True)), tables(plan)
+    span = spec.span
 
     def decode(t: Tensors) -> torch.Tensor:
         codes = spec.unpack(t.weight, columns)
@@ -77,20 +78,37 @@ def weight_decoder(plan: LayerPlan) -> Callable[[Tensors], torch.Tensor]:
             whole = t.scale_global
             if whole is not None:
                 whole = whole[:, i : i + 1] if grain.two_level else whole[i : i + 1]
-            encoded = Encoded(codes[:, first:last], t.scale[:, left:right], zero, whole)
+            encoded = Encoded(codes[:, first // span : last // span], t.scale[:, left:right], zero, whole, table(t, i))
             parts.append(spec.decode(encoded, grain))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     return decode
 
 
+def tables(plan: LayerPlan) -> Callable[[Tensors, int], torch.Tensor | None]:
+    """-> table(tensors, part) -> int8 (rows | 1, table_width), None for formats without tables."""
+    count = plan.weight.spec.table_width
+    return lambda t, part: None if t.table is None else t.table[:, part * count : (part + 1) * count]
+
+
 def row_codes(plan: LayerPlan) -> Callable[[Tensors], torch.Tensor]:
     """-> codes(tensors) -> int8 (rows, columns) of symmetric integers, for products with one scale a row and part.
 
-    Codes under two-level scales come times their multipliers. `row_scale` gives the scales.
+    Codes under two-level scales come times their multipliers, those of tables as the table's values. `row_scale` gives
+    the scales.
     """
     spec, grain, columns = plan.weight.spec, plan.weight.grain, plan.columns
     size = grain.size or columns
+    if spec.tabled:
+        table = tables(plan)
+
+        def looked_up(t: Tensors) -> torch.Tensor:
+            found, bounds = spec.unpack(t.weight, columns), enumerate(plan.parts)
+            cuts = ((i, found[:, first // spec.span : last // spec.span]) for i, (first, last) in bounds)
+            parts = [spec.of(table(t, i)).values_of(part) for i, part in cuts]
+            return torch.cat(parts, 1).to(torch.int8)
+
+        return looked_up
     if not grain.two_level:
         return lambda t: spec.unpack(t.weight, columns)
     ranges = list(zip(plan.parts, scale_columns(plan), strict=True))
@@ -127,10 +145,12 @@ def input_rounder(plan: LayerPlan, dim: int) -> Callable[[torch.Tensor, torch.Te
         grain = PER_ROW if per_sample else act_grain
         if scale is not None:
             scale, grain = scale.reshape(1, 1), Granularity("tensor")
-        shifted, whole = rows + act.shift, None
+        shifted, whole, zero = rows + act.shift, None, None
+        if act.clip != 1:
+            scale, zero, _ = spec.fit(shifted.detach().float() * act.clip, grain)
         if spec.global_bytes:  # one tensor-wide scale per row, so that no row depends on another
             whole = spec.fit_global(shifted.detach(), per_row=True)
-        rounded = spec.fake(shifted, grain, scale=scale, scale_global=whole) - act.shift
+        rounded = spec.fake(shifted, grain, scale=scale, zero=zero, scale_global=whole) - act.shift
         return rounded.reshape(x.shape) if per_sample else rounded.reshape(x.movedim(dim, -1).shape).movedim(-1, dim)
 
     def rounded(x: torch.Tensor, act_scale: torch.Tensor | None) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
     y[m, n] = (sum_k q[m, k] w[n, k] - z[m] sum_k w[n, k]) * sx[m] * sw[n] + bias[n]     q, w int8, sums exact
 
-Of two-level weight scales w is the code times the multiplier of its group, and sw the scale of the row.
+Of two-level weight scales w is the code times the multiplier of its group, and sw the scale of the row; of tables w is
+the table's value.
 z is the zero point of affine activations; sum_k w comes from one more row of ones in the matrix product. A
 convolution is the product of its int8 patches (im2col) with its weight, one activation scale and zero point a sample;
 padding is the zero point. oneDNN's int8 convolution is 1.1-1.3 times as fast once its weight is laid out, but laying
@@ -44,6 +45,8 @@ def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> 
         return "torch's int8 kernels take one activation scale per token, not per group"
     if plan.act.shift:
         return "torch's int8 kernels have no fixed activation shift"
+    if plan.act.clip != 1:
+        return "torch's int8 kernels cover the whole range of activations"
     if conv is not None and conv.groups > 1:
         return "a grouped convolution is one small product per group"
     if op == "conv" and plan.splits and plan.act.granularity != "token":
@@ -58,7 +61,7 @@ def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> 
 
 
 def _symmetric(spec: Format) -> bool:
-    return isinstance(spec, Integer) and not spec.affine
+    return spec.tabled or (isinstance(spec, Integer) and not spec.affine)
 
 
 def label(op: str, plan: LayerPlan) -> str:

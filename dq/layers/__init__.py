@@ -20,6 +20,7 @@ from dq.layers.packed import (
     packed_layers,
     parameter_bytes,
     per_channel,
+    stored_bytes,
     tensor_shapes,
 )
 
@@ -43,5 +44,6 @@ __all__ = [
     "packed_layers",
     "parameter_bytes",
     "per_channel",
+    "stored_bytes",
     "tensor_shapes",
 ]

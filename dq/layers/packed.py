@@ -11,6 +11,7 @@ differentiable counterparts, for fitting, are in `drafts.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ from dq.plan import LayerPlan
 
 CONV_KINDS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 PLAIN = {"linear": nn.Linear, **CONV_KINDS}
-OPTIONAL = ("zero", "scale_global", "smooth", "proj_down", "proj_up", "act_scale", "start_in", "start_out")
+OPTIONAL = tuple("zero scale_global table smooth permute proj_down proj_up act_scale start_in start_out".split())
 STARTS_ALIKE = 1e-4  # squared distance, as a share of the power, up to which a first token is the stored one
 
 
@@ -56,14 +57,18 @@ def tensor_shapes(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dty
     widths = [last - first for first, last in plan.parts]
     scale_rows = 1 if grain.kind == "tensor" else rows
     blocks = sum(grain.scale_shape(rows, width)[1] for width in widths)
-    shapes: dict = {"weight": ((rows, -(-plan.columns * spec.bits // 8)), torch.int8)}
-    shapes["scale"] = ((scale_rows, blocks), torch.int8 if spec.fixed or grain.two_level else torch.float32)
+    shapes: dict = {"weight": ((rows, spec.row_bytes(plan.columns)), torch.int8)}
+    shapes["scale"] = ((scale_rows, blocks), torch.int8 if spec.scale_bytes == 1 or grain.two_level else torch.float32)
     if spec.affine:
         shapes["zero"] = ((scale_rows, blocks), torch.int8)
     if spec.global_bytes or grain.two_level:
         shapes["scale_global"] = ((rows, len(widths)) if grain.two_level else (len(widths),), torch.float32)
+    if spec.tabled:
+        shapes["table"] = ((scale_rows, len(widths) * spec.table_width), torch.int8)
     if plan.smooth:
         shapes["smooth"] = ((plan.shape[1],), torch.float32)
+    if plan.permute:
+        shapes["permute"] = ((plan.shape[1],), torch.int32)
     if plan.rank:
         shapes["proj_down"], shapes["proj_up"] = ((plan.rank, plan.columns), None), ((rows, plan.rank), None)
     if plan.act is not None and plan.act.scale != "dynamic":
@@ -71,6 +76,11 @@ def tensor_shapes(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dty
     if plan.start:
         shapes["start_in"], shapes["start_out"] = ((plan.columns,), None), ((rows,), None)
     return shapes
+
+
+def stored_bytes(plan: LayerPlan, dtype: torch.dtype) -> int:
+    """Bytes of every packed tensor of a layer of compute dtype `dtype` but its bias."""
+    return sum(math.prod(shape) * (kind or dtype).itemsize for shape, kind in tensor_shapes(plan).values())
 
 
 def geometry(module: nn.modules.conv._ConvNd) -> tuple[Conv, tuple[int, ...] | None, str]:
@@ -101,6 +111,7 @@ class _Frozen(nn.Module):
     scale: torch.Tensor
     zero: torch.Tensor | None
     scale_global: torch.Tensor | None
+    table: torch.Tensor | None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -139,6 +150,7 @@ class _Packed(Served, _Frozen):
     backend: str | None
     bias: torch.Tensor | None
     smooth: torch.Tensor | None
+    permute: torch.Tensor | None
     act_scale: torch.Tensor | None
     proj_down: torch.Tensor | None
     proj_up: torch.Tensor | None
@@ -190,11 +202,11 @@ class _Packed(Served, _Frozen):
             stored = stored.index_select(0, self.clock.to(stored.device))[0] if self.plan.steps > 1 else stored[0]
         return Tensors(
             own["weight"], own["scale"], own["zero"], own["scale_global"], own["bias"], stored, own["proj_down"],
-            own["proj_up"],
+            own["proj_up"], own["table"],
         )  # fmt: skip
 
     def run(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
-        """smooth, rotate, then the chosen kernel: quantize, multiply, branch, bias; with `gelu` a tanh GELU last."""
+        """smooth, rotate, permute, then the chosen kernel: round, multiply, branch, bias; with `gelu` a tanh GELU."""
         if x.dtype is torch.float16 and (self.wide or self.smooth is not None or self.plan.rotate):
             y = self.run(x.float(), gelu)  # a transformed input may leave the range of fp16
             return y if self.wide else y.to(x.dtype)
@@ -204,6 +216,8 @@ class _Packed(Served, _Frozen):
         if self.plan.rotate:
             turn = next((each for each in self._turns if each.dtype is x.dtype), self._turns[0])
             x = hadamard.rotate(x, self.plan.rotate, 1 if self.op == "conv" else -1, matrix=turn)
+        if self.permute is not None:
+            x = x.index_select(1 if self.op == "conv" else -1, self.permute)
         if not gelu:
             return choice.run(x, self._raw() if choice.lays else self.tensors())
         if choice.gelu is None:
@@ -212,11 +226,13 @@ class _Packed(Served, _Frozen):
 
     @torch.no_grad()
     def dense_weight(self) -> torch.Tensor:
-        """The fp32 weight this layer stands for, branch, rotation and smoothing included, in its original shape."""
+        """The fp32 weight this layer stands for, branch, order, rotation and smoothing included, in its own shape."""
         weight = reference.weight_decoder(self.plan)(self.tensors())
         if self.proj_up is not None and self.proj_down is not None:
             weight = weight + self.proj_up.float() @ self.proj_down.float()
         weight = weight.reshape(self.plan.shape)
+        if self.permute is not None:
+            weight = weight.index_select(1, self.permute.argsort())
         if self.plan.rotate:
             weight = hadamard.rotate(weight, self.plan.rotate, 1, inverse=True)
         if self.smooth is not None:
@@ -334,7 +350,7 @@ class PackedStack(_Frozen, nn.Module):
         self.dtype = compute_dtype
         for name, (shape, dtype) in tensor_shapes(plan).items():
             self.put(name, torch.empty(shape, dtype=dtype or compute_dtype, device=device))
-        for name in ("zero", "scale_global"):
+        for name in ("zero", "scale_global", "table"):
             if name not in self._parameters:
                 self.register_parameter(name, None)
 
@@ -349,16 +365,15 @@ class PackedStack(_Frozen, nn.Module):
     def dense_weight(self) -> torch.Tensor:
         """(experts, in, out) fp32."""
         experts, inputs, outputs = self.plan.shape
-        tensors = Tensors(self.stored, self.scale, self.zero, self.scale_global)
+        tensors = Tensors(self.stored, self.scale, self.zero, self.scale_global, table=self.table)
         return reference.weight_decoder(self.plan)(tensors).reshape(experts, outputs, inputs).transpose(1, 2)
 
     def __getitem__(self, expert: int) -> torch.Tensor:
         outputs = self.plan.shape[2]
         rows = slice(expert * outputs, (expert + 1) * outputs)
-        found: list[Any] = [self.stored, self.scale, self.zero, self.scale_global]
-        own = 4 if self.plan.weight.grain.two_level else 3  # that have rows
-        picked: Any = [None if t is None else t[rows] for t in found[:own]]
-        return reference.weight_decoder(self.plan)(Tensors(*picked, *found[own:])).t().to(self.compute_dtype)
+        found: list[Any] = [self.stored, self.scale, self.zero, self.scale_global, self.table]
+        *picked, table = [t if t is None or len(t) < self.plan.rows else t[rows] for t in found]  # else of all rows
+        return reference.weight_decoder(self.plan)(Tensors(*picked, table=table)).t().to(self.compute_dtype)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -412,6 +427,8 @@ def fill(name: str, packed: _Frozen, weight: torch.Tensor) -> None:
     for key, value in encode(rows.reshape(plan.rows, -1).float(), plan).items():
         packed.put(key, value)
     for key, (shape, dtype) in tensor_shapes(plan).items():
+        if key == "permute":
+            packed.put(key, torch.arange(shape[0], dtype=dtype, device=weight.device))
         if key in ("smooth", "proj_down", "proj_up", "start_in", "start_out"):
             start = torch.ones if key == "smooth" else torch.zeros
             packed.put(key, start(shape, dtype=dtype or packed.compute_dtype, device=weight.device))

@@ -6,6 +6,7 @@ A method file exports
     fit(unit, seen, options) -> {layer name: draft}      drafts of the unit's planned layers; draft.plan is final
     FEW_CALLS        optional: True when a part of many large calls will do
     prepare(model, plan, family, options) -> Plan        optional: changes the plan before anything is recorded
+    smooths(options) -> bool                             optional: False when no layer can gain a smoothing vector
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ def prepared(model: nn.Module, plan: Plan, recipe: Recipe) -> Plan:
     """The plan after the method had its say: input splits, stored scales."""
     change = getattr(files()[recipe.method], "prepare", None)
     return plan if change is None else change(model, plan, families.of(model), recipe.options)
+
+
+def smooths(recipe: Recipe) -> bool:
+    """Whether fitting may give layers a smoothing vector, which a budget then leaves room for."""
+    may = getattr(files()[recipe.method], "smooths", None) if recipe.method else None
+    return bool(recipe.method) and (may is None or may(recipe.options))
 
 
 def for_budget(recipe: Recipe) -> Recipe:

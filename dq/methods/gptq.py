@@ -17,15 +17,26 @@ from dq.trace.seen import Needs, Seen, Unit
 
 NEEDS = Needs(rows=1024, gram=True, hat=True)
 FEW_CALLS = True
+OPTIONS = {"noise": False}  # the weight that is rounded serves the rounded input best (dq/fit/weights.py)
 RECIPES = (
     Recipe("gptq-int4-weight", ("int4/group:64", None), ("int4/group:64", None), method="gptq"),
-    Recipe("gptq-w4a8", ("int4/group:64", "int8/token"), ("int4/group:64", "int8a/tensor"), method="gptq"),
+    Recipe(
+        "gptq-w4a8",
+        ("int4/group:64", "int8/token"),
+        ("int4/group:64", "int8a/tensor"),
+        method="gptq",
+        options=OPTIONS,
+    ),
 )
+
+
+def smooths(options: Mapping) -> bool:
+    return False
 
 
 def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     """Drafts of all layers of a unit that saw data."""
-    made = {}
+    made, wish = {}, weights.WeightWish(noise={**OPTIONS, **options}["noise"])
     for shared in groups.shared(unit, seen):
-        made |= groups.fit(shared, seen, None, dict.fromkeys(shared.plans, weights.WeightWish()))
+        made |= groups.fit(shared, seen, None, dict.fromkeys(shared.plans, wish))
     return made

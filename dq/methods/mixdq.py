@@ -50,6 +50,10 @@ RECIPES = (
 )
 
 
+def smooths(options: Mapping) -> bool:
+    return False
+
+
 def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     """Drafts of the layers that see a start token; all others are rounded to nearest in their formats."""
     made = {}

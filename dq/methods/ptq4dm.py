@@ -22,7 +22,11 @@ from dq.trace.seen import Needs, Seen, Unit
 
 NEEDS = Needs(rows=4096, gram=True, absmax=True, hat=False)
 FORMATS = ("int8/channel", "int8/tensor/static")
-RECIPES = (Recipe("ptq4dm-w8a8", FORMATS, FORMATS, method="ptq4dm"),)
+LOWER = ("int6/channel", "int6/tensor/static")
+RECIPES = (
+    Recipe("ptq4dm-w8a8", FORMATS, FORMATS, method="ptq4dm"),
+    Recipe("ptq4dm-w6a6", LOWER, LOWER, method="ptq4dm", status="experimental"),
+)
 BASELINE = Recipe("ptq4dm-w8a8-minmax", FORMATS, FORMATS, method="ptq4dm", options={"plain": True})
 PLAIN = static.StaticWish("minmax", smooth=False, shift=False, rotate=False, margins=(1.0,), round="nearest")
 

@@ -6,8 +6,10 @@ f is a residual or transformer block (any pytree in and out), W^ (out, in) on th
 (batch, c, ...) and skip (batch, in - c, ...) the two halves. The calibration set is `dq.Calibration(policy=
 "stratified")`. Deviations: a few hundred steps of Adam from GPTQ's rounding instead of 20 000 from the nearest one;
 activations get dynamic scales, per token (linears) or per sample (convolutions), where the paper learns one range for
-all steps (option `static`); attention's own products stay in floating point. Options: `splits`, `static`,
-`start` ("gptq" or "nearest"), `steps`, `lr`, `batch`, `strength`.
+all steps (option `static`). Two parts of the paper are left out: attention's products, of 8-bit queries, keys and
+values and of 16-bit scores, stay in floating point, and there is no second pass, which learns the activations' steps
+once the weights are rounded: scales that are found in every call leave it nothing to learn. Options: `splits`,
+`static`, `start` ("gptq" or "nearest"), `steps`, `lr`, `batch`, `strength`.
 """
 
 from __future__ import annotations
@@ -41,6 +43,11 @@ def prepare(model: nn.Module, plan: Plan, family: Family, options: Mapping) -> P
 
 def _stored(layer: LayerPlan) -> LayerPlan:
     return layer if layer.act is None else replace(layer, act=TensorPlan("int8", "tensor", "static"))
+
+
+def smooths(options: Mapping) -> bool:
+    """Only for the sake of stored ranges."""
+    return bool(options.get("static"))
 
 
 def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:

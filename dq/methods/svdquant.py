@@ -5,8 +5,12 @@
 The input's smoothing s, Hadamard rotation R and rounding (symmetric or with zero points) are searched by output error
 with branch and roundings in place, one choice for all layers of one input; "nothing" is a candidate. Deviations:
 - SVDs are weighted by the input's second moments, and alternate with GPTQ rounding that knows the noise of the rounded
-  input (the paper: plain SVDs of W / s, and nearest rounding or GPTQ afterwards).
-- Inputs after GELU may take measured zero points besides the paper's fixed shift of 0.171875 and unsigned codes.
+  input (the paper: plain SVDs of W / s, and nearest rounding or GPTQ afterwards). Option `noise`: the weight that is
+  rounded serves the rounded input best, and SVDs are in the norm of what that leaves (dq/fit/weights.py).
+- 4-bit inputs may be clipped: scales cover a part of the range measured in a call, one share an input (option `clip`;
+  per layer and range of steps in arXiv 2605.27003).
+- All 4-bit integer inputs may take measured zero points, and most do; those after GELU also the paper's fixed shift of
+  0.171875 with unsigned codes.
 - Each layer has a branch of its own, as large as BRANCH_SHARE of its bytes allows: rank 32 on wide layers, less on
   narrow ones. Convolutions round activations to 8 bits, one scale a sample; the paper leaves them in 16 bits.
 `svdquant-int4-nunchaku` has only what diffusers' nunchaku-lite operators hold: inputs that are smoothed and rounded
@@ -32,11 +36,14 @@ RANK = 32
 BRANCH_SHARE = 0.13
 WIDE = 2**20  # weights from which branch and rounding take one turn: GPTQ is a third of the time there
 GELU_SHIFT = 0.171875  # minus the least value of GELU, rounded up
+CLIPS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # shares of a 4-bit input's range that are tried
 ONE_SIDED = 0.25  # an input whose low end is closer to 0 than this share of its high end is called one-sided
 
 # multiple: ranks of linears are multiples of it, and at least it
 # plain: inputs are smoothed and rounded as planned, nothing else
-OPTIONS = {"rank": RANK, "share": BRANCH_SHARE, "multiple": 1, "plain": False}
+# noise: weights are those that serve the rounded input best
+# clip: codes of 4-bit inputs may cover less than the measured range
+OPTIONS = {"rank": RANK, "share": BRANCH_SHARE, "multiple": 1, "plain": False, "clip": True, "noise": False}
 NUNCHAKU = {
     "modulation": "int4/group:64",
     "edge": "int4/group:64",
@@ -68,7 +75,7 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     for shared in groups.shared(unit, seen):
         wishes = {name: _wish(shared.plans[name], module, options) for name, module in shared.modules.items()}
         least = min(each.rank for each in wishes.values())
-        search = wish(shared.plan, shared, least, options["plain"]) if shared.plan.act else None
+        search = wish(shared.plan, shared, least, options) if shared.plan.act else None
         made |= groups.fit(shared, seen, search, wishes)
     return made
 
@@ -82,19 +89,21 @@ def _wish(plan: LayerPlan, module: nn.Module, options: Mapping) -> weights.Weigh
         rank = groups.affordable_rank(plan, options["rank"], options["share"], module.weight.element_size())
         unit = options["multiple"] if plan.kind == "linear" else 1
         rank = max(rank // unit, unit > 1) * unit
-    return weights.WeightWish(rank, iterations=2 if plan.rows * plan.columns < WIDE else 1)
+    turns = 2 if plan.rows * plan.columns < WIDE else 1
+    return weights.WeightWish(rank, iterations=turns, noise=options["noise"])
 
 
-def wish(plan: LayerPlan, shared: smooth.Shared, rank: int, plain: bool = False) -> smooth.SmoothSearch:
-    """What is tried for an input: rotations for linears, unsigned codes for one-sided 4-bit integers; not if plain."""
-    if plain:
+def wish(plan: LayerPlan, shared: smooth.Shared, rank: int, options: Mapping) -> smooth.SmoothSearch:
+    """What is tried for an input: rotations of linears; for 4-bit integers unsigned codes, clipping; not if plain."""
+    if options["plain"]:
         return smooth.SmoothSearch(rank)
     rotations = smooth.orders(plan) if plan.kind == "linear" else ()
     acts = ()
     if plan.act.format == "int4":
         acts = (replace(plan.act, format="int4a"), replace(plan.act, format="int4a", shift=GELU_SHIFT))
         acts = acts if _one_sided(shared) else acts[:1]
-    return smooth.SmoothSearch(rank, rotations=rotations, acts=acts)
+    clips = CLIPS if options["clip"] and acts and plan.kind == "linear" else ()
+    return smooth.SmoothSearch(rank, rotations=rotations, acts=acts, clips=clips)
 
 
 def _one_sided(shared: smooth.Shared) -> bool:

@@ -28,10 +28,16 @@ from dq.plan import LayerPlan, Plan, Recipe
 from dq.trace.seen import LayerSeen, Needs, Seen, Unit, UnitCall
 
 NEEDS = Needs(rows=512, steps=True, gram=True, absmax=True, calls=True, hat=True)
-ACTS = "int8/tensor/table"
+_A8, _A6 = "int8/tensor/table", "int6/tensor/table"
 RECIPES = (
-    Recipe("tfmq-w8a8", ("int8/channel", ACTS), ("int8/channel", ACTS), method="tfmq"),
-    Recipe("tfmq-w4a8", ("int4/channel", ACTS), ("int4/channel", ACTS), modulation="int4/channel", method="tfmq"),
+    Recipe("tfmq-w8a8", ("int8/channel", _A8), ("int8/channel", _A8), method="tfmq"),
+    *(
+        Recipe(name, formats, formats, modulation="int4/channel", method="tfmq", status=status)
+        for name, formats, status in (
+            ("tfmq-w4a8", ("int4/channel", _A8), "stable"),
+            ("tfmq-w4a6", ("int4/channel", _A6), "experimental"),
+        )
+    ),
 )
 LEARNED_BITS = 6  # weights of more bits gain nothing from learned rounding
 

@@ -5,17 +5,17 @@
 Dynamic scales take the variation over tokens, steps and guidance branches away; smoothing takes the static part of the
 imbalance between channels, Hadamard rotation the rest. The maxima are those of the earliest (noisiest) quarter of
 steps, where the imbalance is worst. ViDiT-Q-MP gives each layer 8, 6 or 4 bits under a mean of MEAN_BITS.
+Weights are symmetric, as in the newer released code: kernels for convolutions take no zero points.
 Deviations: alpha (the paper: one per model) and whether to smooth or rotate at all are chosen for each input by output
 error; rotation is in blocks of at most 128 channels; convolutions are smoothed only; bits are chosen by gradients
-through the whole run and an integer program (the paper: groups of layers, each sorted by a metric of its own).
+through the whole run and an integer program (the paper: groups of layers, each sorted by a metric of its own), and are
+the same in all steps (the paper: in ranges of steps), for 8-bit activations only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-
-import torch
 
 from dq.fit import groups, smooth, weights
 from dq.fit.drafts import DraftLinear
@@ -31,17 +31,17 @@ RECIPES = (
     Recipe("viditq-w8a8", ("int8/channel", "int8/token"), ("int8/channel", "int8a/tensor"), method="viditq"),
     Recipe(
         "viditq-w4a8",
-        ("int4a/channel", "int8/token"),
-        ("int4a/channel", "int8a/tensor"),
+        ("int4/channel", "int8/token"),
+        ("int4/channel", "int8a/tensor"),
         method="viditq",
     ),
     Recipe(
         "viditq-mp-w4a8",
-        ("int4a/channel", "int8/token"),
-        ("int4a/channel", "int8a/tensor"),
+        ("int4/channel", "int8/token"),
+        ("int4/channel", "int8a/tensor"),
         method="viditq",
         status="experimental",
-        options={"bits": MEAN_BITS, "choices": ("int8a/channel", "int6a/channel", "int4a/channel")},
+        options={"bits": MEAN_BITS, "choices": ("int8/channel", "int6/channel", "int4/channel")},
     ),
 )
 
@@ -50,21 +50,18 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     """Drafts of all layers of a unit that saw data."""
     made = {}
     for shared in groups.shared(unit, seen):
-        shared.seen = _early(shared.seen)
+        shared.seen = _early(shared.seen, seen.rising)
         rotations = smooth.orders(shared.plan) if shared.plan.kind == "linear" and shared.plan.act else ()
         wish = smooth.SmoothSearch(betas=("1-alpha",), rotations=rotations) if shared.plan.act else None
         made |= groups.fit(shared, seen, wish, dict.fromkeys(shared.plans, weights.WeightWish(rounding="nearest")))
     return made
 
 
-def _early(seen: LayerSeen) -> LayerSeen:
-    """Channel maxima of the noisiest steps only: at the end of the timesteps where channels differ the most."""
-    count = max(1, round(len(seen.absmax) * EARLY))
-    ends = [part for part in (seen.absmax[-count:], seen.absmax[:count]) if float(part.amax()) > 0]
-    return replace(seen, absmax=max(ends, key=_imbalance)) if ends else seen
-
-
-def _imbalance(absmax: torch.Tensor) -> float:
-    """Largest channel maximum over the mean one."""
-    tops = absmax.flatten(0, -2).amax(0)
-    return float(tops.amax() / tops.mean())
+def _early(seen: LayerSeen, rising: bool) -> LayerSeen:
+    """Channel maxima of the noisiest quarter of the steps that were recorded; `rising` as in Seen."""
+    assert seen.absmax is not None  # NEEDS asks for it
+    known = seen.absmax[seen.absmax.flatten(1).amax(1) > 0]
+    if not len(known):
+        return seen
+    count = max(1, round(len(known) * EARLY))
+    return replace(seen, absmax=known[:count] if rising else known[-count:])

@@ -108,17 +108,25 @@ class Observer:
     """Hooks on the planned layers of one unit that sum up what a method needs.
 
     calls    number of calibration calls in all
-    buckets  number of step buckets
+    buckets  number of step buckets; steps: of those that any call falls into, all of them by default
     twice    whether a quantized stream runs as well, after the full one, call by call
     apart    layers whose input is to be taken for their own although another layer had the same one at first
     """
 
     def __init__(
-        self, unit: Unit, needs: Needs, calls: int, buckets: int, twice: bool, apart: frozenset[str] = frozenset()
+        self,
+        unit: Unit,
+        needs: Needs,
+        calls: int,
+        buckets: int,
+        twice: bool,
+        apart: frozenset[str] = frozenset(),
+        steps: int | None = None,
     ):
         self.needs = needs
         self.calls = calls
         self.buckets = buckets
+        self.steps = buckets if steps is None else steps
         self.twice = twice
         self.apart = apart
         self.name = unit.name
@@ -215,8 +223,8 @@ class Observer:
         return _Taken(x.shape, count, sample, columns)
 
     def _most(self, layer: _Layer, x: torch.Tensor) -> int:
-        """How many rows or crops this call gives: `rows` in all or for each bucket, a crop of every call at least."""
-        rows = self.needs.rows * (self.buckets if self.needs.steps else 1)
+        """How many rows or crops this call gives: `rows` in all or for each step, a crop of every call at least."""
+        rows = self.needs.rows * (self.steps if self.needs.steps else 1)
         if not rows or layer.linear:
             return self._call.share(rows, self.calls)
         return self._call.share(max(self.calls, rows // prod(layer.crop(x))), self.calls)

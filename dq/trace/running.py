@@ -53,6 +53,28 @@ class Call:
         return 1 if latents is None else len(latents)
 
 
+class Steps:
+    """Numbers the calls of one run by step: distinct timesteps in order of appearance, whoever calls and how often.
+
+    Calls without a timestep are steps of their own.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list = []
+        self._numbers: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def number(self, part: str, timestep: float | None) -> int:
+        """Step of the next call of `part`."""
+        moment = timestep if timestep is not None else (self._numbers[part],)
+        self._numbers[part] += 1
+        if moment not in self._seen:
+            self._seen.append(moment)
+        return self._seen.index(moment)
+
+
 class Runner:
     """Calls a pipeline as its user would, one prompt at a time."""
 
@@ -99,15 +121,10 @@ class Runner:
 
     def run(self, run: int, models: Mapping[str, nn.Module], sink: Callable[[Call], None]) -> None:
         """One call of the pipeline; `sink` gets every call of the models."""
-        seen: list[float | None] = []
-        numbers: Counter[str] = Counter()
+        steps = Steps()
 
         def number(call: Call) -> None:
-            moment = call.timestep if call.timestep is not None else (numbers[call.part],)
-            numbers[call.part] += 1
-            if moment not in seen:
-                seen.append(moment)
-            call.run, call.step = run, seen.index(moment)
+            call.run, call.step = run, steps.number(call.part, call.timestep)
             sink(call)
 
         name, seed = type(self.pipe).__name__, self.calibration.seed
@@ -174,7 +191,7 @@ def watching(models: Mapping[str, nn.Module], sink: Callable[[Call], None]) -> I
     with contextlib.ExitStack() as stack:
         for part, model in models.items():
             context: list[str | None] = [None]
-            timestep = _timestep_reader(model)
+            timestep = timestep_reader(model)
 
             def hook(_, args, kwargs, part=part, context=context, timestep=timestep):
                 sink(Call(part, 0, 0, timestep(args, kwargs), context[0], args, kwargs))
@@ -208,7 +225,8 @@ def _named_contexts(model: nn.Module, context: list[str | None]) -> Iterator[Non
             model.cache_context = real
 
 
-def _timestep_reader(model: nn.Module) -> Callable[[tuple, dict], float | None]:
+def timestep_reader(model: nn.Module) -> Callable[[tuple, dict], float | None]:
+    """Reads the largest timestep in the arguments of a call of `model`, None where there is none."""
     name = families.of(model).timestep
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     position = names.index(name) if name in names else len(names)

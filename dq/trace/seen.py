@@ -24,7 +24,8 @@ class Needs:
 
     rows      input rows (tokens) sampled per linear over all calls; for convolutions crops of input maps, as many as
               hold about so many pixels and at least one of every call; 0 for none
-    steps     `rows` are of each step bucket, not of all of them together
+    steps     `rows` are of each step that was recorded, not of all of them together
+    between   tables have rows for the timesteps between recorded ones, too: buckets that saw nothing
     gram      second moments of the input, as matrices (columns, columns)
     absmax    largest magnitude per input channel, step bucket and guidance branch
     calls     the unit's own inputs and outputs can be read again (block reconstruction)
@@ -33,6 +34,7 @@ class Needs:
 
     rows: int = 0
     steps: bool = False
+    between: bool = False
     gram: bool = False
     absmax: bool = False
     calls: bool = False
@@ -101,6 +103,7 @@ class Seen:
     buckets  number of step buckets; `edges` are the model's timestep values between them, rising
     calls    -> iterator over the unit's calls, read from disk one at a time; stream "full" or "hat" (`Needs.calls`)
     seed     for whatever the method draws at random
+    rising   timesteps rise along a run: the first bucket, not the last, is the noisiest
     """
 
     layers: dict[str, LayerSeen]
@@ -108,3 +111,4 @@ class Seen:
     edges: tuple[float, ...]
     calls: Callable[[str], Iterator[UnitCall]]
     seed: int = 0
+    rising: bool = False

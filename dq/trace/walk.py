@@ -11,6 +11,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,13 @@ class Trace(Replay):
         seed: int = 0,
         identity: str = "",
         most: int = 0,
+        between: bool = False,
     ):
         """folder holds `calls/...` as `calibration.capture` leaves it.
 
         identity  of everything else that decides the result (method, options): a walk under another one starts anew
         most      calls to walk through, chosen evenly over the timesteps; 0: all
+        between   as in Needs
         Raises DQError when there are no calls.
         """
         super().__init__(model, Store(folder))
@@ -66,11 +69,18 @@ class Trace(Replay):
         self._calls = self._store.keys("calls/")
         if not self._calls:
             raise DQError(f"{str(folder)!r} holds no recorded calls; record some with dq.Calibration first")
-        kinds = self._read_infos(most)
+        kinds = self._read_infos(most, between)
         with self._evaluating():
             self._layout = units.find(model, plan, family, kinds)
         self.units, self.unfit = self._layout.units, self._layout.unfit
         self._begin({"seed": seed, "identity": identity, "calls": self._calls}, plan)
+
+    @property
+    def said(self) -> str:
+        """Which calls the model is fitted on, a line for the report."""
+        times = [time for time in self._times if time is not None]
+        span = f" at timesteps {max(times):g} to {min(times):g}" if times else ""
+        return f"fitted on {len(self._calls)} calls{span}"
 
     def observe(self, unit: Unit, needs: Needs) -> Seen:
         """Run the full-precision unit over all calls and tell what its layers saw; stores its outputs."""
@@ -78,7 +88,8 @@ class Trace(Replay):
         twice = needs.hat and self._hat_differs(index)
         apart: frozenset[str] = frozenset()
         while True:
-            observer = Observer(unit, needs, len(self._calls), len(self.edges) + 1, twice, apart)
+            steps = len({info.bucket for info in self._infos})
+            observer = Observer(unit, needs, len(self._calls), len(self.edges) + 1, twice, apart, steps)
             sums, torn = self._observe(index, observer)
             if not torn:
                 break
@@ -86,7 +97,8 @@ class Trace(Replay):
         self._save(observed=index + 1)
         layers = observe.finish(sums)
         layers = {name: layers[name] for name in unit.layers if name in layers}
-        return Seen(layers, len(self.edges) + 1, self.edges, lambda stream="full": self.calls(unit, stream), self.seed)
+        calls = partial(self.calls, unit)
+        return Seen(layers, len(self.edges) + 1, self.edges, calls, self.seed, self._rising)
 
     def advance(self, unit: Unit, packed: Mapping[str, nn.Module]) -> None:
         """Run the unit with these layers in place of its own over the quantized stream; then it is finished."""
@@ -141,7 +153,7 @@ class Trace(Replay):
 
     # where the walk stands
 
-    def _read_infos(self, most: int) -> list[tuple[tuple, dict]]:
+    def _read_infos(self, most: int, between: bool) -> list[tuple[tuple, dict]]:
         """Sets calls, edges, clock and what statistics know of every call; gives the first call of every kind."""
         kinds, infos = {}, []
         for key in self._calls:
@@ -154,7 +166,9 @@ class Trace(Replay):
             order = sorted(_shuffled(len(infos), self.seed), key=lambda call: times[call] or 0.0)
             chosen = sorted(order[(2 * i + 1) * len(order) // (2 * most)] for i in range(most))
             self._calls, infos, times = ([values[call] for call in chosen] for values in (self._calls, infos, times))
-        self._times, self.edges = times, edges_between([time for time in times if time is not None])
+        self._times = times
+        self.edges = edges_between([time for time in times if time is not None], between)
+        self._rising = _rise(infos)
         self.clock = Clock(self.edges)
         self._infos = [
             CallInfo(index, rank, self._clocked(index), tuple(info.get("branches") or (0,)), 0)
@@ -281,16 +295,29 @@ class Trace(Replay):
         self._ranks.wait_for_everyone()
 
 
-def edges_between(timesteps: list[float]) -> tuple[float, ...]:
-    """Edges halfway between the timesteps seen, rising; with too many of them, neighbours share a bucket."""
+def _rise(infos: list) -> bool:
+    """Whether timesteps rise along the runs, as where 1 is a clean picture; not where no step is known."""
+    known = [(i["step"], i["timestep"]) for i in infos if i.get("step", -1) >= 0 and i.get("timestep") is not None]
+    table = torch.tensor(known, dtype=torch.float64).reshape(-1, 2)
+    return bool((table - table.mean(0)).prod(1).sum() > 0)
+
+
+def edges_between(timesteps: list[float], between: bool = False) -> tuple[float, ...]:
+    """Edges halfway between the timesteps seen, rising; with too many of them, neighbours share a bucket.
+
+    between  cut what lies between two timesteps into buckets of their own, up to MOST_BUCKETS in all; those of the
+             timesteps seen have them in their middle
+    """
     seen = sorted(set(torch.tensor(timesteps, dtype=torch.float32).tolist()))
     count = min(len(seen), MOST_BUCKETS)
     firsts = [seen[bucket * len(seen) // count] for bucket in range(count)]
+    parts = max(1, MOST_BUCKETS // max(count, 1)) if between else 1
     edges = []
     for _, later in pairwise(firsts):
         below = seen[seen.index(later) - 1]
-        middle = float(torch.tensor((below + later) / 2, dtype=torch.float32))
-        edges.append(middle if middle > below else later)
+        shares = torch.arange(1, 2 * parts, 2, dtype=torch.float64) / (2 * parts)
+        found = (below + (later - below) * shares).float().unique().tolist()
+        edges += [edge for edge in found if below < edge <= later] or [later]
     return tuple(edges)
 
 

@@ -2,7 +2,8 @@
 
 A PixArt-Sigma transformer (0.6 billion parameters) of random weights, with a few loud input channels at every linear
 of its blocks, is quantized from a forward loop: 16 samples in 4 steps at 512 pixels (1024 tokens), random text states
-of 300 x 4096. A row for eval/results/calibration_time.json says how long it took, with how much memory, and where the
+of 300 x 4096. With `--frames N` a Wan 2.1 transformer of 1.3B's width in its place: N frames at 480 x 832, text states
+of 512 x 4096. A row for eval/results/calibration_time.json says how long it took, with how much memory, and where the
 time went: every 20 ms the running stack is looked at, and charged to the innermost function of dq in it.
 """
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers import PixArtTransformer2DModel, WanTransformer3DModel
 
 import dq
 from dq.bench import widths
@@ -26,9 +27,23 @@ from eval.experiments import rows
 from eval.experiments.methods import branch_share
 
 FILE = rows.FOLDER / "calibration_time.json"
-KEYS = ("model", "recipe", "budget_bits", "layers", "samples", "steps", "dtype", "device", "threads", "machine")
+KEYS = (
+    "model",
+    "frames",
+    "recipe",
+    "budget_bits",
+    "layers",
+    "samples",
+    "steps",
+    "dtype",
+    "device",
+    "threads",
+    "machine",
+)
 CONFIG = widths.PIXART
 TEXT = (300, 4096)
+WAN = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "text_dim": 4096}
+WAN_TEXT, WAN_LATENT = (512, 4096), (60, 104)  # of 480 x 832 pixels
 OUTLIERS = 0.005  # share of input channels that are loud
 LOUDNESS = (10.0, 20.0)  # times the others
 SHOWN = 16  # rows of the profile
@@ -43,14 +58,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--frames", type=int, default=None, help="of a video, 4 n + 1: Wan in place of PixArt")
     parser.add_argument("--budget-bits", type=float, default=None, help="choose formats under so many bits a weight")
     options = parser.parse_args()
+    if options.frames is not None and options.frames % 4 != 1:
+        parser.error(f"--frames is {options.frames}, expected 1, 5, 9, ...")
     began = time.perf_counter()
-    model = build(options.layers, getattr(torch, options.dtype), options.device)
+    make, name = (build, "PixArt-Sigma 512 px") if options.frames is None else (build_wan, "Wan 2.1 1.3B 480p")
+    model = make(options.layers, getattr(torch, options.dtype), options.device)
     built = time.perf_counter() - began
-    row = {"model": "PixArt-Sigma 512 px", "build_seconds": round(built, 1), **vars(options)}
+    row = {"model": name, "build_seconds": round(built, 1), **vars(options)}
     row |= {"parameters": sum(p.numel() for p in model.parameters()), "threads": torch.get_num_threads()}
-    row |= {"call_seconds": round(call_seconds(model), 2)} | measure(model, options) | rows.stamp(options.device)
+    row["call_seconds"] = round(call_seconds(model, loop_of(options, 1, 1)), 2)
+    row |= measure(model, options) | rows.stamp(options.device)
     rows.add(FILE, row, KEYS)
     show(row)
 
@@ -70,6 +90,12 @@ def build(layers: int, dtype: torch.dtype, device: str, seed: int = 0) -> PixArt
             value.zero_()
     inject(model, dice)
     return model
+
+
+def build_wan(layers: int, dtype: torch.dtype, device: str, seed: int = 0) -> WanTransformer3DModel:
+    """Wan's transformer as it is initialised; the same for the same seed."""
+    torch.manual_seed(seed)
+    return WanTransformer3DModel(num_layers=layers, **WAN).to(device, dtype).requires_grad_(False).eval()
 
 
 def inject(model: PixArtTransformer2DModel, dice: torch.Generator) -> None:
@@ -127,9 +153,31 @@ class Loop:
         return model(latents, encoder_hidden_states=text, timestep=when, added_cond_kwargs=sizes).sample
 
 
-def call_seconds(model: torch.nn.Module) -> float:
+@dataclass(frozen=True)
+class Video(Loop):
+    """The same of Wan: one latent of so many frames a call."""
+
+    frames: int = 17
+
+    @torch.no_grad()
+    def __call__(self, model: torch.nn.Module) -> None:
+        value = next(model.parameters())
+        for sample in range(self.samples):
+            dice = torch.Generator().manual_seed(1000 * self.seed + sample)
+            text = torch.randn(1, *WAN_TEXT, generator=dice).to(value)
+            latents = torch.randn(1, 16, (self.frames - 1) // 4 + 1, *WAN_LATENT, generator=dice).to(value)
+            for step in range(self.steps):
+                when = torch.tensor([999 - 1000 * step // self.steps], device=value.device)
+                model(latents, timestep=when, encoder_hidden_states=text)
+                latents = 0.9 * latents + 0.3 * torch.randn(latents.shape, generator=dice).to(value)
+
+
+def loop_of(options, samples: int, steps: int) -> Loop:
+    return Loop(samples, steps) if options.frames is None else Video(samples, steps, frames=options.frames)
+
+
+def call_seconds(model: torch.nn.Module, loop: Loop) -> float:
     """One call of the full-precision model, after a first that warms up."""
-    loop = Loop(1, 1)
     loop(model)
     began = time.perf_counter()
     loop(model)
@@ -138,7 +186,7 @@ def call_seconds(model: torch.nn.Module) -> float:
 
 def measure(model: torch.nn.Module, options) -> dict:
     """Quantize, watched; the figures of the row."""
-    loop = Loop(options.samples, options.steps)
+    loop = loop_of(options, options.samples, options.steps)
     with Watch() as watch:
         began, used = time.perf_counter(), time.process_time()
         budget = None if options.budget_bits is None else dq.Budget(bits=options.budget_bits)
@@ -208,7 +256,8 @@ def _place(frame) -> str:
 
 def show(row: dict) -> None:
     minutes = row["seconds"] / 60
-    print(f"{row['model']}, {row['layers']} blocks, {row['recipe']}: {minutes:.1f} min, {row['peak_gib']} GiB")
+    frames = f", {row['frames']} frames" if row["frames"] else ""
+    print(f"{row['model']}{frames}, {row['layers']} blocks, {row['recipe']}: {minutes:.1f} min, {row['peak_gib']} GiB")
     print(f"{row['seconds_a_block']} s a block, a full-precision call {row['call_seconds']} s, load {row['load']}")
     print("\n".join(row["notes"]))
     for title in ("passes_seconds", "profile_seconds"):

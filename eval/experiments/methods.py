@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -32,7 +32,15 @@ from dq.layers import packed_layers
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 from eval.experiments import rows, versions
 from eval.experiments.quality import decibels, denoiser, fingerprint, kernels
-from eval.metrics import caption_accuracy, feature_distance, noise_sqnr
+from eval.metrics import (
+    caption_accuracy,
+    dynamic_degree,
+    feature_distance,
+    flicker,
+    motion_accuracy,
+    motion_smoothness,
+    noise_sqnr,
+)
 from eval.static import kernels_by_rank
 from pipelines import tiny
 
@@ -53,10 +61,14 @@ class Entry:
 
     recipe       the recipe's name; `baseline`: the method's BASELINE recipe in its place
     plain        round what the recipe's plan quantizes to nearest instead
-    weights      with `plain`: formats for weights of under 8 bits; the first that takes at least the recipe's bytes
+    weights      with `plain`: formats for weights of under 8 bits; the first that takes at least the recipe's bytes.
+                 Without: the one format of all weights
+    formats      with `plain`: formats in place of others, by name, of weights and activations
     options      changes to the recipe's options
+    act          format of all rounded activations, in place of the recipe's
     calibration  changes to the calibration
     against      the row it has to beat, by PSNR
+    bits         a budget of so many bits a weight
     """
 
     name: str
@@ -64,16 +76,25 @@ class Entry:
     plain: bool = False
     baseline: bool = False
     weights: tuple[str, ...] = ()
+    formats: Mapping[str, str] = field(default_factory=dict)
     options: Mapping = field(default_factory=dict)
     calibration: Mapping = field(default_factory=dict)
     against: str = ""
+    bits: float | None = None
     models: tuple[str, ...] = tiny.NAMES
+    act: str = ""
 
     def wanted(self) -> Recipe:
         """The recipe to quantize by; DQError or ImportError when this version has none."""
         recipe = cookbook.get(self.recipe)
         if self.baseline:
             recipe = importlib.import_module(f"dq.methods.{recipe.method}").BASELINE
+        if self.act:
+            recipe = replace(recipe, linear=(recipe.linear[0], self.act), conv=(recipe.conv[0], self.act))
+        if self.weights and not self.plain:
+            (form,) = self.weights
+            pairs = {"linear": (form, recipe.linear[1]), "conv": (form, recipe.conv[1])}
+            recipe = replace(recipe, **pairs, modulation=form, edge=form)
         return replace(recipe, options={**recipe.options, **self.options}) if self.options else recipe
 
 
@@ -82,25 +103,98 @@ def _with_plain(recipe: str, **more) -> tuple[Entry, Entry]:
     return Entry(recipe, recipe, against=name, **more), Entry(name, recipe, plain=True, **more)
 
 
+def _with_fp8(recipe: str) -> tuple[Entry, Entry]:
+    """A recipe of HiF8 and the same of e4m3."""
+    name = f"{recipe} in fp8"
+    return Entry(recipe, recipe, against=name), Entry(name, recipe, plain=True, formats={"hif8": "fp8"})
+
+
+def _with_one_range(recipe: str) -> tuple[Entry, Entry]:
+    """A recipe with a table of ranges, and the same with one range for all steps."""
+    name, act = f"{recipe} in one range", cookbook.get(recipe).linear[1].replace("table", "static")
+    return Entry(recipe, recipe, against=name), Entry(name, recipe, act=act)
+
+
+def _with_one_width(recipe: str, weight: str) -> tuple[Entry, Entry, Entry]:
+    """A recipe that mixes weight formats, the same with one that fits its budget, and its plan with nothing fitted."""
+    name = f"{recipe} in one width"
+    one = Entry(name, recipe, options={"choices": (weight,)})
+    return Entry(recipe, recipe, against=name), one, Entry(f"plain of {recipe}", recipe, plain=True)
+
+
+def _with_groups_off(recipe: str) -> tuple[Entry, Entry, Entry]:
+    """A recipe with groups of channels, the same without, and with as many that are not clusters."""
+    name = f"{recipe} without groups"
+    off = Entry(name, recipe, options={"groups": 1})
+    return Entry(recipe, recipe, against=name), off, Entry(f"{recipe} in order", recipe, options={"permute": False})
+
+
+FROM_NEAREST = {"start": "nearest"}
 ENTRIES = (
     Entry("int8", "int8"),
     *_with_plain("gptq-int4-weight"),
     *_with_plain("svdquant-int4"),
+    Entry("svdquant-int4 without clipping", "svdquant-int4", options={"clip": False}),
+    Entry("svdquant-int4 for rounded inputs", "svdquant-int4", options={"noise": True}, against="svdquant-int4"),
     Entry("plain of svdquant-int4, smaller groups", "svdquant-int4", plain=True, weights=INT4_MORE),
     Entry("plain of svdquant-int4, more bits", "svdquant-int4", plain=True, weights=INT_WIDER),
     *_with_plain("svdquant-nvfp4"),
     Entry("svdquant-int8", "svdquant-int8", against="int8"),
     *_with_plain("svdquant-w4a8"),
+    Entry("svdquant-w4a8 for rounded inputs", "svdquant-w4a8", options={"noise": True}, against="svdquant-w4a8"),
     *_with_plain("gptq-w4a8"),
+    Entry("gptq-w4a8 for rounded inputs", "gptq-w4a8", options={"noise": True}, against="gptq-w4a8"),
+    Entry("comq-int4-weight", "comq-int4-weight", against="comq-int4-weight to nearest"),
+    Entry("comq-int4-weight to nearest", "comq-int4-weight", options={"sweeps": 0}),
+    Entry("comq-w4a8", "comq-w4a8", against="comq-w4a8 to nearest"),
+    Entry("comq-w4a8 to nearest", "comq-w4a8", options={"sweeps": 0}),
     Entry("viditq-w8a8", "viditq-w8a8", against="int8"),
     *_with_plain("viditq-w4a8"),
     *_with_plain("qdiffusion-w4a8"),
     Entry("qdiffusion-w4a8 without split", "qdiffusion-w4a8", options={"splits": False}, models=("tiny-sd",)),
+    Entry("qdiffusion-w4a8, nothing learned", "qdiffusion-w4a8", options={"steps": 0}),
+    Entry(
+        "qdiffusion-w4a8 from nearest",
+        "qdiffusion-w4a8",
+        options=FROM_NEAREST,
+        against="qdiffusion-w4a8, plain nearest",
+    ),
+    Entry("qdiffusion-w4a8, plain nearest", "qdiffusion-w4a8", options={**FROM_NEAREST, "steps": 0}),
     Entry("ptq4dm-w8a8", "ptq4dm-w8a8", against="ptq4dm-w8a8 baseline", calibration={"policy": "normal"}),
     Entry("ptq4dm-w8a8 baseline", "ptq4dm-w8a8", baseline=True),
     Entry("tfmq-w8a8", "tfmq-w8a8", against="ptq4dm-w8a8 baseline"),
     *_with_plain("tfmq-w4a8"),
+    Entry("tfmq-w4a8, time in the blocks", "tfmq-w4a8", options={"temporal": False}),
     Entry("tdq-w8a8", "tdq-w8a8", against="ptq4dm-w8a8 baseline"),
+    Entry("vq4dit-w2", "vq4dit-w2", against="vq4dit-w2, codebook only"),
+    Entry("vq4dit-w2, codebook only", "vq4dit-w2", options={"candidates": 1}),
+    Entry("vq4dit-w2, k-means only", "vq4dit-w2", options={"steps": 0}),
+    Entry("vq4dit-w3", "vq4dit-w3", against="vq4dit-w3, codebook only"),
+    Entry("vq4dit-w3, codebook only", "vq4dit-w3", options={"candidates": 1}),
+    Entry("vptq-w2", "vptq-w2", against="vptq-w2 without compensation"),
+    Entry("vptq-w2 without compensation", "vptq-w2", options={"compensate": False}),
+    *_with_fp8("hif8"),
+    *_with_fp8("hif8-weight"),
+    Entry("tdq-w8a8 of 8 steps", "tdq-w8a8", against="tfmq-w8a8 of 8 steps", calibration={"steps": 8}),
+    Entry("tfmq-w8a8 of 8 steps", "tfmq-w8a8", calibration={"steps": 8}),
+    *_with_one_range("tdq-w8a6"),
+    *_with_one_range("tdq-w4a6"),
+    *_with_one_range("tfmq-w4a6"),
+    *_with_plain("ptq4dm-w6a6", calibration={"policy": "normal"}),
+    *_with_groups_off("dgq-w4a8"),
+    *_with_groups_off("dgq-w4a6"),
+    *_with_one_width("mixdq-w5a8", "int5/channel"),
+    *_with_one_width("mixdq-w4a8", "int4/channel"),
+    *_with_one_width("viditq-mp-w4a8", "int5/channel"),
+    Entry("lrqdit-w4a4", "lrqdit-w4a4", against="lrqdit-w4a4 without logarithms"),
+    Entry("lrqdit-w4a4 without logarithms", "lrqdit-w4a4", options={"log": False}),
+    Entry("lrqdit-w4a4 without rotation", "lrqdit-w4a4", options={"rotate": False}),
+    Entry("lrqdit-w3a4", "lrqdit-w3a4", against="lrqdit-w3a4 without logarithms"),
+    Entry("lrqdit-w3a4 without logarithms", "lrqdit-w3a4", options={"log": False}),
+    Entry("squeezellm-w3", "squeezellm-w3", against="squeezellm-w3 without sensitivity"),
+    Entry("squeezellm-w3 without sensitivity", "squeezellm-w3", options={"count": ""}),
+    Entry("squeezellm-w3 with GPTQ", "squeezellm-w3", options={"round": "gptq"}),
+    Entry("plain int3 of squeezellm-w3", "squeezellm-w3", plain=True, weights=("int3/group:64",)),
 )
 # why a row does not beat the one it is set `against`, by (model, row); docs/results/methods.md shows it
 REASONS: dict[tuple[str, str], str] = {
@@ -172,41 +266,76 @@ def _there(row: dict) -> bool:
 
 def measure(model: str, entry: Entry, options) -> dict:
     """Quantize and compare with the fp32 model; the figures of one row."""
-    pipe = tiny.load(model)
     plan = plain_plan(model, entry, options) if entry.plain else None
     figures = {"plan": None if plan is None else versions.crc(_code("") + json.dumps(plan.to_dict()["layers"]))}
     if plan is not None and (same := _same_plan(model, entry.name, figures["plan"], options)):
         return same
+    pipe = tiny.load(model)
+    figures |= quantized(pipe, model, entry, options, plan) | compare(pipe, model, options)
+    return rounded(figures)
+
+
+def rounded(figures: Mapping) -> dict:
+    return {key: round(value, 5) if isinstance(value, float) else value for key, value in figures.items()}
+
+
+def quantized(pipe, model: str, entry: Entry, options, plan: Plan | None = None) -> dict:
+    """Quantize a pipeline by a plan, or else as an entry says; seconds, bits, bytes and kernels."""
     if plan is None:
         with claimed(plan_file(model, entry).stem):
             report = calibrate(pipe, model, entry, options)
     else:
         report = dq.quantize(pipe, plan, progress=False)
     layers = packed_layers(getattr(pipe, denoiser(pipe)))
-    figures |= {"seconds": round(report.seconds, 1), "candidates": report.candidates, "notes": report.notes}
+    figures = {"seconds": round(report.seconds, 1), "candidates": report.candidates, "notes": report.notes}
     figures |= {"bits": bits({name: layer.plan for name, layer in layers.items()})}
     figures |= {"bytes": report.bytes_after, "fp32_bytes": report.bytes_before, "branch_share": branch_share(layers)}
-    figures |= {"kernels": kernels(pipe), "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 2)}
-    figures |= compare(pipe, model, options)
-    return {key: round(value, 5) if isinstance(value, float) else value for key, value in figures.items()}
+    return figures | {
+        "kernels": kernels(pipe),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+    }
 
 
 def compare(pipe, model: str, options) -> dict:
     """Figures of pictures and predictions of a quantized pipeline."""
     truth, images = pictures(model, options), draw(pipe, model, options)
-    captions, scenes = zip(*tiny.prompts(options.prompts, seed=options.seed), strict=True)
-    figures = decibels(images, truth, captions) | feature_distance.score(images, truth)
-    for key, found in (("caption_accuracy", images), ("caption_accuracy_fp32", truth)):
-        figures[key] = caption_accuracy.score(found, scenes)["caption_accuracy"]
+    captions, labels = zip(*grammar(model)(options.prompts, seed=options.seed), strict=True)
+    if model in tiny.VIDEOS:
+        figures = of_clips(images, truth, captions, labels)
+    else:
+        figures = decibels(images, truth, captions) | feature_distance.score(images, truth)
+        for key, found in (("caption_accuracy", images), ("caption_accuracy_fp32", truth)):
+            figures[key] = caption_accuracy.score(found, labels)["caption_accuracy"]
     calls = recorded(model, min(REPLAYED, options.prompts), options.seed)
     predictions = noise_sqnr.replay(getattr(pipe, denoiser(pipe)), calls)
     return figures | noise_sqnr.score(predictions, [call.prediction for call in calls])
 
 
+def of_clips(clips: torch.Tensor, truth: torch.Tensor, captions: Sequence[str], labels: Sequence) -> dict:
+    """Figures of clips (N, 8, 3, 64, 64): decibels over frames, added flicker, and motion beside that of the truth."""
+    figures = decibels(clips.flatten(0, 1), truth.flatten(0, 1), [text for text in captions for _ in truth[0]])
+    figures |= flicker.score(clips, truth)
+    for suffix, found in (("", clips), ("_fp32", truth)):
+        seen = motion_accuracy.score(found, labels)
+        seen |= dynamic_degree.score(found) | motion_smoothness.score(found)
+        figures |= {f"{key}{suffix}": value for key, value in seen.items()}
+    return figures
+
+
+def grammar(model: str) -> Callable:
+    """What draws held-out captions of a model with their labels."""
+    return tiny.motions if model in tiny.VIDEOS else tiny.prompts
+
+
 def draw(pipe, model: str, options) -> torch.Tensor:
-    """Pictures (N, 3, 64, 64) of the evaluation prompts, each from a seed of its own."""
-    captions = [caption for caption, _ in tiny.prompts(options.prompts, seed=options.seed)]
-    return tiny.pictures(pipe, model, captions, options.seed, batch=BATCH)
+    """Pictures (N, 3, 64, 64), or clips (N, 8, 3, 64, 64), of the evaluation prompts, each from a seed of its own."""
+    captions = [caption for caption, _ in grammar(model)(options.prompts, seed=options.seed)]
+    return drawn(pipe, model, captions, options.seed, BATCH)
+
+
+def drawn(pipe, model: str, captions: list[str], seed: int, batch: int) -> torch.Tensor:
+    return (tiny.clips if model in tiny.VIDEOS else tiny.pictures)(pipe, model, captions, seed, batch=batch)
 
 
 def pictures(model: str, options) -> torch.Tensor:
@@ -221,26 +350,26 @@ def pictures(model: str, options) -> torch.Tensor:
 @cache
 def recorded(model: str, count: int, seed: int) -> list[noise_sqnr.Call]:
     """Denoiser calls of the fp32 model for the first `count` evaluation prompts, as one batch."""
-    pipe, captions = tiny.load(model), [caption for caption, _ in tiny.prompts(count, seed=seed)]
+    pipe, captions = tiny.load(model), [caption for caption, _ in grammar(model)(count, seed=seed)]
     with noise_sqnr.record(getattr(pipe, denoiser(pipe))) as calls:
-        tiny.pictures(pipe, model, captions, seed, batch=count)
+        drawn(pipe, model, captions, seed, count)
     return calls
 
 
 def calibrate(pipe, model: str, entry: Entry, options) -> dq.Report:
     """Quantize a pipeline by a recipe, with calibration if it needs any, and keep the plan for the baselines."""
-    recipe = entry.wanted()
-    given = calibration(model, entry, options) if recipe.needs_calibration else None
-    report = dq.quantize(pipe, recipe, calibration=given, progress=False)
+    recipe, budget = entry.wanted(), dq.Budget(bits=entry.bits) if entry.bits else None
+    given = calibration(model, entry, options) if recipe.needs_calibration or budget else None
+    report = dq.quantize(pipe, recipe, calibration=given, budget=budget, progress=False)
     disk.write(plan_file(model, entry), mark.plan_of(getattr(pipe, denoiser(pipe))).save)
     return report
 
 
 def calibration(model: str, entry: Entry, options, count: int = CALIBRATION_PROMPTS):
     """`count` prompts that no evaluation prompt repeats, not even by the same words."""
-    asked = {caption for caption, _ in tiny.prompts(options.prompts, seed=options.seed)}
-    drawn = [caption for caption, _ in tiny.prompts(20 * CALIBRATION_PROMPTS, seed=CALIBRATION_SEED)]
-    prompts = [caption for caption in dict.fromkeys(drawn) if caption not in asked][:count]
+    asked = {caption for caption, _ in grammar(model)(options.prompts, seed=options.seed)}
+    others = [caption for caption, _ in grammar(model)(20 * CALIBRATION_PROMPTS, seed=CALIBRATION_SEED)]
+    prompts = [caption for caption in dict.fromkeys(others) if caption not in asked][:count]
     call = {key: value for key, value in tiny.CALL[model].items() if key != "num_inference_steps"}
     return dq.Calibration(**{"prompts": prompts, "call_kwargs": call, **CALIBRATION, **entry.calibration})
 
@@ -251,7 +380,7 @@ def plan_file(model: str, entry: Entry) -> Path:
 
 
 def _calibrated(entry: Entry) -> Entry:
-    return replace(entry, plain=False, weights=())
+    return replace(entry, plain=False, weights=(), formats={}) if entry.plain else entry
 
 
 def plain_plan(model: str, entry: Entry, options) -> Plan:
@@ -262,24 +391,27 @@ def plain_plan(model: str, entry: Entry, options) -> Plan:
             calibrate(tiny.load(model), model, _calibrated(entry), options)
     final = Plan.load(path)
     for weight in entry.weights or (None,):
-        plan = derived(final, entry.name, weight)
+        plan = derived(final, entry.name, weight, entry.formats)
         if weight is None or packed_bytes(plan) >= packed_bytes(final):
             return plan
     raise dq.DQError(f"none of {', '.join(entry.weights)} takes the {packed_bytes(final)} bytes of {entry.recipe}")
 
 
-def derived(final: Plan, name: str, weight: str | None = None) -> Plan:
-    """A plan with the same layers, groups and activations and nothing fitted; `weight` for those of under 8 bits."""
-    layers = {key: _plain(plan, weight) for key, plan in final.layers.items()}
+def derived(final: Plan, name: str, weight: str | None = None, formats: Mapping[str, str] | None = None) -> Plan:
+    """A plan with the same layers, groups and activations and nothing fitted; `weight` for those of under 8 bits,
+    `formats` in place of others."""
+    layers = {key: _plain(plan, weight, formats or {}) for key, plan in final.layers.items()}
     return replace(final, layers=layers, recipe=name, edges=())
 
 
-def _plain(plan: LayerPlan, weight: str | None) -> LayerPlan:
-    form = TensorPlan.parse(weight) if weight and plan.weight.spec.bits < 8 else plan.weight
+def _plain(plan: LayerPlan, weight: str | None, formats: Mapping[str, str]) -> LayerPlan:
+    form = TensorPlan.parse(weight) if weight and plan.weight.spec.bits_per_weight < 8 else plan.weight
+    form = replace(form, format=formats.get(form.format, form.format))
     plain = replace(plan, weight=form, smooth=False, rotate=0, rank=0, splits=(), steps=1, reason="")
     if plan.act is None:
         return plain
-    act = replace(plan.act, scale="dynamic", shift=0.0)
+    act = replace(plan.act, format=formats.get(plan.act.format, plan.act.format))
+    act = replace(act, scale="dynamic", shift=0.0, clip=1.0)
     if plan.act.scale != "dynamic":
         act = replace(act, granularity="token" if plan.kind == "linear" else "tensor")
     return replace(plain, act=act)
@@ -305,7 +437,7 @@ def bits(plans: Mapping[str, LayerPlan]) -> str:
     sizes: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
     for plan in plans.values():
         act = f"A{plan.act.spec.bits}" if plan.act else ""
-        sizes[plan.kind.startswith("conv")][f"W{plan.weight.spec.bits}{act}"] += plan.rows * plan.columns
+        sizes[plan.kind.startswith("conv")][f"W{plan.weight.spec.bits_per_weight:g}{act}"] += plan.rows * plan.columns
     linear, conv = (counter.most_common(1)[0][0] if counter else "" for counter in sizes.values())
     return linear if conv in ("", linear) else f"{linear}, convolutions {conv}"
 
@@ -350,7 +482,12 @@ def version(entry: Entry) -> str:
     """Changes when the code or the options behind an entry do."""
     recipe = entry.wanted()
     asked = [recipe.to_dict(), entry.plain, entry.weights, dict(entry.calibration), CALIBRATION, CALIBRATION_PROMPTS]
-    return versions.crc(_code(recipe.method) + json.dumps(asked, default=str, sort_keys=True))
+    asked += [dict(entry.formats)] if entry.formats else []
+    code = _code(recipe.method)
+    if entry.bits:
+        asked.append(entry.bits)
+        code += versions.code((ROOT / "dq" / "budget").glob("*.py"))
+    return versions.crc(code + json.dumps(asked, default=str, sort_keys=True))
 
 
 if __name__ == "__main__":

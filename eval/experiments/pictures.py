@@ -43,10 +43,11 @@ def main() -> None:
     print(f"{FILE}: {FILE.stat().st_size / 1024:.0f} KiB")
 
 
-def drawn(suite: Suite):
+def drawn(suite: Suite, model: str = MODEL, entries: Sequence[str] = tuple(ENTRIES), name: str = "pictures"):
     """The run of the suite's first prompts, made where it is missing; calibrated as for all of its prompts."""
     others = prompts.others(suite)
-    kept = [suite.entry(name) for name in ENTRIES]
+    kept = [suite.entry(entry) for entry in entries]
+    grammar = "clips" if "clips" in suite.prompts else "scenes"
     fitted = [
         replace(entry, calibration={"prompts": others, **entry.calibration})
         if entry.budget or entry.calibration
@@ -55,13 +56,14 @@ def drawn(suite: Suite):
     ]
     short = replace(
         suite,
-        name="pictures",
-        pipelines=(suite.pipeline(MODEL),),
+        name=name,
+        pipelines=(suite.pipeline(model),),
         entries=tuple(fitted),
-        prompts={**suite.prompts, "scenes": COLUMNS},
+        prompts={**suite.prompts, grammar: COLUMNS},
+        metrics=(),
         timing={"repeats": 0},
     )
-    return generate(short, ROOT / "out" / "pictures" / quality.version(), [(MODEL, name) for name in ENTRIES])
+    return generate(short, ROOT / "out" / name / quality.version(), [(model, entry) for entry in entries])
 
 
 def shown() -> dict[str, dict]:
@@ -89,14 +91,15 @@ def grid(run, found: dict[str, dict]) -> Image.Image:
         _label(pen, (2 * GAP, top + side // 2), name, found[name])
         for j in range(COLUMNS):
             frames, truth = ([run.picture(MODEL, entry, j)] for entry in (name, FULL))
-            _paste(sheet, frames[0], (LABEL + j * across, top))
+            paste(sheet, frames[0], (LABEL + j * across, top))
             if name != FULL:
-                _paste(sheet, figures.difference(frames, truth)[0], (right + j * across, top))
-    _say(pen, (right, GAP + side), (f"|difference to the original| x {figures.GAIN}",), "ld")
+                paste(sheet, figures.difference(frames, truth)[0], (right + j * across, top))
+    say(pen, (right, GAP + side), (f"|difference to the original| x {figures.GAIN}",), "ld")
     return sheet
 
 
-def _paste(sheet: Image.Image, picture: Image.Image, place: tuple[int, int]) -> None:
+def paste(sheet: Image.Image, picture: Image.Image, place: tuple[int, int]) -> None:
+    """Put a picture there, enlarged, pixels kept sharp."""
     size = (ENLARGED * picture.width, ENLARGED * picture.height)
     sheet.paste(picture.resize(size, Image.Resampling.NEAREST), place)
 
@@ -104,10 +107,10 @@ def _paste(sheet: Image.Image, picture: Image.Image, place: tuple[int, int]) -> 
 def _label(pen: ImageDraw.ImageDraw, place: tuple[int, int], name: str, found: dict) -> None:
     ms = "not timed: emulated" if found["ms"] is None else f"{found['ms']:.1f} ms a step"
     lines = (f"{found['mib']:.1f} MiB", ms, *([] if found["db"] is None else [f"{found['db']:.1f} dB"]))
-    _say(pen, place, (ENTRIES[name], *lines), "lm")
+    say(pen, place, (ENTRIES[name], *lines), "lm")
 
 
-def _say(pen: ImageDraw.ImageDraw, place: tuple[int, int], lines: Sequence[str], anchor: str) -> None:
+def say(pen: ImageDraw.ImageDraw, place: tuple[int, int], lines: Sequence[str], anchor: str) -> None:
     """Lines of text around a place, the first one dark and larger."""
     x, y = place
     sizes = [FIRST, *[OTHERS] * (len(lines) - 1)]

@@ -97,6 +97,44 @@ def _method_cells(row: dict, gain: float | None, old: bool) -> list[str]:
     return [*cells, f"{row['seconds']:.0f}", _kernel(row["kernels"])]
 
 
+def video(found: list[dict]) -> list[str]:
+    """Markdown lines of the table of the video model, and why a row does not beat what it is set against."""
+    # imported here: only this table needs the recipes
+    from eval.experiments.methods import version
+    from eval.experiments.video import ENTRIES, REASONS
+
+    entries = {entry.name: entry for entry in ENTRIES}
+    known = {row["row"]: row for row in found if row["row"] in entries}
+    cells, below = [], []
+    for name, entry in entries.items():
+        if name not in known:
+            continue
+        rival = known.get(entry.against)
+        gain = None if rival is None else known[name]["psnr_db"] - rival["psnr_db"]
+        cells.append(_video_cells(known[name], gain, known[name]["version"] != version(entry)))
+        if gain is not None and gain <= 0:
+            below.append(f"- `{name}` does not beat {entry.against}: {REASONS.get(name, 'no reason known')}")
+    head = ["row", "bits", "PSNR to fp32, dB (gain)", "added flicker", "moves as named", "objects right"]
+    head += ["dynamic degree, pixels", "smoothness", "noise SQNR early / middle / late, dB", "size"]
+    lines = table([*head, "ms a step (fp32)", "seconds", "kernel"], cells)
+    return [*lines, "", *below] if below else lines
+
+
+def _video_cells(row: dict, gain: float | None, old: bool) -> list[str]:
+    noise = " / ".join(f"{row[f'noise_sqnr_{third}_db']:.1f}" for third in ("early", "middle", "late"))
+    moves, objects = (
+        f"{100 * row[key]:.0f} % (fp32: {100 * row[f'{key}_fp32']:.0f} %)"
+        for key in ("motion_accuracy", "objects_right")
+    )
+    degree = f"{row['dynamic_degree']:.2f} (fp32: {row['dynamic_degree_fp32']:.2f})"
+    smooth = f"{row['motion_smoothness']:.4f} (fp32: {row['motion_smoothness_fp32']:.4f})"
+    ms = "emulated" if row["ms_per_step"] is None else f"{row['ms_per_step']:.0f}"
+    cells = [row["row"] + (OLD if old else ""), row["bits"]]
+    cells += [decibels(row) + ("" if gain is None else f" ({gain:+.1f})"), f"{row['flicker']:.4f}", moves, objects]
+    cells += [degree, smooth, noise, f"{row['bytes'] / row['fp32_bytes']:.2f}x"]
+    return [*cells, f"{ms} ({row['fp32_ms_per_step']:.0f})", f"{row['seconds']:.0f}", _kernel(row["kernels"])]
+
+
 def peers(found: list[dict]) -> list[str]:
     """Markdown lines of dq next to its peers: a table for each machine, level and base, by model, the base first.
 
@@ -144,7 +182,8 @@ def calibration(found: list[dict]) -> list[str]:
     for row in found:
         limit = f", {row['budget_bits']:g} bits a weight" if row.get("budget_bits") else ""
         size, took = f"{row['bytes_before'] / 2**30:.2f} GiB", f"{row['seconds'] / 60:.1f} min"
-        names = [row["model"], f"`{row['recipe']}`{limit}", str(row["layers"]), size, str(row["threads"])]
+        frames = f", {row['frames']} frames" if row.get("frames") else ""
+        names = [row["model"] + frames, f"`{row['recipe']}`{limit}", str(row["layers"]), size, str(row["threads"])]
         cells.append([*names, f"{row['call_seconds']:.1f} s", took, f"{row['peak_gib']:.1f} GiB"])
     return table(head, cells)
 
@@ -246,6 +285,11 @@ def _calibration() -> str:
     return _with(calibration(found), _where(found))
 
 
+def _video() -> str:
+    found = _read("video")
+    return _with(video(found), f"{found[0]['prompts']} prompts.", _where(found)) if found else NOT_YET
+
+
 def _eval() -> str:
     # imported here: only this table needs what runs are made of
     from eval import report, summary
@@ -268,6 +312,7 @@ def tables() -> dict[str, tuple[Path, Callable[[], str]]]:
         for page, made in {
             "quality": {"quality": _quality},
             "methods": {"methods": _methods},
+            "video": {"video": _video},
             "budgets": {"budgets": _budgets},
             "speed": {"speed": _speed, "pipelines": _pipelines, "layers": _layers, "peers": _peers},
             "memory": {"memory": _memory, "calibration": _calibration},

@@ -1,6 +1,7 @@
 """Measure the shipped models on held-out scenes: `python -m eval.experiments.tiny_models [--count 500] [--names ...]`.
 
-Writes one row per figure set to eval/results/tiny_models.json.
+Writes one row per figure set to eval/results/tiny_models.json. Videos have motion accuracy, and flicker beside that of
+training clips.
 """
 
 import argparse
@@ -11,24 +12,46 @@ from importlib.metadata import version
 import torch
 
 from eval.experiments import rows
-from eval.metrics import caption_accuracy
+from eval.metrics import background_consistency, caption_accuracy, motion_accuracy
 from eval.static import kernels_by_rank
 from pipelines import tiny
+from pipelines.tiny import motion
 from pipelines.tiny.training import write_json
 
 RESULTS = rows.FOLDER / "tiny_models.json"
 MACHINE = "2 cores AMD Zen 5"
+TRAINING_CLIPS = 100  # that flicker is compared with
 
 
 def measure(name: str, objects: int, count: int, seed: int = 0, dtype=torch.float32, **call) -> dict:
-    """Caption accuracy of a pipeline on `count` held-out prompts of so many objects."""
+    """Caption accuracy, of a video model motion accuracy, on `count` held-out prompts of so many objects."""
     began = time.time()
-    captions, scenes = zip(*tiny.prompts(count, objects, seed), strict=True)
-    images = tiny.pictures(tiny.load(name, dtype), name, list(captions), seed, **call)
-    figures = caption_accuracy.score(images, scenes)
+    moving = name in tiny.VIDEOS
+    captions, labels = zip(*(tiny.motions if moving else tiny.prompts)(count, objects, seed), strict=True)
+    draw = tiny.clips if moving else tiny.pictures
+    drawn = draw(tiny.load(name, dtype), name, list(captions), seed, **call)
+    if moving:
+        figures = motion_accuracy.score(drawn, labels)
+        figures |= {"flicker": flicker(drawn), "flicker_of_training_clips": flicker(training_clips(name, objects))}
+    else:
+        figures = caption_accuracy.score(drawn, labels)
     row = {"model": name, "objects": objects, "prompts": count, "seed": seed, "dtype": str(dtype).split(".")[-1]}
     row |= {key: (tiny.CALL[name] | call)[key] for key in ("num_inference_steps", "guidance_scale")}
     return row | {key: round(value, 4) for key, value in figures.items()} | {"seconds": round(time.time() - began, 1)}
+
+
+def flicker(clips: torch.Tensor) -> float:
+    """Mean change of pixels (share of range) since the first frame where no object is: the background stands still."""
+    return 1 - background_consistency.score(list(clips))["background_consistency"]
+
+
+@torch.no_grad()
+def training_clips(name: str, objects: int) -> torch.Tensor:
+    """Clips (N, 8, 3, 64, 64) of the training stream as the model sees them, through its autoencoder."""
+    vae, drawn = tiny.load(name).vae, [motion.sample(i, motion.TRAIN, objects)[0] for i in range(TRAINING_CLIPS)]
+    frames = torch.from_numpy(motion.render(drawn)).flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1
+    decoded = [vae.decode(vae.encode(part).latent_dist.mode()).sample for part in frames.split(50)]
+    return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1).unflatten(0, (len(drawn), motion.FRAMES))
 
 
 def measure_judges(count: int) -> list[dict]:
@@ -54,7 +77,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--objects", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, nargs="+", help="20 by default, 1, 2, 4 and 8 of few-step students")
-    parser.add_argument("--names", nargs="+", default=[*tiny.NAMES, *tiny.STUDENTS, "judges"])
+    everything = [*tiny.NAMES, *tiny.STUDENTS, *tiny.shipped(tiny.VIDEOS), "judges"]
+    parser.add_argument("--names", nargs="+", default=everything)
     options = parser.parse_args()
     kernels_by_rank()
     for name in options.names:

@@ -4,6 +4,5 @@
     checks    every kernel next to the reference                        faults  put into kernels, that checks see
     block     a block of FLUX in bf16 and on fused 8-bit kernels        flux    diffusers' FLUX beside other libraries
     kernels   norms, rotations, GELU, gates                             launches  what only that block runs, on tensors
-    attention 8-bit queries and keys
 The kernels run in Triton's interpreter and are compiled for every architecture in the tests, like those of dq.
 """

@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from types import SimpleNamespace
@@ -26,7 +27,6 @@ from dq.errors import DQError
 from dq.kernels import reference
 from eval.gpu import checks
 from eval.gpu.checks import DEVICE, layer, randn
-from eval.gpu.lab import quantized_heads
 from eval.gpu.tiles import FLIGHT, far
 
 REHEARSAL = os.environ.get("TRITON_INTERPRET") == "1"
@@ -351,49 +351,49 @@ def quantizers(options: SimpleNamespace, note: Callable) -> None:
 
 
 def attention(options: SimpleNamespace, note: Callable) -> None:
-    from eval.gpu import launches
-
-    for batch, count, length, size in HEADS:
+    """torch's attention, every backend of diffusers, and what `dq.fusions.backends` chooses on this card."""
+    for heads in HEADS:
+        batch, count, length, size = heads
         q, k, v = (randn(batch, length, count, size) for _ in range(3))
-        turned = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-        runs = {"bf16 SDPA": partial(F.scaled_dot_product_attention, *turned)}
+        runs: dict[str, Callable[[], Any]] = {"bf16 SDPA": partial(by_torch, q, k, v)}
         for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
-            runs[f"bf16 {backend.lower()}"] = partial(with_backend, backend, turned)
-        for eight in (False, True):
-            name = "attn_i8, " + ("fp8" if eight else "fp16") + " values"
-            try:
-                ready = quantized_heads(q, k, v, eight)
-            except Exception as error:  # fp8 before sm_89
-                note("attention", name, (batch, count, length, size), None, error=first_line(error))
-                continue
-            runs[name] = partial(launches.attn_i8, *ready, count, torch.bfloat16)
-            runs[f"{name}, quantization included"] = partial(all_of_attention, q, k, v, eight)
-        runs |= {f"diffusers {name}": run for name, run in dispatched(q, k, v).items()}
-        shape = (batch, count, length, size)
-        record("attention", shape, runs, 4 * batch * count * length * length * size, options, note)
+            runs[f"bf16 {backend.lower()}"] = partial(by_torch, q, k, v, backend)
+        truth, more, about = by_torch(q.float(), k.float(), v.float()).double(), *dispatched(heads, (q, k, v), note)
+        runs |= more
+        for name, run in runs.items():
+            about[name] = about.get(name, {}) | off(run, truth)
+        record("attention", heads, runs, 4 * batch * count * length * length * size, options, note, about)
 
 
-def dispatched(q, k, v) -> dict[str, Callable[[], object]]:
-    """Every attention backend that diffusers knows, {} without diffusers."""
+def dispatched(heads: tuple[int, ...], ready: tuple[torch.Tensor, ...], note: Callable) -> tuple[dict, dict]:
+    """-> (runs, fields of their rows): diffusers' attention backends that are there and dq's choice among them.
+
+    Those that are not there have a row with the reason. Without diffusers there are none.
+    """
     try:
         from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
     except ImportError as error:
-        print(f"  diffusers' attention backends: {first_line(error)}")
-        return {}
-    return {each.value: partial(dispatch_attention_fn, q, k, v, backend=each) for each in AttentionBackendName}
+        note("attention", "diffusers", heads, None, error=first_line(error))
+        return {}, {}
+    from dq.fusions import backends
+
+    runs, wanted = {}, backends.choose(DEVICE)[0]
+    for each in AttentionBackendName:
+        reason = backends.why_not(each.value)
+        if reason:
+            note("attention", f"diffusers {each.value}", heads, None, error=reason)
+            continue
+        runs[f"diffusers {each.value}"] = partial(dispatch_attention_fn, *ready, backend=each)
+    runs["dq"] = partial(dispatch_attention_fn, *ready, backend=backends.entry(None))
+    return runs, {"dq": {"kernel": wanted if backends.takes(wanted, *ready) else backends.NATIVE}}
 
 
-def with_backend(name: str, heads: list[torch.Tensor]) -> torch.Tensor:
+def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str | None = None) -> torch.Tensor:
+    """Heads (batch, rows, heads, channels) as diffusers has them -> the same; backend: None leaves it to torch."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    with sdpa_kernel(getattr(SDPBackend, name)):
-        return F.scaled_dot_product_attention(*heads)
-
-
-def all_of_attention(q, k, v, eight: bool) -> torch.Tensor:
-    from eval.gpu import launches
-
-    return launches.attn_i8(*quantized_heads(q, k, v, eight), q.shape[2], torch.bfloat16)
+    with sdpa_kernel(getattr(SDPBackend, backend)) if backend else nullcontext():
+        return F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
 
 
 def block(options: SimpleNamespace, note: Callable) -> None:

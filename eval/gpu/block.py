@@ -4,7 +4,7 @@
     double   two streams (picture, text) with weights of their own, attention over both, then a feed-forward each
 
 x (tokens, width); a, b, g one row; q and k pass RMSNorm and rotary embedding. Fused: norm, modulation and quantization
-in one kernel, GELU, gate and residual in the products, rotary embedding and quantization of heads in one kernel.
+in one kernel, GELU, gate and residual in the products. Attention is torch's in both.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from dq import layers
 from dq.kernels.triton.ops import E4M3, FP8_TOP, INT8_TOP, Codes, Epilogue, RowFormat, quant_rows, w8a8_gemm
 from dq.plan import LayerPlan, TensorPlan
 from eval.gpu import launches
-
-LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -110,14 +108,13 @@ class Block(nn.Module):
 
 
 class Fused:
-    """The same block on Triton kernels. form: int8 or fp8; attention: "int8" (values in fp16), "fp8" or "torch"."""
+    """The same block on Triton kernels, but for attention. form: int8 or fp8."""
 
-    def __init__(self, block: Block, form: str, attention: str):
+    def __init__(self, block: Block, form: str):
         self.block, self.size = block, block.size
-        self.eight, self.kind = form == "fp8", attention
+        self.eight = form == "fp8"
         self.rows = RowFormat(FP8_TOP if self.eight else INT8_TOP)
-        self.turn = launches.Rotation(block.cos, block.sin)
-        self.by_torch = torch.compile(self._by_torch) if self.size.device == "cuda" else self._by_torch
+        self.attention = torch.compile(self._attention) if self.size.device == "cuda" else self._attention
         self.weights = [[self._weight(linear, form) for linear in stream.linears] for stream in block.streams]
 
     def _weight(self, linear: nn.Linear, form: str) -> tuple[Codes, Tensor]:
@@ -141,21 +138,11 @@ class Fused:
         modulation = launches.Modulation(scale, shift, len(x))
         return launches.adaln_quant(x.contiguous(), launches.Norm(), modulation, fp8=self.eight)
 
-    def attention(self, streams: list[Stream], qkvs: list[Tensor]) -> Tensor:
-        """qkv (tokens, 3 width) of each stream -> (tokens, width)."""
-        if self.kind == "torch":
-            return self.by_torch(streams, qkvs)
-        stream = streams[0]  # one norm weight for both streams: a bench needs no second launch
-        qkv = qkvs[0] if len(qkvs) == 1 else torch.cat(qkvs)
-        q, k, v = qkv[None].unflatten(-1, (3, self.size.heads, self.size.head)).unbind(2)
-        q_how, k_how = ({"weight": weight, "rotation": self.turn} for weight in (stream.q_norm, stream.k_norm))
-        q8 = launches.qk_norm_rope_quant(q, **q_how, factor=LOG2_E * self.size.head**-0.5)
-        k8 = launches.qk_norm_rope_quant(k, **k_how, mean=launches.k_mean(k, **k_how))
-        values = launches.v_fp8(v) if self.kind == "fp8" else v[0].transpose(0, 1).half().contiguous()
-        return launches.attn_i8(q8, k8, values, self.size.heads, torch.bfloat16)[0].flatten(1)
+    def _attention(self, streams: list[Stream], qkvs: list[Tensor]) -> Tensor:
+        """qkv (tokens, 3 width) of each stream -> (tokens, width), as the block computes it.
 
-    def _by_torch(self, streams: list[Stream], qkvs: list[Tensor]) -> Tensor:
-        """`attention` as the block computes it; compiled, because its norms and rotations are ten passes otherwise."""
+        Compiled on a card, because its norms and rotations are ten passes otherwise.
+        """
         heads = [self.block.heads(stream, qkv) for stream, qkv in zip(streams, qkvs, strict=True)]
         return self.block.attention(torch.cat(heads, 1))
 
@@ -193,10 +180,8 @@ def contenders(size: Size | None = None) -> Iterator[tuple[str, tuple[int, ...],
         x = torch.randn(size.tokens, size.width, device=size.device, dtype=torch.bfloat16)
         compiled = torch.compile(block) if size.device == "cuda" else block
         runs: dict[str, Callable] = {"bf16 compiled": lambda run=compiled, x=x: run(x)}
-        kinds = [("int8", "torch"), ("int8", "int8"), ("int8", "fp8"), ("fp8", "torch"), ("fp8", "fp8")]
-        for form, attention in kinds:
-            name = f"{form} fused, {attention} attention"
-            runs[name] = _later(lambda block=block, form=form, attention=attention: Fused(block, form, attention), x)
+        for form in ("int8", "fp8"):
+            runs[f"{form} fused"] = _later(lambda block=block, form=form: Fused(block, form), x)
         runs["torchao fp8 compiled"] = _later(lambda block=block: _torchao(block), x)
         yield "single" if single else "double", (size.tokens, size.width), _operations(size), runs
 

@@ -15,9 +15,6 @@ from dq.layers import hadamard
 from eval.gpu import launches
 from eval.gpu.tiles import Problem, far, poisoned, positive, real, shapes, whole
 
-LOG2_E = 1.4426950408889634
-HEADS = ((2, 3, 200, 64), (1, 2, 333, 72), (1, 2, 256, 128), (1, 2, 70, 24))  # batch, heads, tokens, channels
-
 
 def checks() -> Iterator[tuple[str, str, Callable[..., str], object]]:
     """(what, matrix unit, check, its arguments but the device)."""
@@ -30,11 +27,6 @@ def checks() -> Iterator[tuple[str, str, Callable[..., str], object]]:
                 for operands in ("int8", "fp8"):
                     p = (name, config, shape, operands)
                     yield f"gated {Problem(*p, '')}", operands, check_gate, p
-    for heads in HEADS:
-        for tile in launches.attention_tiles(heads[-1], configs.architecture()):
-            for eight in (False, True):
-                what = f"attention {heads}, {tile['BM']} rows{', fp8 values' if eight else ''}"
-                yield what, "fp8" if eight else "int8", check_attention, heads, eight, tile
 
 
 def near(found: Codes, truth: Tensor) -> str:
@@ -88,36 +80,3 @@ def check_gate(about: tuple, device: str) -> str:
     with poisoned():
         found = launches.gated_gemm(x, y, bias, end, "tma" in p.kernel, p.config)
     return far(found, truth, 1)
-
-
-# --- attention -------------------------------------------------------------------------------------------------------
-
-
-def quantized_heads(q: Tensor, k: Tensor, v: Tensor, eight: bool):
-    """-> queries, keys and values as `attn_i8` takes them. q, k, v (B, L, H, D)."""
-    size = q.shape[-1]
-    q8 = launches.qk_norm_rope_quant(q, factor=LOG2_E * size**-0.5)
-    k8 = launches.qk_norm_rope_quant(k, mean=launches.k_mean(k))
-    return q8, k8, launches.v_fp8(v) if eight else v.transpose(1, 2).reshape(-1, v.shape[1], size).half()
-
-
-def check_attention(heads: tuple[int, int, int, int], eight: bool, tile: configs.Config, device: str) -> str:
-    """Next to attention on the same rounded operands: what is left is the rounding of probabilities."""
-    batch, count, length, size = heads
-    q, k, v = randn(device, 3, batch, length, count, size)
-    with poisoned():
-        q8, k8, values = ready = quantized_heads(q, k, v + 0.5, eight)
-        ours = launches.attn_i8(*ready, count, torch.bfloat16, tile)
-    scores = (q8.q.double() * q8.scale[..., None].double()) @ (k8.q.double() * k8.scale[..., None].double()).mT
-    p = torch.softmax(scores * torch.log(torch.tensor(2.0, dtype=torch.float64)), -1)
-    rounded = values.q[..., :length].double().mT * values.scale[:, None].double() if eight else values.double()
-    truth = (p @ rounded).reshape(batch, count, length, size).transpose(1, 2)
-    away = _far_from_own(q8, q, LOG2_E * size**-0.5) or _far_from_own(k8, k - k.float().mean(1, keepdim=True), 1.0)
-    error, most = ((ours.double() - truth).norm() / truth.norm()).item(), 0.015 if eight else 0.004
-    return away or ("" if error <= most else f"relative error {error:.3g}, at most {most} expected")
-
-
-def _far_from_own(codes: Codes, x: Tensor, factor: float) -> str:
-    """Whether codes of heads (B * H, L, D) are those of x (B, L, H, D)."""
-    rows = x.float().transpose(1, 2).reshape(-1, x.shape[-1])
-    return near(Codes(codes.q.reshape(rows.shape), codes.scale.reshape(-1, 1) / factor), rows)

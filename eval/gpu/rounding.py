@@ -25,6 +25,8 @@ ROWS = {
     "fp8": RowFormat(ops.FP8_TOP),
     "int4 in groups": RowFormat(7, group=64, split=64),
     "int4 with zero points in groups": RowFormat(7, affine=True, group=64, split=64, shift=0.171875),
+    "int4 with zero points in groups, clipped": RowFormat(7, affine=True, group=64, split=64, clip=0.9),
+    "int8 with even columns first, clipped": RowFormat(split=128, clip=0.9),
 }
 DECODED = ("int4/group:64", "int4/channel", "int4a/channel", "nvfp4", "mxfp4")
 
@@ -74,7 +76,7 @@ def _expected(name: str, x: Tensor, rows: RowFormat, stored: float | None) -> tu
     spec, (m, k) = get(form), x.shape
     z = (x if stored else x.nan_to_num(0, 0, 0)).float() + rows.shift  # rows without a scale are looked at apart
     how = "tensor" if stored else f"group:{rows.group}" if rows.group else "token"
-    e = spec.encode(z, how, scale=stored) if stored else spec.encode(z, how)
+    e = spec.encode(z, how, scale=stored) if stored else spec.encode(z, how, *spec.fit(z * rows.clip, how))
     codes, scale = e.codes, e.scale if e.scale.numel() > 1 else torch.full((m, 1), stored or 0.0)
     zero = torch.zeros(m) if e.zero is None or rows.group else e.zero.reshape(-1).int()
     if e.zero is not None and rows.group:  # codes of few bits are stored less their zero points

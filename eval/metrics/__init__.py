@@ -8,6 +8,7 @@
 and, where it applies,
 
     per_item(...) -> the headline of each picture, video or run: a list of floats, whose mean is the headline
+                  without it, and unless it is of whole sets, a run has a row for every figure of `score`
     why_not(...)  -> why it cannot be computed on this machine, or None
     INSTEAD       the metric that stands in for it then
     JUDGES        {network it looks through: what a run must have for it}, the usual one first, the stand-in next;

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pipelines import tiny
-from pipelines.tiny.recogniser import Found, is_right, shows_all
+from pipelines.tiny.recogniser import Found, Recogniser, is_right, shows_all
 from pipelines.tiny.scenes import Scene
 
 NEEDS = ("images", "scenes")
@@ -22,7 +22,8 @@ BETTER = "higher"
 
 
 @cache
-def _recogniser():
+def recogniser() -> Recogniser:
+    """The scene recogniser, loaded once for all metrics."""
     return tiny.load_recogniser()
 
 
@@ -41,7 +42,7 @@ def _pairs(images, scenes: Sequence[Scene]) -> list[tuple[list[Found], Scene]]:
     batch = as_batch(images)
     if len(batch) != len(scenes):
         raise ValueError(f"caption accuracy needs as many scenes as pictures, got {len(scenes)} and {len(batch)}")
-    found = [row for part in batch.split(100) for row in _recogniser().find(part)]
+    found = [row for part in batch.split(100) for row in recogniser().find(part)]
     return list(zip(found, scenes, strict=True))
 
 

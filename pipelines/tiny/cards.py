@@ -13,11 +13,17 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parents[1] / "eval" / "results" / "tiny_models.json"  # of eval.experiments.tiny_models
 LINES = {"pixart": ("loss", "cells"), "sd": ("loss", "cells"), "clip": ("loss",), "recogniser": ("loss",)}
 LINES |= {"pixart-4step": ("loss", "mse"), "sd-4step": ("loss", "mse")}
+LINES |= {"video": ("loss", "cells")}
 SHIPPED = {"pixart": "tiny-pixart", "sd": "tiny-sd", "clip": "tiny-clip", "recogniser": "scene-recogniser"}
 SHIPPED |= {"pixart-4step": "tiny-pixart-4step", "sd-4step": "tiny-sd-4step"}
+SHIPPED |= {"video": "tiny-video"}
 DATA = """Procedural scenes (`pipelines/tiny/scenes.py`): 64x64 pictures of one to three shapes (6 shapes, 8 colours,
 2 sizes) on graded or textured backgrounds, with captions from a small grammar. Training and held-out scenes come from
 separate random streams. The vocabulary is that grammar: other words mean nothing to these models."""
+CLIPS = """Procedural clips (`pipelines/tiny/motion.py`): eight frames of those scenes, 64x64, of one or two objects
+that stand still, move left, right, up or down, turn, grow, shrink or meet, slowly or quickly; the caption names
+colour, shape and motion of each. Training and held-out clips come from separate random streams. The vocabulary is that
+grammar."""
 STUDENT = """A LoRA on `{base}` (peft, in every matrix and convolution that has more numbers than it,
 {denoiser:.1f} M parameters in bf16) with which it draws in four calls without guidance, where it takes 20 steps of two
 calls, and an unmodified `TCDScheduler`. Trained for four steps; one, two and eight run, too.
@@ -45,6 +51,12 @@ curve is where it starts.""",
     "sd": """`StableDiffusionPipeline`, unmodified, without safety checker: a CLIP text encoder (3 layers, width 128),
 a `UNet2DConditionModel` (64, 128, 192 channels, cross attention at 8x8 and 4x4, {denoiser:.1f} M parameters) and the
 same `AutoencoderKL` as tiny-pixart. v-prediction, averaged weights (0.999), 10 % of the captions empty.""",
+    "video": """`LattePipeline`, unmodified: a T5 encoder (3 layers, width 128), a `LatteTransformer3DModel` (6 spatial
+and 6 temporal blocks, 4 heads of 64, patch 2 on eight 16x16x4 latents, {denoiser:.1f} M parameters) and the
+`AutoencoderKL` of tiny-pixart, frame by frame. v-prediction, averaged weights (0.998), 10 % of the captions empty.
+
+Spatial blocks start from tiny-pixart, temporal ones as the identity. The encoder is tiny-pixart's with the words of
+motion beside, trained on text alone and frozen. The pipeline wants `mask_feature=False`: so was the training.""",
     "clip": """`transformers.CLIPModel` (vision: 4 layers, width 192, patch 8; text: 3 layers, width 128), contrastive,
 batch 128; `CLIPProcessor.from_pretrained` loads its tokenizer and image processor (64x64, no cropping).""",
     "recogniser": """`pipelines.tiny.recogniser.Recogniser`: a convolutional net that says on an 8x8 grid which object
@@ -60,6 +72,9 @@ image = pipe("a large red circle left of a blue star", {call}).images[0]""",
     "sd": """from diffusers import StableDiffusionPipeline
 pipe = StableDiffusionPipeline.from_pretrained("pipelines/tiny/tiny-sd")
 image = pipe("a large red circle left of a blue star", {call}).images[0]""",
+    "video": """from diffusers import LattePipeline
+pipe = LattePipeline.from_pretrained("pipelines/tiny/tiny-video")
+frames = pipe("a large red star moving left slowly", {call}).frames[0]""",
     "clip": """from transformers import CLIPModel, CLIPProcessor
 model = CLIPModel.from_pretrained("pipelines/tiny/tiny-clip")
 processor = CLIPProcessor.from_pretrained("pipelines/tiny/tiny-clip")""",
@@ -91,7 +106,7 @@ def write_card(name: str) -> None:
     call = ", ".join(f"{key}={value}" for key, value in CALL.get(SHIPPED[name], {}).items())
     text = [f"# {SHIPPED[name]}", WHAT[name].format(denoiser=_million(folder), base=base), "## Use"]
     use = USE[name].format(call=call, base=base, part=PARTS.get(base))
-    text += [f"```python\n{use}\n```", "## Data", DATA, "## Training"]
+    text += [f"```python\n{use}\n```", "## Data", CLIPS if name == "video" else DATA, "## Training"]
     last, minutes = curve[-1], curve[-1]["seconds"] / 60
     text.append(
         f"{last['step']} steps in {minutes:.0f} minutes on one of {_results()['machine']}, shared with other work "

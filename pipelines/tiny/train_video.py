@@ -6,6 +6,10 @@ as the identity (their last matrices at zero), so that the first step knows the 
 
     loss = |v - v_hat|^2 + 0.1 cells,   v = a_t e - s_t x,   x (N, 4, 8, 16, 16): each frame's latents, t one per clip
 
+Up to UNTIL of the time a step sees FEW of a clip's frames, drawn anew each step, with their places in time: half the
+cost, and motion over larger steps of time is easier to see. Steps of time are drawn towards noise, where it is decided
+what moves where; what a single frame looks like is known from the start.
+
 The text encoder learns the words of motion first, with a readout that is thrown away, and is frozen then: trained
 jointly, tiny-pixart's forgot which colour belongs to which shape (`train_refine`). The pipeline pads every prompt to
 120 tokens and gives no mask to the transformer (`mask_feature=False`): so does the training.
@@ -38,6 +42,7 @@ from .training import RUNS, Average, Run, adamw, optimiser_of, put
 BASE, NAME = "tiny-pixart", "tiny-video"
 LENGTH = 120  # tokens LattePipeline pads prompts to
 BATCH, PATCH, CHANNELS = 16, 2, 4
+FEW, UNTIL = 4, 0.6  # frames of each clip that are learned from, up to this share of the budget; all of them then
 LATTE = {
     "num_attention_heads": 4,
     "attention_head_dim": 64,
@@ -187,9 +192,37 @@ def states_of(encoder: T5EncoderModel, words: T5Tokenizer, texts: Sequence[str])
         return encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
 
 
+class SharedText(AttnProcessor):
+    """Cross attention to text with keys and values computed once a clip, as all its frames see the same text."""
+
+    def __init__(self, frames: int):
+        super().__init__()
+        self.frames = frames
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, *args, **kw):
+        if encoder_hidden_states is None:
+            return super().__call__(attn, hidden_states, None, attention_mask, temb, *args, **kw)
+        text = encoder_hidden_states[:: self.frames]
+        query, clips = attn.head_to_batch_dim(attn.to_q(hidden_states)), len(text)
+        key, value = (attn.head_to_batch_dim(layer(text)) for layer in (attn.to_k, attn.to_v))
+        query = query.reshape(clips, self.frames, attn.heads, *query.shape[1:]).transpose(1, 2).flatten(2, 3)
+        shares = attn.get_attention_scores(query.flatten(0, 1), key)
+        mixed = torch.bmm(shares, value).reshape(clips, attn.heads, self.frames, -1, value.shape[-1])
+        mixed = mixed.permute(0, 2, 3, 1, 4).reshape(hidden_states.shape)
+        return attn.to_out[1](attn.to_out[0](mixed))
+
+
+def seeing(model: LatteTransformer3DModel, places: torch.Tensor, frames: torch.Tensor) -> None:
+    """Make the model take clips of these frames only; `places` (1, 8, d) are those in time of all of them."""
+    model.temp_pos_embed = places[:, frames]
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.processor.frames = len(frames)
+
+
 def v_loss(model, clean: torch.Tensor, states: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of v at one uniform step a clip, in bf16 arithmetic."""
-    t = torch.randint(0, len(alphas), (len(clean),))
+    """Mean squared error of v at one step a clip, in bf16 arithmetic; steps t / T are distributed as u^0.4."""
+    t = (torch.rand(len(clean)) ** 0.4 * len(alphas)).long()
     a, s = alphas[t].sqrt()[:, None, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None, None]
     noise = torch.randn_like(clean)
     with torch.autocast("cpu", torch.bfloat16):
@@ -205,13 +238,19 @@ def train_video(minutes: float, rate: float = 8e-4, snapshot_s: float = 900) -> 
     words = T5Tokenizer.from_pretrained(RUNS / "text-video" / "tokenizer")
     run, seen = Run("video", minutes, parts, optimiser), []
     model.temporal_transformer_blocks[3].register_forward_hook(lambda module, args, out: seen.append(out))
+    places = model.temp_pos_embed
     alphas, written_s = DPMSolverMultistepScheduler(**SCHEDULER).alphas_cumprod, run.spent_s
     data = Data(BATCH).batches(run.step)
     while run.going():
         clean, texts, labels = next(data)
+        frames = torch.arange(motion.FRAMES)
+        if run.spent_s < UNTIL * run.budget_s:
+            frames = torch.randperm(motion.FRAMES)[:FEW].sort().values
+        seeing(model, places, frames)
+        clean, labels = clean[:, :, frames], labels.unflatten(0, (len(clean), -1))[:, frames].flatten(0, 1)
         seen.clear()
         loss = v_loss(model, clean, states_of(encoder, words, texts), alphas)
-        hidden = seen[0].reshape(len(clean), 64, motion.FRAMES, -1).transpose(1, 2).flatten(0, 1)
+        hidden = seen[0].reshape(len(clean), 64, len(frames), -1).transpose(1, 2).flatten(0, 1)
         cells = cell_loss(hidden, readout, labels)
         optimiser.zero_grad()
         (loss + CELL_WEIGHT * cells).backward()
@@ -232,7 +271,7 @@ def _trained(rate: float):
     model, readout = latte(), nn.Linear(256, 16)
     for module in model.modules():
         if isinstance(module, Attention):
-            module.set_processor(AttnProcessor())  # trains faster here than the fused kernel
+            module.set_processor(SharedText(motion.FRAMES))  # trains faster here than the fused kernel
     blocks = [*model.transformer_blocks, *model.temporal_transformer_blocks]
     optimiser = optimiser_of(blocks, [*model.parameters(), *readout.parameters()], rate)
     average = Average(model, 0.998)

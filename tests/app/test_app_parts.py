@@ -108,7 +108,7 @@ def test_a_quantized_pipeline_is_refused_as_an_original(places, tmp_path):
     dq.quantize(pipe, "int8", progress=False)
     pipe.save_pretrained(tmp_path / "small")
     shelf = models.Shelf([tmp_path], places["made"])
-    assert shelf.names() == list(tiny.NAMES) and "small" in shelf.choices("tiny-sd")
+    assert shelf.names() == [*tiny.NAMES, *tiny.shipped(tiny.VIDEOS)] and "small" in shelf.choices("tiny-sd")
     assert "small" not in shelf.choices("tiny-pixart"), "it is of another class"
     with pytest.raises(DQError, match="is quantized; choose the one it was made from"), shelf.borrow("small"):
         pass
@@ -165,6 +165,26 @@ def test_what_is_drawn_is_what_the_pipeline_draws(name):
     theirs = pipe("a red circle", generator=torch.Generator().manual_seed(3), **call).images[0]
     assert mine.frames[0].tobytes() == theirs.convert("RGB").tobytes() and not mine.video
     assert mine.ms_per_step > 0 and not hasattr(pipe.scheduler.step, "__wrapped__"), "the pipeline is as it was"
+
+
+def test_the_embedded_video_model_is_compared_as_a_clip(places):
+    if not tiny.shipped(tiny.VIDEOS):
+        pytest.skip("needs the weights of tiny-video")
+    shelf, wish = models.Shelf([], places["made"]), Request("a large red star moving left slowly", steps=2)
+    assert "tiny-video" in shelf.names() and "int8" in shelf.choices("tiny-video")
+    found = compare.compare(shelf, ("tiny-video", "int8", None), wish, threading.Event(), lambda share, text: None)
+    assert found.figures["frames"] == 8 and found.figures["psnr_db"] > 25 and found.figures["share"] < 0.5
+    pair, _, player, _, _ = compare.shown(found)
+    assert pair[0].size == (64, 64) and [len(clip["frames"]) for clip in player["clips"]] == [8, 8, 8]
+
+
+def test_frames_that_were_asked_for_reach_a_pipeline_by_either_name():
+    class Latte:
+        def __call__(self, prompt, num_inference_steps=1, video_length=16, generator=None):
+            pass
+
+    assert Request("x", frames=5).arguments(Latte(), {"video_length": 8})["video_length"] == 5
+    assert Request("x").arguments(Latte(), {"video_length": 8})["video_length"] == 8
 
 
 def test_what_the_pipeline_refuses_is_told_in_one_line():

@@ -1,6 +1,7 @@
 """Budgets: limits hold, the choice is better than plain formats, and what cannot be is refused with what can."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from dq.budget import charts, choices, cost, margins, search, sensing, sensitivi
 from dq.budget.predictions import Predictions
 from dq.cli import app
 from dq.errors import DQError
+from dq.kernels import cpu
 from dq.layers import packed_layers
 from dq.plan import LayerPlan, TensorPlan
 from dq.trace.records import Store
@@ -162,6 +164,67 @@ def test_below_two_level_scales_are_two_level_ones_and_above_are_scales_of_group
     menu = [str(choice.weight) for choice in choices.menu(linear, cookbook.get("int8"))[1:]]
     above = ["int8/channel", "int7/group:64", "int6/group:64", "int5/group:64"]
     assert menu == above + [f"int{bits}/group:64+channel" for bits in (4, 3, 2)]
+
+
+@pytest.mark.parametrize("recipe", ["int8", "svdquant-int4", "svdquant-w4a8", "qdiffusion-w4a8", "viditq-mp-w4a8"])
+def test_every_choice_of_a_convolution_has_a_kernel(recipe):
+    wish = cookbook.get(recipe)
+    weight, act = (TensorPlan.parse(text) for text in wish.conv)
+    conv = LayerPlan("conv2d", (64, 128, 3, 3), weight, act)
+    menu = [choice for choice in choices.menu(conv, wish) if choice is not None and choice != conv]
+    refused = {cpu._why_not_integer("conv", replace(choice, rank=0), None) for choice in menu}
+    assert menu and refused == {None}
+    widths = {choice.weight.spec.bits for choice in menu} | {weight.spec.bits}
+    assert widths == ({8, 6, 4} if recipe == "viditq-mp-w4a8" else set(choices.WIDTHS))
+
+
+def test_layers_that_share_an_input_round_it_once():
+    """Two layers that take back each other's error do no harm, two that do the same do four times that of one."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"q": nn.Linear(64, 64, bias=False), "k": nn.Linear(64, 64, bias=False)})
+    plan = LayerPlan("linear", (64, 64), TensorPlan.parse("int8/channel"), TensorPlan.parse("int4/token"))
+    x, signs = torch.randn(32, 64), torch.randint(0, 2, (32, 64)) * 2.0 - 1
+
+    def energy(factor, names):
+        with torch.no_grad():
+            model["k"].weight.copy_(factor * model["q"].weight)
+        listener = margins.Listener(model, dict.fromkeys(names, (plan,)))
+        with listener.listening():
+            ((model["q"](x) + model["k"](x)) * signs).sum().backward()
+        listener.end()
+        return sum(float(found.acts["int4/token"][margins.WHOLE]) for found in listener.running.values())
+
+    alone = energy(1.0, ["q"])
+    assert energy(1.0, ["q", "k"]) == pytest.approx(4 * alone, rel=1e-3)
+    assert energy(-1.0, ["q", "k"]) < 1e-6 * alone
+
+
+def test_the_thirds_of_a_run_are_of_its_steps_whoever_calls_and_how_often():
+    pipe = parts.wan()  # two calls a step for guidance; the first denoiser has the first steps, the second the others
+    call = {"height": 16, "width": 16, "num_frames": 5, "guidance_scale": 3.0, "max_sequence_length": 16}
+    seen = dq.Calibration(prompts=["a cat"], steps=6, samples=6, call_kwargs=call)
+    name, thirds = "blocks.0.ffn.net.2", {"transformer": [], "transformer_2": []}
+    models = {part: getattr(pipe, part) for part in thirds}
+    listeners = {}
+    for part, model in models.items():
+        listener = margins.Listener(model, {name: _menu(tuple(model.get_submodule(name).weight.shape))})
+        listener.running[name].add = lambda gradient, third, part=part: thirds[part].append(third)
+        listeners[part] = listener
+    trajectory._walk(Runner(pipe, seen), 0, models, listeners, sensitivity.generator(0, 0))
+    first, second = ([third for third in found if third < margins.WHOLE] for found in thirds.values())
+    assert first and second and max(first) <= min(second)
+    assert sorted(first + second) == [0] * 4 + [1] * 4 + [2] * 4, "two steps a third, two calls a step"
+
+
+@pytest.mark.parametrize("recipe, fits", [("mixdq-w4a8", True), ("gptq-w4a8", True), ("viditq-mp-w4a8", False)])
+def test_a_budget_leaves_room_for_smoothing_only_where_a_method_smooths(recipe, fits):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(128, 128) for _ in range(4)))
+    wish = cookbook.get(recipe)
+    wish = replace(wish, options={**wish.options, "bits": 8.25, "choices": ("int8/channel", "int4/channel")})
+    report = dq.quantize(model, wish, calibration=lambda m: m(torch.randn(32, 128)), progress=False)
+    rounded = {row.weight for row in report.layers if row.weight}
+    assert (rounded == {"int8/channel"}) == fits, "8 bits and a scale for 128 of them are 8.25"
 
 
 def test_a_branch_lowers_the_predicted_error(explored):

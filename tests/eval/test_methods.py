@@ -124,6 +124,12 @@ def test_a_derived_plan_takes_other_weights_for_four_bit_layers_only():
     assert methods.packed_bytes(wider) > methods.packed_bytes(methods.derived(FINAL, "plain"))
 
 
+def test_a_derived_plan_takes_other_formats_of_weights_and_activations():
+    changed = methods.derived(FINAL, "changed", formats={"int4": "fp4", "int8": "fp8"}).layers
+    assert [str(layer.weight) for layer in changed.values()] == ["fp4/group:64"] * 3 + ["fp8/channel"]
+    assert [str(layer.act) for layer in changed.values()] == ["fp4/group:64", "fp8/token", "fp8/tensor", "None"]
+
+
 def test_baselines_with_the_bytes_of_the_branch_take_at_least_those(place):
     model, entry = "tiny-pixart", methods.ENTRIES[-1]
     base = planning.make_plan(tiny.load(model).transformer, W4A4)

@@ -236,8 +236,9 @@ def test_clip_score_equals_the_library_on_the_same_pictures(renders):
 def arguments(module, run: Run) -> list:
     """What a metric takes: of the run, or videos and latents made up."""
     feed = scoring.Feed(run, PIPELINE, "blurred", run.items[:4])
-    own = {"trajectory": [torch.rand(4, 2, 3) for _ in range(5)], "clips": [torch.rand(3, 3, 16, 16)] * 2}
+    own = {"trajectory": [torch.rand(4, 2, 3) for _ in range(5)], "clips": [torch.rand(8, 3, 64, 64)] * 2}
     own |= {f"reference_{key}": value[::-1] for key, value in own.items()}
+    own["motions"] = [clip for _, clip in tiny.motions(2)]
     return [own[need] if need in own else getattr(feed, need) for need in module.NEEDS]
 
 

@@ -1,7 +1,13 @@
 """Figures of motion: known answers on rendered clips that move, stand still, are shuffled or run at double speed."""
 
+import json
+import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
 
+import diffusers
 import pytest
 import torch
 
@@ -11,11 +17,13 @@ from eval.metrics import (
     background_consistency,
     dynamic_degree,
     frechet_clip,
+    motion_accuracy,
     motion_smoothness,
     subject_consistency,
+    vbench,
     warp_error,
 )
-from pipelines.tiny import scenes
+from pipelines.tiny import motion, scenes
 from pipelines.tiny.recogniser import as_tensor
 
 FRAMES, STEP = 8, 2
@@ -107,6 +115,53 @@ def test_frechet_clip_distance_is_nothing_between_equal_sets_and_grows_when_moti
     away[0, :2] = torch.tensor([3.0, 4.0])
     drawn = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert frechet_clip.score(drawn + away, drawn)["frechet_clip"] == pytest.approx(25, rel=1e-4)
+
+
+def test_motion_accuracy_falls_when_a_clip_freezes_is_shuffled_or_does_what_another_caption_says():
+    labels = [clip for clip, _ in (motion.sample(i, motion.HELD_OUT, 1) for i in range(40))]
+    labels = [clip for clip in labels if clip.motions[0].kind in motion.DIRECTIONS][:8]
+    drawn = [as_tensor(frames) for frames in motion.render(labels)]
+    normal = motion_accuracy.score(drawn, labels)
+    assert normal == {"motion_accuracy": 1, "objects_right": 1, "both": 1}
+    frozen = motion_accuracy.score([clip[:1].expand_as(clip) for clip in drawn], labels)
+    assert frozen == {"motion_accuracy": 0, "objects_right": 1, "both": 0}
+    assert motion_accuracy.score([clip[SHUFFLED] for clip in drawn], labels)["motion_accuracy"] <= 0.25
+    backwards = motion_accuracy.score([clip.flip(0) for clip in drawn], labels)
+    assert backwards["motion_accuracy"] == 0 and backwards["objects_right"] == 1
+    # every other frame and then the last one: the same way at double speed
+    fast = [clip[[0, 2, 4, 6, 7, 7, 7, 7]] for clip in drawn]
+    assert motion_accuracy.score(fast, labels)["motion_accuracy"] == 1
+    assert motion_accuracy.score(drawn, labels[1:] + labels[:1])["objects_right"] < 0.5
+    with pytest.raises(ValueError, match=r"needs clips \(8, 3, 64, 64\), got \(4, 3, 64, 64\)"):
+        motion_accuracy.per_item([drawn[0][:4]], labels[:1])
+
+
+def test_vbench_is_asked_for_its_dimensions_of_the_files(monkeypatch, tmp_path):
+    """A stand-in for the package, which cannot be installed beside today's torch: files go in, a file comes out."""
+    seen = []
+
+    class VBench:
+        def __init__(self, device, info, place):
+            self.place = place
+
+        def evaluate(self, videos, name, dimension_list, mode):
+            seen.append((len(list(Path(videos).iterdir())), mode))
+            rows = {dimension: [0.5 + place, []] for place, dimension in enumerate(dimension_list)}
+            (Path(self.place) / f"{name}_eval_results.json").write_text(json.dumps(rows))
+
+    package, utils = ModuleType("vbench"), ModuleType("vbench.utils")
+    package.VBench, package.__file__ = VBench, str(tmp_path / "__init__.py")
+    package.__spec__, utils.CACHE_DIR = ModuleSpec("vbench", None), str(tmp_path / "weights")
+    assert "needs vbench, not installed here" in vbench.why_not()
+    monkeypatch.setitem(sys.modules, "vbench", package)
+    monkeypatch.setitem(sys.modules, "vbench.utils", utils)
+    assert "VBench's weights" in vbench.why_not()
+    Path(utils.CACHE_DIR).mkdir()
+    assert vbench.why_not() is None
+    monkeypatch.setattr(diffusers.utils, "export_to_video", lambda frames, path, fps: Path(path).touch())
+    found = vbench.score([torch.rand(8, 3, 16, 16)] * 3)
+    assert seen == [(3, "custom_input")]
+    assert list(found) == list(vbench.UNITS) and found["vbench_background_consistency"] == 1.5
 
 
 @pytest.mark.parametrize(

@@ -94,9 +94,19 @@ def test_a_scene_comes_back_from_plain_values_as_it_was():
     assert [prompts.scene(row) for row in kept] == [scene for _, scene in tiny.prompts(4, seed=1)]
 
 
+def test_a_clip_comes_back_from_plain_values_with_its_motions_and_its_first_frame():
+    found = prompts.items(suite(prompts={"clips": 4, "seed": 1}))
+    kept = json.loads(json.dumps([item.scene for item in found]))
+    labels = [clip for _, clip in tiny.motions(4, seed=1)]
+    assert [prompts.clip(row) for row in kept] == labels
+    assert [prompts.scene(row) for row in kept] == [clip.scene for clip in labels]
+    assert not prompts.moves(prompts.items(suite())[0].scene)
+
+
+@pytest.mark.parametrize("grammar", ["scenes", "clips"])
 @pytest.mark.parametrize("seed", [1, prompts.OTHERS_SEED])
-def test_no_prompt_of_the_suite_is_calibrated_with(seed):
-    asked = suite(prompts={"scenes": 300, "seed": seed})
+def test_no_prompt_of_the_suite_is_calibrated_with(seed, grammar):
+    asked = suite(prompts={grammar: 300, "seed": seed})
     others = prompts.others(asked)
     assert len(set(others)) == prompts.OTHERS
     assert not set(others) & {item.prompt for item in prompts.items(asked)}

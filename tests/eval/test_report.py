@@ -69,14 +69,22 @@ def test_pictures_shrink_until_the_page_is_small_enough(tmp_path, monkeypatch):
     assert len(small) <= len(whole) // 2 and {max(picture.size) for picture in pictures(small)} <= {160, 96}
 
 
-def test_videos_are_shown_by_three_frames(tmp_path):
+def test_videos_are_strips_of_their_frames_that_the_page_plays(tmp_path):
     run = made_runs.make(tmp_path / "video", prompts=["a red circle"], frames=5, side=32)
     text = page.render(run, summary.summary(run))
-    assert '<body class="video">' in text
-    assert {picture.size for picture in pictures(text)} == {(96, 32)}
+    assert {picture.size for picture in pictures(text)} == {(160, 32)}
+    assert text.count('<div class="clip" style="--n: 5">') == text.count("<img") > 0
+    assert "steps(var(--n))" in text and "prefers-reduced-motion" in text and "Clips play" in text
     first, last = (Image.new("RGB", (32, 32), colour) for colour in ("red", "blue"))
     strip = figures.strip([first, first, first, last], 32)
-    assert strip.getpixel((40, 5)) == (255, 0, 0) and strip.getpixel((70, 5)) == (0, 0, 255)
+    assert strip.getpixel((70, 5)) == (255, 0, 0) and strip.getpixel((100, 5)) == (0, 0, 255)
+    many = [Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(81)]
+    kept = [frame.getpixel((0, 0))[0] for frame in figures.chosen(many)]
+    assert len(kept) == figures.MOST_FRAMES and kept[0] == 0 and kept[-1] == 80 and kept == sorted(set(kept))
+
+
+def test_the_page_of_pictures_plays_nothing(written):
+    assert 'class="clip"' not in written and "Clips play" not in written
 
 
 def test_differences_are_eight_times_what_differs_with_no_wrap():
@@ -210,7 +218,8 @@ def test_committed_rows_are_of_the_models_that_are_shipped():
             assert row["weights"] == quality.fingerprint(row["path"]), "run `make eval` and `make table`"
 
 
-def test_the_page_fits_a_phone_and_a_desk_in_both_colours(run, written, tmp_path):
+@pytest.fixture
+def chrome(tmp_path):
     webdriver = pytest.importorskip("selenium.webdriver")
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not browser or not driver:
@@ -220,11 +229,34 @@ def test_the_page_fits_a_phone_and_a_desk_in_both_colours(run, written, tmp_path
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"):
         options.add_argument(argument)
     chrome = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    try:
-        backs = [_looked_at(chrome, run, width, scheme) for width in (390, 1280) for scheme in ("light", "dark")]
-        assert np.mean(backs[0]) > 200 > 60 > np.mean(backs[1])
-    finally:
-        chrome.quit()
+    yield chrome
+    chrome.quit()
+
+
+def test_the_page_fits_a_phone_and_a_desk_in_both_colours(chrome, run, written):
+    backs = [_looked_at(chrome, run, width, scheme) for width in (390, 1280) for scheme in ("light", "dark")]
+    assert np.mean(backs[0]) > 200 > 60 > np.mean(backs[1])
+
+
+def test_clips_play_frame_by_frame_and_together_unless_the_reader_wants_no_motion(chrome, tmp_path):
+    clips = made_runs.make(tmp_path / "clips", prompts=["a red circle"], frames=5, side=32)
+    report.write(clips)
+    _looked_at(chrome, clips, 1280, "light")
+    places = "return [...document.querySelectorAll('.item .clip img')].map(i => i.getAnimations()[0].%s)"
+    assert {timing["duration"] for timing in chrome.execute_script(places % "effect.getTiming()")} == {5 * 125}
+    # set to the middle of each frame: the strip stands at that frame's left edge
+    shift = """return [...document.querySelectorAll('.item .clip')].map(box => {
+        const image = box.firstElementChild, playing = image.getAnimations()[0];
+        playing.pause(); playing.currentTime = arguments[0];
+        return (box.getBoundingClientRect().left - image.getBoundingClientRect().left)
+            / box.getBoundingClientRect().width;})"""
+    for frame in range(5):
+        left = chrome.execute_script(shift, 125 * frame + 60)
+        assert len(left) > 4 and np.allclose(left, frame, atol=0.02)
+    wish = {"features": [{"name": "prefers-reduced-motion", "value": "reduce"}]}
+    chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", wish)
+    still = "return [...document.querySelectorAll('.clip img')].every(i => i.getAnimations().length == 0)"
+    assert chrome.execute_script(still)
 
 
 def _looked_at(chrome, run, width, scheme):

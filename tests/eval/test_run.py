@@ -189,6 +189,24 @@ def test_latents_of_every_step_are_kept_only_for_metrics_of_the_trajectory(whole
     assert whole["pictures"].trajectory("tiny-pixart", "int8", 2) is None
 
 
+def test_answers_to_the_calls_of_full_precision_are_kept_and_scored_by_thirds(video, tmp_path):
+    asked = {"metrics": ["noise_sqnr", "motion_accuracy", "flicker"], "prompts": {"clips": 3, "seed": 1}, "steps": 4}
+    suite = suite_of(VIDEOS, video, recipes=["int8-weight", "int4-weight"], **asked)
+    run = draw(suite, tmp_path / "run")
+    kept = run.predictions("video", "int4-weight")
+    assert kept["predictions"].shape == kept["reference"].shape and len(kept["reference"]) >= 4
+    assert torch.equal(kept["reference"], run.predictions("video", "int8-weight")["reference"])
+    assert not run.predictions("video", "full")
+    eight, four, full = (score(run, "video", name) for name in ("int8-weight", "int4-weight", "full"))
+    for third in ("early", "middle", "late"):
+        high, low = (rows[f"noise_sqnr_{third}"] for rows in (eight, four))
+        assert high["value"] > low["value"] + 10 > 20 and high["unit"] == "dB" and high["count"] == 3
+    assert list(full) == ["motion_accuracy"] and "needs clips (8, 3, 64, 64)" in full["motion_accuracy"]["missing"]
+    run.predictions_path("video", "int4-weight").write_bytes(b"no tensors")
+    with pytest.raises(DQError, match=r"predictions .* cannot be read"):
+        score(run, "video", "int4-weight")
+
+
 def test_a_lost_picture_is_drawn_again_to_the_same_bytes_and_nothing_else_is(whole, tmp_path):
     folder = tmp_path / "run"
     run = draw(suite_of(PICTURES), folder)
@@ -264,6 +282,8 @@ WRONG = [
     ({"recipes": [{"recipe": "int8", "calibration": {"sample": 3}}]}, "Did you mean 'samples'"),
     ({"prompts": {"scenes": 0}}, "scenes is 0"),
     ({"prompts": {"scenes": 3, "file": "x.txt"}}, "expected either"),
+    ({"prompts": {"clips": 3, "scenes": 3}}, "expected either"),
+    ({"prompts": {"clips": 3, "objects": 3}}, "expected 1 or 2"),
     ({"seeds": []}, "seeds is empty"),
     ({"steps": True}, "steps is True"),
     ({"metric": []}, "unknown key 'metric', .*Did you mean 'metrics'"),

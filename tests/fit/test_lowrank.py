@@ -71,15 +71,15 @@ def test_refining_is_never_worse_than_one_shot():
     def round_(rest):
         return rounding.nearest(rest, plan)
 
-    def error(total):
-        return rounding.error(total, weight, gram)
+    def error(rounded, branch):
+        return rounding.error(rounded + branch, weight, gram)
 
     down, up = lowrank.factors(weight, 8, gram)
-    once = error(round_(weight - up @ down)[0] + up @ down)
+    once = error(round_(weight - up @ down)[0], up @ down)
     rounded, scales, down, up = lowrank.refine(weight, 8, round_, gram, error)
     assert torch.equal(rounding.on_grid(rounded, plan, scales), rounded)
-    assert error(rounded + up @ down) < once
+    assert error(rounded, up @ down) < once
     losses = iter([1.0, 2.0, 0.5])  # a rise ends it, the first turn is kept
-    first = lowrank.refine(weight, 8, round_, gram, lambda total: next(losses))
+    first = lowrank.refine(weight, 8, round_, gram, lambda *parts: next(losses))
     assert torch.equal(first[0], round_(weight - torch.matmul(*lowrank.factors(weight, 8, gram)[::-1]))[0])
     assert next(losses) == 0.5

@@ -158,3 +158,15 @@ def test_one_layer_is_a_unit_too():
 
     made, outcome = learned(unit, Seen({}, 1, (), replay))
     assert list(made) == ["proj"] and outcome.kept
+
+
+def test_calls_are_read_once_and_few_of_them_kept_evenly_spread():
+    read = []
+
+    def calls(stream):
+        for index in range(11):
+            read.append(index)
+            yield UnitCall((torch.tensor(index),), {}, torch.zeros(1), 0)
+
+    kept = reconstruct.load(Seen({}, 1, (), calls), Settings(most=4), torch.device("cpu"))
+    assert read == list(range(11)) and [int(call.args[0]) for call in kept] == [0, 4, 8]

@@ -20,6 +20,7 @@ GRIDS += [
 ]
 GRIDS += ["int4/group:32+channel", "int3/group:32+channel"]
 GRIDS += ["fp8/channel", "fp8/tensor", "e3m0/group:32", "fp6_e2m3/channel", "nvfp4", "mxfp4", "mxfp8"]
+GRIDS += ["lut4/channel", "lut3/tensor"]
 each_grid = pytest.mark.parametrize("grid", GRIDS)
 ROWS, COLUMNS = 24, 150  # more than one block of columns, ragged groups
 
@@ -70,6 +71,38 @@ def test_gptq_is_on_the_grid_and_never_worse_than_nearest(grid, splits):
     share = rounding.error(rounded, weight, gram) / rounding.error(plain, weight, gram)
     coarse = plan.weight.spec.bits > 2 and grid != "e3m0/group:32"
     assert share < (0.6 if coarse else 0.9)
+
+
+@pytest.mark.parametrize("grid", ["int4/group:32", "int4/channel", "int3a/channel", "int4/group:32+channel", "nvfp4"])
+def test_coordinate_descent_is_on_the_grid_and_each_sweep_is_no_worse(grid):
+    plan, weight, gram = plan_of(grid, splits=(64,)), weights(), moment(inputs())
+    losses = []
+    for sweeps in range(4):
+        rounded, scales = rounding.coordinate_descent(weight, plan, gram, sweeps)
+        assert_on_grid(rounded, plan, scales)
+        losses.append(rounding.error(rounded, weight, gram))
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.7 * losses[0]
+    scales = rounding.mse_scales(weight, plan, gram.diagonal())
+    assert torch.equal(rounding.coordinate_descent(weight, plan, gram, 0)[0], rounding.on_grid(weight, plan, scales))
+
+
+def test_no_single_weight_can_be_moved_to_a_better_point_after_coordinate_descent():
+    """Where sweeps end: a coordinate-wise minimum, which rounding column after column is not."""
+    plan, weight, gram = plan_of("int4/channel", 4, 20), weights(4, 20), moment(inputs(20))
+    ends = {}
+    for name, (rounded, scales) in {
+        "descent": rounding.coordinate_descent(weight, plan, gram, 30),
+        "gptq": rounding.gptq(weight, plan, gram, search=True),
+    }.items():
+        least, ends[name] = rounding.error(rounded, weight, gram), 0
+        for row in range(4):
+            for column in range(20):
+                for step in (-1, 1):
+                    moved = rounded.clone()
+                    moved[row, column] += step * scales[0].scale[row, 0]
+                    moved = rounding.on_grid(moved, plan, scales)
+                    ends[name] += rounding.error(moved, weight, gram) < least * (1 - 1e-5)
+    assert ends["descent"] == 0 < ends["gptq"]
 
 
 def test_gptq_gains_twofold_at_four_bits():
@@ -210,6 +243,41 @@ def test_learned_rounding_steps_over_a_binade_to_the_next_grid_point():
     torch.testing.assert_close(made.hard(), torch.tensor([[6.0, 2.0, 2.0, -2.0, -2.0, 4.0, 0.0, -6.0]]))
 
 
+def test_learned_rounding_starts_where_it_is_held_on_the_side_of_the_weight():
+    """A binade's first point has half the gap below it that it has above."""
+    plan, scales = plan_of("fp4/channel", 1, 6), [formats.Scales(torch.ones(1, 1))]
+    weight = torch.tensor([[3.2, -3.2, 4.5, 2.3, 9.0, 0.0]])
+    held = torch.tensor([[4.0, -4.0, 4.0, 4.0, 6.0, 0.5]])
+    made = Rounding(weight, plan, scales, held)
+    assert made.low.tolist() == [[3.0, -4.0, 4.0, 3.0, 4.0, 0.0]]
+    assert made.high.tolist() == [[4.0, -3.0, 6.0, 4.0, 6.0, 0.5]]
+    assert torch.equal(made.hard(), held), "what is held stays until training moves it"
+    torch.testing.assert_close(made.soft(), torch.tensor([[3.55, -3.55, 4.5, 3.55, 6.0, 0.275]]))
+
+
+@each_grid
+def test_learned_rounding_starts_at_any_choice_of_grid_points(grid):
+    plan, weight = plan_of(grid), weights()
+    held, scales = rounding.gptq(weight, plan, moment(inputs()))
+    made = Rounding(weight, plan, scales, held)
+    torch.testing.assert_close(made.hard(), held)
+    towards = torch.where(weight < held, made.low, made.high)
+    assert ((towards - held) * (weight - held) >= 0).all(), "the other point is on the weight's side"
+
+
+def test_scale_aware_rounding_moves_weights_of_every_gap_as_far():
+    plan, scales = plan_of("e3m0/channel", 1, 3), [formats.Scales(torch.ones(1, 1))]
+    weight = torch.tensor([[0.375, 3.0, 12.0]])  # half-way in gaps of 0.25, 2 and 8
+    moved = []
+    for aware in (False, True):
+        made = Rounding(weight, plan, scales, scale_aware=aware)
+        torch.testing.assert_close(made.soft(), weight)
+        made.choice.data += 1e-3
+        moved.append((made.soft() - weight)[0])
+    torch.testing.assert_close(moved[0] / moved[0][0], torch.tensor([1.0, 8.0, 32.0]), rtol=0.02, atol=0)
+    torch.testing.assert_close(moved[1] / moved[1][0], torch.ones(3), rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize("grid", ["int4/group:32", "fp4/group:32"])
 def test_learned_rounding_beats_nearest_on_unseen_inputs(grid):
     plan, weight = plan_of(grid), weights()
@@ -248,7 +316,7 @@ def test_losses_of_wide_matrices_are_whole():
 
 def test_factor_in_double_precision_before_more_damping():
     gram = moment(inputs(count=20).double()).float()  # singular, and in fp32 not even positive
-    _, added = rounding._cholesky(gram, 3e-7)
+    _, added = rounding.cholesky(gram, 3e-7)
     torch.testing.assert_close(float(added[0]), 3e-7 * float(gram.diagonal().mean()))
 
 

@@ -210,12 +210,27 @@ def test_unsigned_codes_win_for_one_sided_inputs():
     module, x = linear(), nn.functional.gelu(2 * torch.randn(256, 64, generator=generator()))
     plan = plan_of(module, weight="int8/channel", act="int4/group:16")
     around = shared(module, plan, x)
-    found = smooth.search(around, svdquant.wish(plan, around, 0))
+    found = smooth.search(around, svdquant.wish(plan, around, 0, svdquant.OPTIONS))
     assert found.best.act is not None and found.best.act.format == "int4a"
-    formats = [str(act) for act in svdquant.wish(plan, around, 0).acts]
+    formats = [str(act) for act in svdquant.wish(plan, around, 0, svdquant.OPTIONS).acts]
     assert formats == ["int4a/group:16", "int4a/group:16/dynamic/0.171875"]
     centred = shared(module, plan, x - x.mean())
-    assert [str(act) for act in svdquant.wish(plan, centred, 0).acts] == ["int4a/group:16"]
+    assert [str(act) for act in svdquant.wish(plan, centred, 0, svdquant.OPTIONS).acts] == ["int4a/group:16"]
+
+
+def test_codes_cover_a_part_of_the_range_where_that_leaves_less_error():
+    """Of long tails; values that are all as large as the largest want all of it."""
+    module, make = linear(), generator()
+    tails = torch.randn(256, 64, generator=make) * torch.randn(256, 64, generator=make)
+    even = torch.randint(0, 2, (256, 64), generator=make) * 2.0 - 1
+    plan = plan_of(module, weight="int8/channel", act="int4/group:64")
+    for x, least in ((tails, 0.1), (even, 0.0)):
+        around = shared(module, plan, x)
+        wish = svdquant.wish(plan, around, 0, svdquant.OPTIONS)
+        found = smooth.search(around, wish)
+        without = smooth.search(around, svdquant.wish(plan, around, 0, svdquant.OPTIONS | {"clip": False}))
+        assert (found.best.act or plan.act).clip < 1 if least else (found.best.act or plan.act).clip == 1
+        assert decibels(without.error, found.error) >= least
 
 
 @pytest.mark.parametrize(
@@ -380,3 +395,59 @@ def test_the_worst_of_several_wishes_is_thrown_away():
     errors = weights.fit(made, module, seen_of(x, gram=wrong @ wrong.t() * 100), weights.WeightWish())
     assert errors[1] > errors[0]
     assert torch.equal(made.rounded_weight(), draft(module, plan).rounded_weight())
+
+
+# --- the noise of the rounded input ----------------------------------------------------------------------------------
+
+
+def together(count=1500, inputs=64, seed=0):
+    """(count, inputs) rows that a quarter of as many directions explain, but for a hundredth of their power."""
+    mix = torch.randn(inputs // 4, inputs, generator=generator(seed + 50))
+    return torch.randn(count, inputs // 4, generator=generator(seed)) @ mix + 0.4 * torch.randn(
+        count, inputs, generator=generator(seed + 1)
+    )
+
+
+@torch.no_grad()
+def test_the_weight_for_a_rounded_input_is_the_one_of_least_squares():
+    """W H (H + D)^-1 leaves W in the norm (H^-1 + D^-1)^-1, and any step away from it leaves more."""
+    module, x = linear(12, 16), together(400, 16)
+    made = draft(module, plan_of(module, act="int4/group:16"))
+    met = moments.met(seen_of(x), made)
+    weight = made.weight.data
+    best = met.target(weight)
+    torch.testing.assert_close(best @ met.rounded, weight @ met.clean, rtol=1e-3, atol=1e-3)
+    least = met.error(best, weight - best)
+    assert least == pytest.approx(float(((weight @ met.lost()) * weight).sum()), rel=1e-3)
+    assert least < 0.95 * met.error(weight, torch.zeros_like(weight))
+    for seed in range(5):
+        step = 0.05 * torch.randn(best.shape, generator=generator(seed))
+        assert met.error(best + step, weight - best - step) > least
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("act", ["int4/group:64", None])
+def test_weights_that_know_the_noise_of_their_input_gain_where_inputs_go_together(act, rank):
+    module = linear(48, 64)
+    plan, left = plan_of(module, weight="int4/group:64", act=act), {}
+    for noise in (True, False):
+        made = smooth.transformed(module, plan, smooth.Transform())
+        weights.fit(made, module, seen_of(together()), weights.WeightWish(rank, noise=noise))
+        left[noise] = error(made, module, together(500))
+    gain = decibels(left[False], left[True])
+    assert gain > 1 if act else gain == 0
+
+
+@torch.no_grad()
+def test_directions_that_only_some_rows_have_are_not_let_go_of():
+    """Text of one prompt says nothing of another's: a later half of rows in directions that the earlier one lacks."""
+    module, earlier, later = linear(48, 64), together(500, 64, 3), together(500, 64, 30)
+    x, left = torch.cat([earlier, later]), {}
+    plan = plan_of(module, weight="int8/channel", act="int4/group:64")
+    seen = seen_of(x, gram=earlier.t() @ earlier / 500)
+    for noise in (True, False):
+        made = smooth.transformed(module, plan, smooth.Transform())
+        weights.fit(made, module, seen, weights.WeightWish(noise=noise))
+        left[noise] = error(made, module, later)
+    assert left[True] < 1.05 * left[False]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from dq.fit import static
+from dq.fit import static, walk
 from dq.plan import LayerPlan, TensorPlan
-from dq.trace.seen import LayerSeen, Seen
+from dq.trace.seen import LayerSeen, Seen, Unit
 
 BUCKETS = 3
 
@@ -39,6 +39,22 @@ def test_a_searched_range_covers_half_of_the_largest_value_that_any_call_had(ran
 
 def test_one_range_covers_half_of_it_too():
     assert fitted("static", 40.0)[0] == pytest.approx(20, abs=1e-3) and fitted("static", 0.0)[0] < 6
+
+
+def test_the_error_of_a_layer_with_a_table_is_that_of_each_row_at_its_own_step():
+    dice = torch.Generator().manual_seed(0)
+    bucket, layer = torch.arange(96) // 32, nn.Linear(16, 8)
+    x = torch.randn(96, 16, generator=dice) * torch.tensor([0.01, 1.0, 100.0])[bucket, None]
+    seen = LayerSeen(x, x, bucket, torch.zeros(96, dtype=torch.long))
+    plan = LayerPlan("linear", (8, 16), TensorPlan.parse("int8/channel"), TensorPlan.parse("int8/tensor/table"))
+    unit = Unit("layer", layer, {"layer": plan})
+    whole = Seen({"layer": seen}, BUCKETS, (300.0, 600.0), lambda stream: iter(()))
+    made = static.fit(layer, plan, seen, whole, static.StaticWish(smooth=False, shift=False, rotate=False))
+    errors = []
+    for index in range(BUCKETS):
+        made.clock.index.fill_(index)
+        errors.append(walk._error_db(unit, "layer", made, whole))
+    assert min(errors) > 35 and max(errors) == min(errors), "whatever step the clock shows"
 
 
 def test_steps_keep_ranges_of_their_own():

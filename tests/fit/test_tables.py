@@ -118,6 +118,17 @@ def test_network_equals_the_static_scale_where_nothing_drifts():  # TDQ P3, seco
     assert abs(found / static - 1) < 0.02
 
 
+def test_a_network_knows_the_timesteps_between_those_it_saw():  # TDQ: what a table alone does not know
+    (x, bucket), layer = drifting(), plan()
+    kept = bucket % 2 == 0  # every other step is recorded
+    values = tables.boil_down(x[kept], bucket[kept], layer, BUCKETS)
+    best = torch.stack([best_step(x[bucket == i], layer.act) for i in range(BUCKETS)])
+    network, table = tables.network(values, layer.act, EDGES)[:, 0], tables.finite_set(values, layer.act)[:, 0]
+    unseen = torch.arange(BUCKETS) % 2 != 0
+    assert (network / best - 1)[unseen].abs().max() < 0.06
+    assert (table / best - 1)[unseen].abs().max() > 0.1
+
+
 def test_network_starts_near_its_start_and_bakes_to_the_bit():  # TDQ P2, P4
     net = tables.Network(torch.tensor([0.5, 2.0]), 0.0, 1000.0)
     t = torch.linspace(0, 1000, 50)

@@ -166,17 +166,16 @@ def test_device_maps_are_made_of_packed_bytes_and_give_the_same_output(tmp_path,
 
 
 def test_a_text_encoder_is_given_room_by_its_packed_bytes(tmp_path):
-    """transformers plans a device map before a weight is read: an int4 weight counts half a byte."""
+    """transformers plans a device map before a weight is read: it counts what a layer becomes, scales included."""
     config = CLIPTextConfig(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
     model = CLIPTextModel(CLIPTextConfig(**config.to_dict() | {"num_attention_heads": 4}))
     made = DQTransformersQuantizer(dq.DQConfig("int4-weight"), pre_quantized=False)
     made.settle(torch.float32)
     made.prepare(model)
-    planned = {f"{name}.weight": layer for name, layer in made.plan.layers.items()}
-    assert planned
-    for name, value in model.named_parameters():
-        bits = planned[name].weight.spec.bits if name in planned else 32
-        assert made.param_element_size(model, name, value) == bits / 8
+    room = sum(made.param_element_size(model, name, value) * value.numel() for name, value in model.named_parameters())
+    assert made.plan.layers and room < 0.5 * parameter_bytes(model)
+    dq.quantize(model, "int4-weight", progress=False)
+    assert round(room) == parameter_bytes(model)
 
 
 def test_deep_copy_is_independent():

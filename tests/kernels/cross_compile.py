@@ -37,7 +37,7 @@ WHOLE = BARE | {"xd_p": "*bf16", "up_p": "*bf16", "GELU": 0, "CHUNKS": 1, "CHUNK
 PLAIN = {"zx_p": None, "wsum_p": None, "zw_p": None, "qsum_p": None}
 SIZES = ("M", "N", "K", "R", "tokens", "gate_pitch", "pitch", "KP", "KB", "V", "W", "WP", "L", "LK", "LP", "groups")
 SIZES += ("blocks", "quads", "H", "G", "batch_pitch", "token_pitch")
-REALS = ("shift", "eps", "norm", "factor")
+REALS = ("shift", "part", "eps", "norm", "factor")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,13 @@ def linear(x, t, p, **more):
         scale, groups = t.scale_global, (0, groups[1])
         more |= {"multiplier": t.scale, "multiplier_group": p.weight.grain.size}
     fixed = {"weight_bits": p.weight.spec.bits, "act_bits": p.act.spec.bits, "act_affine": p.act.spec.affine}
-    fixed |= {"weight_group": groups[0], "act_group": groups[1], "shift": p.act.shift, "bias": t.bias}
+    fixed |= {
+        "weight_group": groups[0],
+        "act_group": groups[1],
+        "shift": p.act.shift,
+        "clip": p.act.clip,
+        "bias": t.bias,
+    }
     return torch.ops.dq.cpu_linear(x, t.weight, scale, **fixed, **more)
 
 
@@ -68,6 +75,29 @@ def test_sums_are_exact(rows, columns, outputs, bits, seed):
     x[:, 0] = 127
     y = linear(x, Tensors(p.weight.spec.pack(codes), torch.ones(outputs, 1)), p)
     assert torch.equal(y.double(), x.double() @ codes.double().t())
+
+
+@each_level
+@few
+@given(
+    act=st.sampled_from(("int4/group:32", "int4a/group:32", "int4a/group:32/dynamic/0.17", "int8a/token")),
+    rows=sizes,
+    outputs=sizes,
+    clip=st.sampled_from((0.95, 0.8, 0.6)),
+    seed=st.integers(0, 99),
+)
+def test_codes_cover_a_part_of_the_range_as_the_reference_has_it(act, rows, outputs, clip, seed):
+    """With one weight of 1 a row every output shows one rounded input."""
+    act = replace(TensorPlan.parse(act), clip=clip)
+    weight = TensorPlan.parse("int4/group:32" if act.grain.size else "int4/channel")
+    p = LayerPlan("linear", (outputs, 96), weight, act)
+    x = torch.randn(rows, 96, generator=generator(seed))
+    codes = torch.zeros(outputs, 96, dtype=torch.int8)
+    codes[torch.arange(outputs), torch.arange(outputs) % 96] = 1
+    t = Tensors(p.weight.spec.pack(codes), torch.ones(p.weight.grain.scale_shape(outputs, 96)))
+    rounded = reference.input_rounder(p, -1)(x, None)
+    assert not torch.equal(rounded, reference.input_rounder(replace(p, act=replace(act, clip=1.0)), -1)(x, None))
+    torch.testing.assert_close(linear(x, t, p), rounded[:, torch.arange(outputs) % 96], rtol=1e-6, atol=1e-6)
 
 
 @each_level

@@ -17,7 +17,7 @@ from dq.plan import LayerPlan, TensorPlan
 
 BACKENDS = list(kernels.backends())
 WEIGHTS = ("int8/channel", "int8/tensor", "int4/group:16", "int8a/channel", "fp8/channel", "nvfp4", "mxfp4")
-WEIGHTS += ("int4/group:16+channel", "int3/group:16+channel")
+WEIGHTS += ("int4/group:16+channel", "int3/group:16+channel", "lut4/channel", "lut3/group:16")
 ACTS = (None, "int8/token", "int8a/token", "int4/token", "fp8/token", "nvfp4", "int8/token/static", "int8/token/table")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 few = settings(max_examples=25, deadline=None, derandomize=True)
@@ -43,7 +43,7 @@ def tensors(p, dtype=torch.float32, bias=True, seed=0, spread=0.02):
     if p.rank:
         down, up = (torch.randn(*size, generator=make).to(dtype) for size in ((p.rank, p.columns), (p.rows, p.rank)))
     extra = (packed.get("zero"), packed.get("scale_global"))
-    return Tensors(packed["weight"], packed["scale"], *extra, b, act, down, up)
+    return Tensors(packed["weight"], packed["scale"], *extra, b, act, down, up, packed.get("table"))
 
 
 def to_device(t, device):

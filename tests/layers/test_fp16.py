@@ -16,7 +16,7 @@ from tests.models import same_state
 
 HALF = torch.float16
 WEIGHTS = ("int8/channel", "int8/group:64", "int4/channel", "int4/group:64", "int4a/group:64", "fp8/channel", "nvfp4")
-WEIGHTS += ("int4/group:64+channel",)
+WEIGHTS += ("int4/group:64+channel", "lut4/channel", "vq256x4")
 BACKENDS = [name for name in kernels.backends() if name != "triton"]
 
 

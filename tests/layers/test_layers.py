@@ -19,7 +19,7 @@ from dq.layers.clock import Clock
 from dq.plan import LayerPlan, TensorPlan
 
 WEIGHTS = ("int8/channel", "int4/group:16", "int4a/group:16", "fp8/channel", "nvfp4", "mxfp4")
-WEIGHTS += ("int4/group:16+channel",)
+WEIGHTS += ("int4/group:16+channel", "lut3/channel", "vq16x4/tensor")
 ACTS = (None, "int8", "int8a", "int8/tensor/static", "int8/tensor/table")
 KINDS = ("linear", "conv1d", "conv2d", "conv3d")
 
@@ -48,6 +48,11 @@ def plan_of(module, weight="int8/channel", act="int8", **more):
     return plan
 
 
+def cut(weight):
+    """Where the input is split: inside a group, but not inside a vector of a codebook."""
+    return (4,) if weight.startswith("vq") else (3,)
+
+
 def fitted(module, plan):
     """A draft whose every tensor has moved away from neutral, at step 1 of its table."""
     draft, make = drafts.draft(module, plan), torch.Generator().manual_seed(2)
@@ -68,7 +73,7 @@ def fitted(module, plan):
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_a_draft_and_its_packed_layer_give_the_same_output(weight, act, kind):
     module = source(kind)
-    draft = fitted(module, plan_of(module, weight, act, smooth=True, rank=2, splits=(3,)))
+    draft = fitted(module, plan_of(module, weight, act, smooth=True, rank=2, splits=cut(weight)))
     packed, x = draft.pack(torch.float32), batch(module)
     dq.set_backend("reference")
     try:
@@ -84,7 +89,7 @@ def test_a_draft_and_its_packed_layer_give_the_same_output(weight, act, kind):
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_packing_a_draft_keeps_its_rounded_weight_to_the_bit(weight, kind):
     module = source(kind)
-    draft = fitted(module, plan_of(module, weight, splits=(3,)))
+    draft = fitted(module, plan_of(module, weight, splits=cut(weight)))
     assert torch.equal(draft.pack(torch.float32).dense_weight(), draft.rounded_weight())
 
 
@@ -253,7 +258,7 @@ def test_only_layers_with_their_parents_arithmetic_are_taken():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("weight", ["int8/channel", "int4/group:16", "int4/group:16+channel", "nvfp4"])
+@pytest.mark.parametrize("weight", ["int8/channel", "int4/group:16", "int4/group:16+channel", "nvfp4", "vq16x4"])
 def test_stacked_experts_decode_one_by_one_and_whole(weight):
     experts = torch.randn(4, 32, 6, generator=torch.Generator().manual_seed(3))
     plan = LayerPlan("stack", (4, 32, 6), TensorPlan.parse(weight))
@@ -265,5 +270,5 @@ def test_stacked_experts_decode_one_by_one_and_whole(weight):
     assert torch.equal(torch.bmm(x, stack), torch.bmm(x, whole))
     for expert in range(4):  # each output channel of each expert is a row with scales of its own
         expected = plan.weight.spec.fake(experts[expert].t().contiguous(), plan.weight.grain)
-        if weight != "nvfp4":  # whose second-level scale spans all experts
+        if weight not in ("nvfp4", "vq16x4"):  # whose second-level scale or codebook spans all experts
             assert torch.equal(stack[expert], expected.t())

@@ -155,6 +155,10 @@ def test_the_report_says_what_each_layer_became_and_at_which_cost(trained):
         assert layer.act.startswith("int4") and layer.rank > 0 and re.match(r"best of \d+: ", layer.reason)
     else:
         assert layer.act.startswith("int8/tensor/table")
+        (count,) = [note for note in report.notes if "have a table of scales" in note]
+        tables = [row for row in report.layers if row.act and row.act.startswith("int8/tensor/table")]
+        assert count.startswith(f"{len(tables)} of {len(tables)} layers")
+        assert re.search(r"in [1-9]\d* the largest", count)
         assert any("4 step buckets, cut at timestep = " in note and "nearest bucket" in note for note in report.notes)
     tried = [re.search(r"([\d.]+) candidates tried a layer; peak memory ([\d.]+) GiB", note) for note in report.notes]
     (tried,) = filter(None, tried)

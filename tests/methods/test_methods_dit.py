@@ -1,4 +1,4 @@
-"""SVDQuant, GPTQ and ViDiT-Q: the properties by which one knows that they work, on one unit of each embedded model."""
+"""Methods of transformers: the properties by which one knows that they work, on one unit of each embedded model."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from dq import cookbook, families, layers, methods, planning
-from dq.fit import reconstruct, smooth
+from dq.fit import groups, levels, reconstruct, rounding, smooth
 from dq.fit.drafts import draft
-from dq.methods import gptq, svdquant, viditq
+from dq.methods import comq, gptq, lrqdit, squeezellm, svdquant, viditq
 from dq.plan import LayerPlan, TensorPlan
 from dq.trace import calibration, capture
 from dq.trace.seen import LayerSeen, Needs, Seen, Unit
@@ -20,12 +20,13 @@ from dq.trace.walk import Trace
 from pipelines import tiny
 
 UNITS = {"tiny-sd": "up_blocks.2.resnets.0", "tiny-pixart": "transformer_blocks.5"}
-RECIPES = (*svdquant.RECIPES, *gptq.RECIPES, *viditq.RECIPES)
+RECIPES = (*svdquant.RECIPES, *gptq.RECIPES, *comq.RECIPES, *viditq.RECIPES, *lrqdit.RECIPES, *squeezellm.RECIPES)
 LEFT = re.compile("to_out|attn2.to_q")  # in full precision, to save time
-EVERYTHING = Needs(rows=2048, gram=True, absmax=True, calls=True, hat=False)  # what the three methods ask for
+EVERYTHING = Needs(rows=2048, gram=True, absmax=True, calls=True, hat=False)  # what the methods ask for
 EXACT = TensorPlan.parse("int8/group:1")  # a scale for each weight: rounding leaves fp32's own error
 # a unit's error as a share of that of plain rounding, on prompts that nothing was fitted to; ViDiT-Q moves no weight
 WORST = {"svdquant-nvfp4": 0.8, "svdquant-int8": 0.6, "viditq-w8a8": 0.8, "viditq-w4a8": 0.98, "viditq-mp-w4a8": 0.9}
+WORST |= {"lrqdit-w3a4": 0.75, "lrqdit-w4a4": 0.95, "squeezellm-w3": 0.6}  # plain: NormalFloat's table in every row
 every_model = pytest.mark.parametrize("name", UNITS)
 every_recipe = pytest.mark.parametrize("recipe", [recipe.name for recipe in RECIPES])
 
@@ -215,17 +216,70 @@ def test_no_guidance_branch_depends_on_the_other(name, recipe, fitted, observed)
         assert torch.equal(changed[kept], whole[kept]) and not torch.equal(changed[1 - kept], whole[1 - kept])
 
 
+@every_model
+def test_weights_that_the_output_depends_on_are_nearer(name, fitted, observed):  # SqueezeLLM: weighted, plain, uniform
+    unit, _, made = fitted(name, "squeezellm-w3")
+    alike, new = fitted(name, "squeezellm-w3", count="")[2], observed[name][2]
+    assert unit_error(unit, made, new) < 0.95 * unit_error(unit, alike, new)
+    tabled = [layer for layer, row in unit.layers.items() if row.weight.spec.tabled]
+    found = squeezellm.fisher(unit, observed[name][1], tabled)
+    assert list(found) == tabled
+    for layer, count in found.items():
+        weight, plan = made[layer].unrounded().flatten(1), made[layer].plan
+        even = [levels.stored(levels.uniform(levels.Rows(weight, count), plan.weight.spec.bits))]
+        losses = [
+            (rounding.on_grid(weight, plan, scales) - weight).square() @ count
+            for scales in (made[layer].scales, alike[layer].scales, even)
+        ]
+        assert losses[0].sum() < losses[1].sum() < losses[2].sum(), layer
+
+
+@every_model
+def test_grids_of_logarithms_beat_even_ones(name, fitted, observed):  # LRQ-DiT: its grids switched off
+    for recipe in ("lrqdit-w3a4", "lrqdit-w4a4"):
+        unit, _, made = fitted(name, recipe)
+        even, new = fitted(name, recipe, log=False)[2], observed[name][2]
+        assert unit_error(unit, made, new) < unit_error(unit, even, new)
+        for layer, found in made.items():
+            if found.plan.weight.spec.tabled:
+                assert not torch.equal(found.scales[0].table, even[layer].scales[0].table)
+
+
+def test_quiet_inputs_are_rotated_and_loud_ones_are_not(fitted, observed):  # LRQ-DiT: its rule
+    unit, seen, made = fitted("tiny-pixart", "lrqdit-w4a4")
+    for shared in groups.shared(unit, seen):
+        if not shared.plan.weight.spec.tabled:
+            continue
+        assert lrqdit.rms(shared) < lrqdit.SALIENT and all(made[name].plan.rotate for name in shared.plans)
+        times = (1.5 / lrqdit.rms(shared)) ** 2  # smoothing takes the root of it
+        louder = replace(shared.seen, x=shared.seen.x * times, absmax=shared.seen.absmax * times)
+        loud = smooth.Shared(shared.plans, shared.modules, louder)
+        assert lrqdit.rms(loud) == pytest.approx(1.5, rel=1e-3)
+        assert lrqdit.transform(loud, True).rotate == 0 and lrqdit.transform(loud, True).smooth is not None
+        assert lrqdit.transform(shared, False).rotate == 0
+    turned, still = made, fitted("tiny-pixart", "lrqdit-w4a4", rotate=False)[2]
+    new = observed["tiny-pixart"][2]
+    assert unit_error(unit, turned, new) < 0.8 * unit_error(unit, still, new)
+
+
 def test_maxima_are_those_of_the_noisiest_quarter_of_steps():  # ViDiT-Q: where channels are least even
     x = torch.ones(4, 3)
     absmax = torch.ones(8, 2, 3)
-    absmax[:, :, 0] = torch.arange(2.0, 10.0)[:, None]  # channel 0 stands out the more, the later the bucket
+    absmax[:, :, 0] = torch.arange(2.0, 10.0)[:, None]
     seen = LayerSeen(x, x, torch.zeros(4), torch.zeros(4), absmax=absmax)
-    assert viditq._early(seen).absmax[:, 0, 0].tolist() == [8, 9]
-    falling = replace(seen, absmax=absmax.flip(0))  # models whose timestep falls with the noise
-    assert viditq._early(falling).absmax[:, 0, 0].tolist() == [9, 8]
+    assert viditq._early(seen, rising=False).absmax[:, 0, 0].tolist() == [8, 9], "large timesteps are noisy ..."
+    assert viditq._early(seen, rising=True).absmax[:, 0, 0].tolist() == [2, 3], "... unless they rise along the run"
     unseen = replace(seen, absmax=torch.cat([absmax[:6], torch.zeros(2, 2, 3)]))
-    assert viditq._early(unseen).absmax[:, 0, 0].tolist() == [2, 3], "steps that were never recorded tell nothing"
-    assert viditq._early(replace(seen, absmax=absmax[:1])).absmax.shape[0] == 1
+    assert viditq._early(unseen, False).absmax[:, 0, 0].tolist() == [6, 7], "steps never recorded tell nothing"
+    assert viditq._early(replace(seen, absmax=absmax[:1]), False).absmax.shape[0] == 1
+
+
+@every_model
+def test_coordinate_descent_beats_nearest_under_the_same_scales(name, fitted, observed):  # COMQ
+    unit, _, made = fitted(name, "comq-w4a8")
+    _, _, nearest = fitted(name, "comq-w4a8", sweeps=0)
+    new = observed[name][2]
+    assert unit_error(unit, made, new) < 0.8 * unit_error(unit, nearest, new)
 
 
 def correlated(count, seed, spread):
@@ -265,7 +319,7 @@ def test_layers_that_saw_nothing_are_left_to_the_walk(observed):
     unit, seen, _ = observed["tiny-pixart"]
     first = next(iter(unit.layers))
     unit = replace(unit, layers={first: unit.layers[first]})
-    for method in (svdquant, gptq, viditq):
+    for method in (svdquant, gptq, comq, viditq):
         options = {"rank": 4, "share": 0.13}
         assert method.fit(unit, replace(seen, layers={}), options) == {}
         assert list(method.fit(unit, seen, options)) == [first]

@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from diffusers import DiffusionPipeline, PixArtTransformer2DModel
+from diffusers.models.attention_processor import Attention
 
+from eval.metrics import motion_accuracy
+from pipelines import tiny
 from pipelines.tiny import folder, motion, scenes, train_video, training
 
 CLIPS = [motion.sample(index) for index in range(300)]
@@ -85,3 +89,64 @@ def test_training_goes_a_few_steps_stops_goes_on_and_writes_a_pipeline(tmp_path,
     call = {"height": 64, "width": 64, "video_length": 8, "mask_feature": False, "clean_caption": False}
     frames = pipe("a red star moving left", num_inference_steps=2, output_type="pt", **call).frames
     assert frames.shape[-4:] == (8, 3, 64, 64) and frames.isfinite().all()
+
+
+def test_text_shared_by_frames_and_chosen_frames_give_what_the_model_itself_gives():
+    torch.manual_seed(0)
+    model = train_video.latte()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    clips, text, times = torch.randn(2, 4, 8, 16, 16), torch.randn(2, 120, 128), torch.tensor([3, 500])
+    places, chosen = model.temp_pos_embed, torch.tensor([0, 3, 4, 7])
+    with torch.no_grad():
+        whole = model(clips, times, encoder_hidden_states=text).sample
+        model.temp_pos_embed = places[:, chosen]
+        few = model(clips[:, :, chosen], times, encoder_hidden_states=text).sample
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.set_processor(train_video.SharedText(8))
+        train_video.seeing(model, places, torch.arange(8))
+        torch.testing.assert_close(model(clips, times, encoder_hidden_states=text).sample, whole, rtol=1e-4, atol=1e-4)
+        train_video.seeing(model, places, chosen)
+        shared = model(clips[:, :, chosen], times, encoder_hidden_states=text).sample
+    torch.testing.assert_close(shared, few, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_of_motion_are_repeatable_disjoint_and_counted():
+    one = tiny.motions(20, objects=1)
+    assert one == tiny.motions(20, objects=1) and all(len(clip.motions) == 1 for _, clip in one)
+    assert not {text for text, _ in one} & {text for text, _ in tiny.motions(20, objects=1, seed=1)}
+    assert {len(clip.motions) for _, clip in tiny.motions(40)} == {1, 2}
+
+
+def test_a_model_that_is_not_shipped_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "folder", lambda name: tmp_path / name)
+    assert tiny.shipped(tiny.VIDEOS) == []
+    with pytest.raises(ValueError, match=r"^embedded pipeline 'tiny-video': its files are not in .*") as error:
+        tiny.load("tiny-video")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_clips_show_and_move_what_their_captions_say():
+    if not tiny.shipped(tiny.VIDEOS):
+        pytest.skip("needs the weights of tiny-video")
+    captions, labels = zip(*tiny.motions(12, objects=1, seed=3), strict=True)
+    drawn = tiny.clips(tiny.load("tiny-video"), "tiny-video", list(captions), batch=12)
+    mine = motion_accuracy.score(drawn, labels)
+    others = motion_accuracy.score(drawn, labels[1:] + labels[:1])
+    assert mine["objects_right"] >= 0.6 > 0.3 > others["objects_right"]
+    assert mine["motion_accuracy"] >= 0.5 > others["motion_accuracy"]
+
+
+def test_a_clip_depends_on_its_seed_and_not_on_its_batch():
+    if not tiny.shipped(tiny.VIDEOS):
+        pytest.skip("needs the weights of tiny-video")
+    pipe, captions = tiny.load("tiny-video"), [caption for caption, _ in tiny.motions(2)]
+    call = {"num_inference_steps": 2}
+    both = tiny.clips(pipe, "tiny-video", captions, seed=3, **call)
+    assert both.shape == (2, 8, 3, 64, 64) and both.min() >= 0 and both.max() <= 1
+    torch.testing.assert_close(tiny.clips(pipe, "tiny-video", captions, 3, batch=1, **call), both, atol=1e-3, rtol=0)
+    other = tiny.clips(pipe, "tiny-video", captions, seed=4, **call)
+    assert (other - both).abs().mean() > 0.01

@@ -8,6 +8,7 @@ import os
 import socket
 import time
 
+import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
@@ -21,7 +22,7 @@ from dq.plan import LayerPlan, Plan, TensorPlan
 from dq.trace.records import Store
 from dq.trace.seen import Needs
 from dq.trace.units import map_tree, tensors_in
-from dq.trace.walk import Trace, edges_between
+from dq.trace.walk import Trace, _rise, edges_between
 from tests import zoo
 
 PIXART, UNET = "PixArtTransformer2DModel", "UNet2DConditionModel"
@@ -267,8 +268,19 @@ def test_edges_lie_between_the_timesteps_seen():
     assert edges_between([900, 100, 100, 500]) == (300.0, 700.0)
     near = edges_between([1.0, 1.0 + 2**-23])
     assert near == (1.0 + 2**-23,)
+    between = edges_between([900, 100, 100, 500], between=True)
+    assert len(between) == 42 and between == tuple(sorted(set(between)))
+    where = np.digitize([100, 500, 900], between)
+    assert where.tolist() == [0, 21, 42], "21 buckets from one timestep to the next"
+    assert (between[20] + between[21]) / 2 == pytest.approx(500), "which has its own in the middle"
     many = edges_between(list(range(1000)))
     assert len(many) == 63 and sorted(many) == list(many)
+
+
+def test_which_end_of_the_timesteps_is_noisy_is_read_from_the_runs():
+    falling = [{"step": step, "timestep": 900.0 - 100 * step} for step in range(8)]
+    assert not _rise(falling) and _rise([{**info, "timestep": -info["timestep"]} for info in falling])
+    assert not _rise([{"step": -1, "timestep": 1.0}, {"step": -1, "timestep": 2.0}, {"step": 0, "timestep": None}])
 
 
 def test_some_of_many_calls_are_chosen_over_all_timesteps(tmp_path):

@@ -152,7 +152,7 @@ def _linear(plan: LayerPlan, gelu: bool = False) -> Callable[[torch.Tensor, Tens
     codes, bits = _codes(plan, native=bool(multiplied) == plan.weight.grain.two_level)
     groups = {"weight_group": _group(plan.weight.grain), "act_group": _group(plan.act.grain)}
     groups["multiplier_group"] = multiplied
-    fixed = {"weight_bits": bits, "shift": plan.act.shift, "gelu": gelu} | groups | _act(plan)
+    fixed = {"weight_bits": bits, "shift": plan.act.shift, "clip": plan.act.clip, "gelu": gelu} | groups | _act(plan)
     columns, outputs = plan.columns, plan.shape[0]
 
     def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:

@@ -34,7 +34,7 @@ Linear = structure(
     pointer="x act_scale weight weight_scale weight_zero multiplier bias low up y",
     int64="rows columns outputs row_bytes rank weight_group act_group multiplier_group weight_scale_stride",
     int32="dtype weight_bits act_bits act_affine gelu",
-    float="shift",
+    float="shift clip",
 )
 Conv = structure(
     "Conv",
@@ -62,7 +62,7 @@ _ops.define(
     "cpu_linear(Tensor x, Tensor weight, Tensor scale, *, Tensor? act_scale=None, Tensor? zero=None, "
     "Tensor? multiplier=None, Tensor? bias=None, Tensor? low=None, Tensor? up=None, int weight_bits, int act_bits, "
     "bool act_affine=False, int weight_group=0, int act_group=0, int multiplier_group=0, float shift=0, "
-    "bool gelu=False) -> Tensor"
+    "float clip=1, bool gelu=False) -> Tensor"
 )
 _ops.define(
     "cpu_conv(Tensor x, Tensor weight, Tensor scale, *, Tensor? act_scale=None, Tensor? bias=None, int weight_bits, "
@@ -73,7 +73,8 @@ _ops.define(
 
 def _linear(
     x, weight, scale, *, act_scale=None, zero=None, multiplier=None, bias=None, low=None, up=None, weight_bits,
-    act_bits, act_affine=False, weight_group=0, act_group=0, multiplier_group=0, shift=0.0, gelu=False,
+    act_bits, act_affine=False, weight_group=0, act_group=0, multiplier_group=0, shift=0.0, clip=1.0,
+    gelu=False,
 ):  # fmt: skip
     """y = f(Q(x + shift) W^T + low up^T + bias), f a tanh GELU or nothing.
 
@@ -84,6 +85,7 @@ def _linear(
     act_scale   fp32 (1,): the stored scale of x; None: one is measured per row and group of `act_group` columns, 0 for
                 one group
     act_bits    of the codes of x, with a zero point where `act_affine`
+    clip        share of the measured range of x that codes cover; values beyond saturate
     low, up     (rows, rank) and (outputs, rank) bf16, rank even
     multiplier  int8 (outputs, groups) of two-level scales, codes are of 4 bits then: in groups of `multiplier_group`
                 columns, a multiple of 32, which act_group is if it is not 0
@@ -94,7 +96,7 @@ def _linear(
         rows=x.shape[0], columns=x.shape[1], outputs=weight.shape[0], row_bytes=weight.shape[1],
         rank=0 if up is None else up.shape[1], weight_group=weight_group, act_group=act_group,
         multiplier_group=multiplier_group, weight_scale_stride=scale_stride(scale), dtype=DTYPES[x.dtype],
-        weight_bits=weight_bits, act_bits=act_bits, act_affine=act_affine, gelu=gelu, shift=shift,
+        weight_bits=weight_bits, act_bits=act_bits, act_affine=act_affine, gelu=gelu, shift=shift, clip=clip,
     )  # fmt: skip
     tensors = {"x": x, "act_scale": act_scale, "weight": weight, "weight_scale": scale, "bias": bias, "y": y}
     tensors |= {"weight_zero": zero, "multiplier": multiplier, "low": low, "up": up}

@@ -72,7 +72,7 @@ def _column_scale(plan: LayerPlan, t: Tensors) -> torch.Tensor:
 def _row_format(plan: LayerPlan, split: int = 0) -> RowFormat:
     """Of integer activations, stored in the order that a kernel wants."""
     spec = plan.act.spec
-    return RowFormat(spec.max_code, spec.affine, plan.act.grain.size or 0, split, plan.act.shift)
+    return RowFormat(spec.max_code, spec.affine, plan.act.grain.size or 0, split, plan.act.shift, plan.act.clip)
 
 
 def _stored(t: Tensors) -> torch.Tensor | None:
@@ -83,7 +83,7 @@ def _stored(t: Tensors) -> torch.Tensor | None:
 def _rounded(x: torch.Tensor, form: RowFormat, given: torch.Tensor | None = None, sums: bool = False) -> Codes:
     """Codes of rows by the kernel; while traced in aten where a row is rounded as a whole, so that what comes before
     is fused with it, and one input that several layers round is rounded in one place."""
-    whole = not (form.group or form.split or form.shift or sums) and given is None
+    whole = not (form.group or form.split or form.shift or sums) and form.clip == 1 and given is None
     whole &= not form.affine or form.top == ops.INT8_TOP
     if not (torch.compiler.is_compiling() and whole):
         return ops.quant_rows(x, form, given=given, sums=sums)

@@ -34,6 +34,7 @@ class RowFormat(NamedTuple):
     group   columns that share a scale, 0 for all
     split   columns whose even ones are stored first (see `quantize`), 0 for the order of the input
     shift   added to the input first
+    clip    share of a measured range that codes cover
     """
 
     top: int = INT8_TOP
@@ -41,6 +42,7 @@ class RowFormat(NamedTuple):
     group: int = 0
     split: int = 0
     shift: float = 0.0
+    clip: float = 1.0
 
 
 class Codes(NamedTuple):
@@ -171,6 +173,7 @@ def _quant_rows(
     group: int = 0,
     split: int = 0,
     shift: float = 0.0,
+    clip: float = 1.0,
     given: Tensor | None = None,
     sums: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -186,7 +189,7 @@ def _quant_rows(
     kernel = quantize.quant_rows if stored <= LONGEST else quantize.quant_long_rows
     kernel[(-(-m * groups // config["BM"]),)](
         x, given, q, s, zero if len(zero) else None, total if sums else None,
-        m * groups, groups, width, stored, k, x.stride(0), shift,
+        m * groups, groups, width, stored, k, x.stride(0), shift, clip,
         float(top), top == FP8_TOP, affine, split, config["BM"], config["BK"], **options(config),
     )  # fmt: skip
     return out

@@ -86,12 +86,13 @@ def put(q_p, s_p, z_p, sum_p, q, s, zero, place, v, real, inside):
 
 @triton.jit
 def quant_rows(
-    x_p, given_p, q_p, s_p, z_p, sum_p, V, G, W, WP, K, pitch, shift,
+    x_p, given_p, q_p, s_p, z_p, sum_p, V, G, W, WP, K, pitch, shift, part,
     TOP: tl.constexpr, FP8: tl.constexpr, AFFINE: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """x (M, K) -> q (M, G * WP) and s, z, sum (M, G): G groups of W columns, stored WP wide (zeros behind). V = M * G.
 
+    part     of the measured range that codes cover
     given_p  a stored scale (1,) instead of a measured one: only NaN spoils a row then, Inf saturates
     z_p      int32 zero points (8-bit affine codes); sum_p: int32 sums of codes (affine weights); BK >= WP
     """
@@ -109,7 +110,7 @@ def quant_rows(
         zero = s * 0.0
     else:
         low, high, bad = span(z, AFFINE)
-        s, zero = scale_zero(low, high, bad, TOP, AFFINE)
+        s, zero = scale_zero(low * part, high * part, bad, TOP, AFFINE)
     q = code(z, s, zero, TOP, FP8, AFFINE)
     if AFFINE:  # padding is 0, whatever the zero point
         q = tl.where(inside, q, tl.zeros_like(q))
@@ -119,7 +120,7 @@ def quant_rows(
 
 @triton.jit
 def quant_long_rows(
-    x_p, given_p, q_p, s_p, z_p, sum_p, V, G, W, WP, K, pitch, shift,
+    x_p, given_p, q_p, s_p, z_p, sum_p, V, G, W, WP, K, pitch, shift, part,
     TOP: tl.constexpr, FP8: tl.constexpr, AFFINE: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +138,7 @@ def quant_long_rows(
         if given_p is not None:
             some_bad = tl.sum((z != z).to(tl.int32), 1)
         bad += some_bad
-    s, zero = scale_zero(low, high, bad, TOP, AFFINE)
+    s, zero = scale_zero(low * part, high * part, bad, TOP, AFFINE)
     if given_p is not None:
         s = tl.where(bad > 0, float("nan"), tl.load(given_p).to(tl.float32))
     total = tl.zeros((BM,), tl.int32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dq.kernels.triton import configs
-from tests.kernels.cross_compile import FP8, INT8, Specimen, launched, tiled, unit
+from tests.kernels.cross_compile import FP8, Specimen, launched, tiled, unit
 
 HADAMARD = {"gfx942": "v_mfma_f32", "gfx950": "v_mfma_f32"}  # NVIDIA: HMMA, tiles of 32 rows are below wgmma's 64
 GATED = {"bias_p": "*bf16", "gate_p": "*bf16", "res_p": "*bf16", "out_p": "*bf16"}
@@ -11,16 +11,11 @@ GATED = {"bias_p": "*bf16", "gate_p": "*bf16", "res_p": "*bf16", "out_p": "*bf16
 
 def specimens(arch: str, every: bool = False) -> list[Specimen]:
     """The kernels as an architecture runs them; with `every`, each configuration, else the first."""
-    from eval.gpu.launches import ATTENTION_TILES
-
-    made, kinds = [*_rows(arch), *_heads(arch)], ["i8", "fp8e4nv"] if arch in FP8 else ["i8"]
+    made, kinds = _rows(arch), ["i8", "fp8e4nv"] if arch in FP8 else ["i8"]
     tiles = configs.nearest(arch)
     for name in ("gemm_branch", "gemm_tma_branch"):
         for config in configs.candidates(name, tiles)[: None if every else 1]:
             made += [_gated(name, config, arch, kind) for kind in kinds]
-    for name, choices in ATTENTION_TILES[tiles].items():
-        for config in choices[: None if every else 1]:
-            made += [_attention(name, config, arch, eight) for eight in ([False, True] if arch in FP8 else [False])]
     return made
 
 
@@ -30,16 +25,6 @@ def _gated(name: str, config: configs.Config, arch: str, kind: str) -> Specimen:
     name = name.replace("gemm", "gated_gemm").removesuffix("_branch")
     values, opcode, label = tiled(name, config, arch, kind)
     return Specimen(label, getattr(kernels, name), values | GATED, opcode, *launched(config), unit(kind))
-
-
-def _attention(name: str, config: configs.Config, arch: str, eight: bool) -> Specimen:
-    from eval.gpu import attention
-
-    block, size = int(name.split("_")[1]), 72 if name.endswith("_masked") else int(name.split("_")[1])
-    values = {"q_p": "*i8", "k_p": "*i8", "v_p": "*fp8e4nv" if eight else "*fp16", "sq_p": "*fp32", "sk_p": "*fp32"}
-    values |= {"sv_p": "*fp32" if eight else None, "o_p": "*bf16", "D": size, "BD": block, "PV8": eight}
-    values |= {key: config[key] for key in ("BM", "BN")}
-    return Specimen(name + ("-pv8" if eight else ""), attention.attn_i8, values, INT8[arch], *launched(config), "int8")
 
 
 def _rows(arch: str) -> list[Specimen]:
@@ -58,16 +43,3 @@ def _rows(arch: str) -> list[Specimen]:
     ]
     eight = {"q_p": "*fp8e4nv", "TOP": 448.0, "FP8": True}
     return [*made, Specimen("adaln_quant-fp8", kernels.adaln_quant, norm | eight, None, 8, 1)] if arch in FP8 else made
-
-
-def _heads(arch: str) -> list[Specimen]:
-    from eval.gpu import attention
-
-    head = {"x_p": "*bf16", "weight_p": "*bf16", "cos_p": "*fp32", "sin_p": "*fp32", "mean_p": "*fp32", "q_p": "*i8"}
-    head |= {"s_p": "*fp32", "out_p": "*fp32", "D": 128, "BD": 128, "BM": 32, "HALF": False}
-    made = [
-        Specimen("qk_norm_rope_quant", attention.qk_norm_rope_quant, head, None, 4, 1),
-        Specimen("k_sums", attention.k_sums, head, None, 4, 1),
-    ]
-    values = head | {"out_p": "*fp8e4nv"}
-    return [*made, Specimen("v_fp8", attention.v_fp8, values, None, 4, 1)] if arch in FP8 else made

@@ -99,6 +99,32 @@ def test_fp8_products_are_tuned_apart():
     assert {"gemm", "gemm:fp8", "gemm_tma_branch:fp8", "w4a8"} <= set(names) and "w4a8:fp8" not in names
 
 
+def test_attention_is_that_of_diffusers_backends_and_of_dqs_choice(monkeypatch):
+    """What is not there has a row with the reason, and every figure a distance from attention in fp32."""
+    pytest.importorskip("diffusers")
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    from dq.fusions import backends
+
+    timed, noted = [], []
+    there = {"native": None, "_native_math": None, "flash": None}
+    monkeypatch.setattr(backends, "why_not", lambda name: there.get(name, f"{name} is not there"))
+    monkeypatch.setattr(backends, "choose", lambda device: ("sage", ()))
+    right = _AttentionBackendRegistry._backends[AttentionBackendName("native")]
+    wrong = lambda query, key, value, **how: right(query, key, value) * 1.1  # noqa: E731
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, AttentionBackendName("flash"), wrong)
+    monkeypatch.setattr(bench, "randn", partial(bench.randn, device="cpu"))
+    monkeypatch.setattr(bench, "HEADS", ((1, 2, 48, 64), (1, 2, 48, 256)))
+    monkeypatch.setattr(bench, "record", lambda *args: timed.append((args[2], args[-1])))
+    bench.attention(OPTIONS, lambda what, name, shape, ms, **more: noted.append((name, more)))
+    for runs, about in timed:
+        alike = {"bf16 SDPA", "diffusers native", "diffusers _native_math", "dq"}
+        assert set(runs) == alike | {"bf16 CUDNN_ATTENTION".lower(), "bf16 flash_attention", "diffusers flash"}
+        assert all(about[name]["off"] < 0.01 for name in alike) and 0.05 < about["diffusers flash"]["off"] < 0.15
+    assert [about["dq"]["kernel"] for _, about in timed] == ["sage", "native"], "heads of 256 are not sage's"
+    assert ("diffusers sage", {"error": "sage is not there"}) in noted
+
+
 def test_the_bench_starts_where_torch_and_triton_are_all_there_is():
     code = """
 import sys

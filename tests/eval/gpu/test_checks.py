@@ -202,33 +202,6 @@ def test_faults_of_gates_are_found(monkeypatch):
         assert lab.check_gate(about, "cpu"), name
 
 
-@pytest.mark.parametrize("eight", [False, True])
-def test_faults_of_attention_are_found(monkeypatch, eight):
-    tile, heads, right = {"BM": 32, "BN": 32, "warps": 4, "stages": 2}, (1, 2, 70, 24), launches.attn_i8
-    assert lab.check_attention(heads, eight, tile, "cpu") == ""
-    for name, fault in {
-        "scales of keys": lambda q, k, *rest: right(q, k._replace(scale=k.scale.roll(1, 1)), *rest),
-        "scales": lambda q, *rest: right(q._replace(scale=q.scale * (1.1 if eight else 1.02)), *rest),
-        "the last key": lambda q, k, *rest: right(q, k._replace(q=without_last(k.q)), *rest),
-        "all values": lambda *args: right(*args) * 1.02,
-    }.items():
-        monkeypatch.setattr(launches, "attn_i8", fault)
-        assert lab.check_attention(heads, eight, tile, "cpu"), name
-
-
-def without_last(k):
-    k = k.clone()
-    k[:, -1] = 0
-    return k
-
-
-def test_codes_of_heads_are_compared_with_their_own(monkeypatch):
-    right = launches.qk_norm_rope_quant
-    monkeypatch.setattr(launches, "qk_norm_rope_quant", lambda x, **how: right(x.roll(1, 1), **how))
-    tile = {"BM": 32, "BN": 32, "warps": 4, "stages": 2}
-    assert "codes differ" in lab.check_attention((1, 2, 70, 24), False, tile, "cpu")
-
-
 # --- outcomes --------------------------------------------------------------------------------------------------------
 
 

@@ -14,18 +14,15 @@ from tests.kernels.test_cross_compile import compiled
 pytestmark = pytest.mark.slow  # seconds a kernel, of kernels that no user runs
 
 GATE = {
-    "sm_80": ("attention_128", "gated_gemm-i8"),
-    "sm_86": ("attention_64",),
-    "sm_89": ("attention_64-pv8",),
-    "sm_90": (
-        "gelu_quant", "adaln_quant", "had_quant", "qk_norm_rope_quant", "k_sums", "v_fp8", "attention_128-pv8",
-        "gated_gemm_tma-fp8e4nv",
-    ),
-    "sm_100": ("attention_128",),
-    "sm_103": ("attention_128", "gated_gemm_tma-fp8e4nv"),
-    "sm_120": ("attention_128",),
+    "sm_80": ("gated_gemm-i8",),
+    "sm_86": ("had_quant",),
+    "sm_89": ("adaln_quant-fp8",),
+    "sm_90": ("gelu_quant", "adaln_quant", "had_quant", "gated_gemm_tma-fp8e4nv"),
+    "sm_100": ("gated_gemm_tma-fp8e4nv",),
+    "sm_103": ("gated_gemm_tma-i8", "gated_gemm_tma-fp8e4nv"),
+    "sm_120": ("gated_gemm-i8",),
     "gfx942": (),
-    "gfx950": ("attention_128",),
+    "gfx950": ("gated_gemm-i8",),
 }  # fmt: skip
 
 

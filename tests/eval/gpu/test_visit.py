@@ -68,15 +68,16 @@ def test_a_copied_tree_without_git_rehearses_and_goes_on_where_it_stopped(copied
         rows.read(out / "rehearsal.json")
 
 
-def test_without_diffusers_its_piece_says_so(tmp_path):
+def test_without_diffusers_its_pieces_say_so(tmp_path):
     command = [sys.executable, "-c", BARE, str(ROOT / "eval/gpu/visit.py"), "--rehearse", "--out", str(tmp_path)]
     for piece in ("flux", "attention"):
         environment = {"TRITON_INTERPRET": "1", "PATH": "", "OMP_NUM_THREADS": "1"}
         done = subprocess.run([*command, "--inside", piece], capture_output=True, text=True, env=environment, cwd="/")
         assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "rehearsal.json").read_text())["rows"]
-    (missing,) = (row for row in found if row["contender"] == "diffusers")
-    assert "diffusers" in missing["error"] and "ms" not in missing
+    missing = [row for row in found if row["contender"] == "diffusers"]
+    assert {row["what"] for row in missing} == {"FLUX blocks", "attention"}
+    assert all("diffusers" in row["error"] and "ms" not in row for row in missing)
     assert any("ms" in row for row in found if row["what"] == "attention"), "the rest of the piece ran"
 
 

@@ -66,12 +66,12 @@ def test_zero_points_are_those_of_the_format():
     assert torch.equal(zero, expected.zero.reshape(-1).int()) and not q[:, 50:].any()
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.171875])
+@pytest.mark.parametrize(("shift", "clip"), [(0.0, 1.0), (0.171875, 1.0), (0.171875, 0.8)])
 @pytest.mark.parametrize("name", ["int4", "int4a"])
-def test_groups_have_scales_of_their_own_and_columns_in_the_order_of_the_weights_bytes(name, shift):
+def test_groups_have_scales_of_their_own_and_columns_in_the_order_of_the_weights_bytes(name, shift, clip):
     spec, x = get(name), F.gelu(randn(6, 200, spread=3.0))
-    expected = spec.encode(x + shift, "group:64")
-    q, s, zero, _ = quantize(x, top=7, group=64, split=64, affine=spec.affine, shift=shift)
+    expected = spec.encode(x + shift, "group:64", *spec.fit((x + shift) * clip, "group:64"))
+    q, s, zero, _ = quantize(x, top=7, group=64, split=64, affine=spec.affine, shift=shift, clip=clip)
     centred = expected.codes - (0 if expected.zero is None else expected.zero.repeat_interleave(64, 1)[:, :200])
     stored = F.pad(centred, (0, 56))[:, split_order(256, 64)]
     assert torch.equal(s, expected.scale) and torch.equal(q, stored) and zero is None

@@ -22,6 +22,7 @@ struct DqLinear {
   dq::Dtype dtype;
   int32_t weight_bits, act_bits, act_affine, gelu;
   float shift;
+  float clip;  // share of the measured range of activations that their codes cover
 };
 
 struct DqConv {

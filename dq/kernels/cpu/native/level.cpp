@@ -23,7 +23,7 @@ DQ_FIELDS(DqLinear, dq_linear_fields, FIELD(x), FIELD(act_scale), FIELD(weight),
           FIELD(weight_zero), FIELD(multiplier), FIELD(bias), FIELD(low), FIELD(up), FIELD(y), FIELD(rows),
           FIELD(columns), FIELD(outputs), FIELD(row_bytes), FIELD(rank), FIELD(weight_group), FIELD(act_group),
           FIELD(multiplier_group), FIELD(weight_scale_stride), FIELD(dtype), FIELD(weight_bits), FIELD(act_bits),
-          FIELD(act_affine), FIELD(gelu), FIELD(shift))
+          FIELD(act_affine), FIELD(gelu), FIELD(shift), FIELD(clip))
 
 DQ_FIELDS(DqConv, dq_conv_fields, FIELD(x), FIELD(weight), FIELD(weight_scale), FIELD(bias), FIELD(act_scale),
           FIELD(y), FIELD(batch), FIELD(channels), FIELD(outputs), FIELD(row_bytes), FIELD(weight_scale_stride),

@@ -45,6 +45,7 @@ Quantized quantized_in(const DqLinear& l, const Shape& s) {
       .high = highest_code(l.act_bits),
       .affine = bool(l.act_affine),
       .stored = l.act_scale,
+      .clip = l.clip,
   };
 }
 

@@ -1,6 +1,6 @@
 // Activations: rows of floats to codes, as the dot product takes them: bytes q + 128, or 16 bits.
 //
-//   q = clip(rne((x + shift) / s) + z)
+//   q = clip(rne((x + shift) / s) + z),   s, z from `clip` times the measured range
 //
 // The quotient is exact, as in dq/formats/integer.py, so that codes equal the reference's to the bit.
 #pragma once
@@ -20,6 +20,7 @@ struct Quantized {
   int low, high;  // code range
   bool affine;
   const float* stored;  // one stored scale, or null: measured
+  float clip = 1;       // share of a measured range that codes cover
 };
 
 // The code range of `bits` bits: without a zero point it has as many negative codes as positive ones.
@@ -109,6 +110,7 @@ DQ_INLINE void encode(const float* row, long width, float scale, int zero, const
 // Scale (and zero point) from a range, as dq/formats/integer.py fits them.
 DQ_INLINE void fit(Range range, const Quantized& q, float& scale, int& zero) {
   zero = 0;
+  range.low *= q.clip, range.high *= q.clip;
   if (!q.affine) {
     scale = at_least_floor(std::max(std::fabs(range.low), std::fabs(range.high)) / q.high);
     if (range.low != range.low) scale = NAN;

@@ -1,0 +1,99 @@
+"""What recipes keep of the embedded video model: `python -m eval.experiments.video [--prompts 100]`.
+
+A row per entry of ENTRIES, as in `eval.experiments.methods`: clips of held-out prompts against those of the fp32 model
+from the same seeds (decibels over frames), added flicker, motion named = seen, displacement and smoothness beside
+the fp32 clips' own, noise prediction by thirds, bytes, and milliseconds a step of one clip. Controls round to nearest
+what the recipe's own plan quantizes; that of the budget gives all weights 5 bits. Rows go to eval/results/video.json,
+one by one, and are kept while weights, code, prompts and seed are the same, so that a stopped run goes on.
+"""
+
+import argparse
+import sys
+
+import torch
+from tqdm import tqdm
+
+import dq
+from eval import timing
+from eval.experiments import methods, rows
+from eval.experiments.methods import Entry
+from eval.static import kernels_by_rank
+from pipelines import tiny
+
+FILE = rows.FOLDER / "video.json"
+MODEL = "tiny-video"
+SHORT = {"calibration": {"samples": 32, "steps": 10}, "models": (MODEL,)}
+ONE_FORMAT = "one format of 5 bits"
+
+
+def _with_plain(recipe: str) -> tuple[Entry, Entry]:
+    name = f"plain of {recipe}"
+    return Entry(recipe, recipe, against=name, **SHORT), Entry(name, recipe, plain=True, **SHORT)
+
+
+REASONS: dict[str, str] = {}  # why a row does not beat the one it is set `against`; docs/results/video.md shows it
+ENTRIES = (
+    Entry("int8", "int8", **SHORT),
+    Entry("int4-weight", "int4-weight", **SHORT),
+    *_with_plain("svdquant-int4"),
+    *_with_plain("svdquant-w4a8"),
+    Entry("viditq-w8a8", "viditq-w8a8", against="int8", **SHORT),
+    *_with_plain("viditq-w4a8"),
+    *_with_plain("gptq-w4a8"),
+    Entry("budget of 5 bits", "int8-weight", against=ONE_FORMAT, bits=5, **SHORT),
+    Entry(ONE_FORMAT, "int8-weight", weights=("int5/group:64",), **SHORT),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", nargs="+", default=None, choices=[entry.name for entry in ENTRIES])
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    if not tiny.shipped((MODEL,)):
+        parser.error(f"the files of {MODEL} are not in {str(tiny.folder(MODEL))!r}")
+    kernels_by_rank()
+    sys.exit(1 if run(options) else 0)
+
+
+def run(options) -> list[str]:
+    """Measure the rows asked for that are not there; -> those that could not be."""
+    failed = []
+    for entry in tqdm([entry for entry in ENTRIES if entry.name in (options.rows or [entry.name])], desc="rows"):
+        row = methods.identity(MODEL, entry, options)
+        if any(all(old.get(key) == value for key, value in row.items()) for old in rows.read(FILE)):
+            continue
+        try:
+            row |= measure(entry, options) | rows.stamp()
+        except dq.DQError as error:
+            failed.append(entry.name)
+            tqdm.write(f"no row {entry.name}: {error}")
+            continue
+        rows.add(FILE, row, ("model", "row"))
+        tqdm.write(f"{entry.name}: {row['psnr_db']:.2f} dB, motion accuracy {row['motion_accuracy']:.3f}")
+    return failed
+
+
+def measure(entry: Entry, options) -> dict:
+    """The figures of one row."""
+    plan = methods.plain_plan(MODEL, entry, options) if entry.plain else None
+    pipe = tiny.load(MODEL)
+    figures = {"fp32_ms_per_step": ms_per_step(pipe)} | methods.quantized(pipe, MODEL, entry, options, plan)
+    emulated = any(row.emulated for row in dq.explain(pipe).layers)
+    figures["ms_per_step"] = None if emulated else ms_per_step(pipe)
+    return methods.rounded(figures | methods.compare(pipe, MODEL, options))
+
+
+def ms_per_step(pipe) -> float:
+    """Of one clip, median over the steps of two calls; both sides of a row are timed in the same minute."""
+    caption = [caption for caption, _ in tiny.motions(1)]
+
+    def draw(steps: int | None) -> torch.Tensor:
+        return tiny.clips(pipe, MODEL, caption, num_inference_steps=steps or 6)
+
+    return timing.measure(pipe, draw, repeats=2)["ms_per_step"]
+
+
+if __name__ == "__main__":
+    main()
