@@ -13,6 +13,7 @@ import torch
 
 from dq.fit import rounding
 from dq.fit.drafts import DraftLinear
+from dq.formats.integer import Integer
 from dq.kernels import reference
 from dq.layers import hadamard
 from dq.trace.seen import LayerSeen
@@ -117,15 +118,16 @@ def _ridge(seen: LayerSeen, draft: DraftLinear, added: torch.Tensor) -> float | 
 def noise(seen: LayerSeen, draft: DraftLinear) -> torch.Tensor:
     """(columns,) mean square that activation rounding adds to each column of z; 0 without such rounding.
 
-    Measured for dynamic scales; for stored ones that of a uniform error, mean over the steps.
+    Measured; for stored scales of integers that of a uniform error, mean over the steps.
     """
     plan, taps = draft.plan, draft.plan.columns // draft.plan.shape[1]
-    if draft.act_scale is not None:
+    if draft.act_scale is not None and isinstance(plan.act.spec, Integer):
         steps = draft.act_scale.detach().square().mean(0) / 12
         return torch.cat([step.expand(last - first) for step, (first, last) in zip(steps, plan.parts, strict=True)])
     if plan.act is None:
         return torch.zeros(plan.columns, device=seen.gram.device)
     z = draft.transform(seen.hat.float())
     dim = -1 if plan.kind == "linear" else 1
-    error = reference.input_rounder(plan, dim)(z, None) - z
+    stored = None if draft.act_scale is None else draft.act_scale.detach().mean(0)
+    error = reference.input_rounder(plan, dim)(z, stored) - z
     return error.square().movedim(dim, -1).flatten(0, -2).mean(0).repeat_interleave(taps)

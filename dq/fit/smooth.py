@@ -103,6 +103,7 @@ class SmoothSearch:
 
     rank  of the branch that is scored; rotations: orders of Hadamard blocks; acts: further activation formats
     clips  falling shares of the activations' measured range that codes may cover; the first that does not help ends it
+    reach  of factors that are powers of two, 2^reach between the least and the largest at most; 0: any factors
     """
 
     rank: int = 0
@@ -111,6 +112,7 @@ class SmoothSearch:
     rotations: tuple[int, ...] = ()
     acts: tuple[TensorPlan, ...] = ()
     clips: tuple[float, ...] = ()
+    reach: int = 0
 
 
 @dataclass
@@ -200,12 +202,12 @@ def search(shared: Shared, wish: SmoothSearch) -> Found:
     """The transform of a shared input that leaves the least error: smoothing, then rotation, format and clipping."""
     score = _Scorer(shared, wish.rank)
     nothing = Transform()
-    smoothed = [_smooth(shared, alpha, beta) for alpha, beta in _pairs(wish)]
+    smoothed = [_smooth(shared, wish, *pair) for pair in _pairs(wish)]
     best = _least(score, [nothing, *smoothed])
     if best.smooth is not None:
         alpha, beta = best.powers
         near = [(alpha + step, beta - step if beta else 0.0) for step in (-REFINE, REFINE)]
-        best = _least(score, [best, *(_smooth(shared, *pair) for pair in near)])
+        best = _least(score, [best, *(_smooth(shared, wish, *pair) for pair in near)])
     turned = [replace(base, rotate=order) for order in wish.rotations for base in dict.fromkeys((nothing, best))]
     best = _least(score, [best, *turned])
     formats = [replace(best, act=act) for act in wish.acts]
@@ -228,5 +230,9 @@ def _least(score: _Scorer, changes: Sequence[Transform]) -> Transform:
     return min(changes, key=score)
 
 
-def _smooth(shared: Shared, alpha: float, beta: float) -> Transform:
-    return Transform(balance(shared, alpha, beta), (alpha, beta))
+def _smooth(shared: Shared, wish: SmoothSearch, alpha: float, beta: float) -> Transform:
+    factors = balance(shared, alpha, beta)
+    if wish.reach:
+        powers = factors.log2().round()
+        factors = powers.clamp(max=float(powers.min()) + wish.reach).exp2()
+    return Transform(factors, (alpha, beta))

@@ -66,6 +66,11 @@ def rounded(
     """A draft whose weight is rounded by itself, and the weight (rows, columns) before that."""
     stored = plan.act is not None and plan.act.scale != "dynamic"
     made = static.fit(module, plan, layer, seen, static.StaticWish(round="nearest")) if stored else draft(module, plan)
+    return made, onto_grid(made, layer, options)
+
+
+def onto_grid(made: DraftLinear, layer: LayerSeen, options: Mapping) -> torch.Tensor:
+    """Round the weight of a draft by itself; -> the weight (rows, columns) before that."""
     start = made.unrounded().reshape(made.plan.rows, -1)
     if options.get("start", "gptq") == "gptq" and layer.gram is not None:
         weight, made.scales = rounding.gptq(start, made.plan, moments.rounded(layer, made), search=True)
@@ -73,7 +78,7 @@ def rounded(
         made.scales = rounding.mse_scales(start, made.plan)
         weight = rounding.on_grid(start, made.plan, made.scales)
     made.weight.data.copy_(weight.reshape(made.plan.shape))
-    return made, start
+    return start
 
 
 def learn(unit: Unit, seen: Seen, made: Mapping[str, DraftLinear], targets: Mapping, options: Mapping) -> None:
@@ -82,6 +87,7 @@ def learn(unit: Unit, seen: Seen, made: Mapping[str, DraftLinear], targets: Mapp
     if not targets or not steps:
         return
     learned = {name: made[name] for name in targets}
-    learning = reconstruct.AdaRound(learned, targets, options.get("strength", STRENGTH))
+    strength, aware = options.get("strength", STRENGTH), options.get("scale_aware", False)
+    learning = reconstruct.AdaRound(learned, targets, strength, aware)
     settings = reconstruct.Settings(steps, options.get("lr", LEARNING_RATE), options.get("batch", BATCH))
     reconstruct.reconstruct(unit, seen, made, learning.parameters, settings, learning)

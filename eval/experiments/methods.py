@@ -129,7 +129,22 @@ def _with_groups_off(recipe: str) -> tuple[Entry, Entry, Entry]:
     return Entry(recipe, recipe, against=name), off, Entry(f"{recipe} in order", recipe, options={"permute": False})
 
 
+def _with_control(recipe: str, what: str, **options) -> tuple[Entry, Entry]:
+    """A recipe and the same with its own idea switched off, all else equal."""
+    name = f"{recipe} {what}"
+    return Entry(recipe, recipe, against=name), Entry(name, recipe, options=options)
+
+
 FROM_NEAREST = {"start": "nearest"}
+
+
+def _with_learning_off(recipe: str, what: str, **options) -> tuple[Entry, ...]:
+    """As `_with_control`, and both once more from nearest rounding, as published: GPTQ leaves less to learn."""
+    near = f"{recipe} from nearest"
+    off = Entry(f"{near}, {what}", recipe, options={**FROM_NEAREST, **options})
+    return *_with_control(recipe, what, **options), Entry(near, recipe, options=FROM_NEAREST, against=off.name), off
+
+
 ENTRIES = (
     Entry("int8", "int8"),
     *_with_plain("gptq-int4-weight"),
@@ -186,6 +201,16 @@ ENTRIES = (
     *_with_one_width("mixdq-w5a8", "int5/channel"),
     *_with_one_width("mixdq-w4a8", "int4/channel"),
     *_with_one_width("viditq-mp-w4a8", "int5/channel"),
+    *_with_learning_off("fp4dit-w4a6", "not scale-aware", scale_aware=False),
+    Entry("fp4dit-w4a6 in one format", "fp4dit-w4a6", options={"formats": False}),
+    *_with_learning_off("fp4dit-w4a8", "not scale-aware", scale_aware=False),
+    Entry("fp4dit-w4a8 in one format", "fp4dit-w4a8", options={"formats": False}),
+    *_with_learning_off("lowbitfp-w4a8", "without learned rounding", steps=0),
+    Entry("lowbitfp-w4a8 in one format", "lowbitfp-w4a8", options={"formats": False}),
+    *_with_control("lowbitfp-w8a8", "in one format", formats=False),
+    *_with_control("llmfp4-w4a4", "without shift", shift=False),
+    Entry("llmfp4-w4a4 in one format", "llmfp4-w4a4", options={"formats": False}),
+    *_with_control("llmfp4-w4a8", "without shift", shift=False),
     Entry("lrqdit-w4a4", "lrqdit-w4a4", against="lrqdit-w4a4 without logarithms"),
     Entry("lrqdit-w4a4 without logarithms", "lrqdit-w4a4", options={"log": False}),
     Entry("lrqdit-w4a4 without rotation", "lrqdit-w4a4", options={"rotate": False}),
