@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from . import CALL, PARTS, STUDENTS
 from .recogniser import Recogniser
 from .training import RUNS, draw_curve
 
@@ -23,9 +24,9 @@ CLIPS = """Procedural clips (`pipelines/tiny/motion.py`): eight frames of those 
 that stand still, move left, right, up or down, turn, grow, shrink or meet, slowly or quickly; the caption names
 colour, shape and motion of each. Training and held-out clips come from separate random streams. The vocabulary is that
 grammar."""
-STUDENT = """A LoRA on `{base}` (peft, rank 32 in every matrix and convolution that has more numbers than it,
-{denoiser:.1f} M parameters in bf16) that draws in four calls without guidance what `{base}` draws in 20 calls with it,
-and an unmodified `TCDScheduler`. Trained for four steps: one, two and eight run, and are worse or no better.
+STUDENT = """A LoRA on `{base}` (peft, in every matrix and convolution that has more numbers than it,
+{denoiser:.1f} M parameters in bf16) with which it draws in four calls without guidance, where it takes 20 steps of two
+calls, and an unmodified `TCDScheduler`. Trained for four steps; one, two and eight run, too.
 
 Distilled on the way of the teacher (guidance 3, DPM-Solver++ 2M, 8 steps): from any of its points in one of the four
 phases that the student's steps bound to the phase's end, three quarters of the ways from where the student itself
@@ -99,16 +100,13 @@ def _curve(name: str) -> list[dict]:
 
 def write_card(name: str) -> None:
     """README.md and loss.png of one shipped model, from its curve and its measured rows."""
-    from pipelines import tiny
-
     folder, curve = FOLDER / SHIPPED[name], _curve(name)
-    base = tiny.STUDENTS.get(SHIPPED[name], "")
+    base = STUDENTS.get(SHIPPED[name], "")
     draw_curve(curve, folder / "loss.png", LINES[name])
-    call = ", ".join(f"{key}={value}" for key, value in tiny.CALL.get(SHIPPED[name], {}).items())
+    call = ", ".join(f"{key}={value}" for key, value in CALL.get(SHIPPED[name], {}).items())
     text = [f"# {SHIPPED[name]}", WHAT[name].format(denoiser=_million(folder), base=base), "## Use"]
-    use = USE[name].format(call=call, base=base, part=tiny.PARTS.get(base))
-    text += [f"```python\n{use}\n```", "## Data", CLIPS if name == "video" else DATA]
-    text += ["## Training"]
+    use = USE[name].format(call=call, base=base, part=PARTS.get(base))
+    text += [f"```python\n{use}\n```", "## Data", CLIPS if name == "video" else DATA, "## Training"]
     last, minutes = curve[-1], curve[-1]["seconds"] / 60
     text.append(
         f"{last['step']} steps in {minutes:.0f} minutes on one of {_results()['machine']}, shared with other work "
@@ -131,11 +129,9 @@ def _results() -> dict:
 
 def _figures(name: str) -> str:
     """The rows of eval/results/tiny_models.json that speak of this model, as a list."""
-    from pipelines import tiny
-
-    base = tiny.STUDENTS.get(SHIPPED[name])  # its rows in as many steps stand beside a student's
+    base = STUDENTS.get(SHIPPED[name])  # its rows in as many steps stand beside a student's
     wanted = {SHIPPED[name]} | ({base} if base else set()) | ({"vae"} if name in ("pixart", "sd") else set())
-    usual = {None, tiny.CALL.get(SHIPPED[name], {}).get("num_inference_steps")}
+    usual = {None, CALL.get(SHIPPED[name], {}).get("num_inference_steps")}
     rows = [row for row in _results()["rows"] if row["model"] in wanted]
     rows = [row for row in rows if base or row.get("num_inference_steps") in usual]
     lines = [f"- {', '.join(f'{key} {value}' for key, value in row.items() if key != 'seconds')}" for row in rows]

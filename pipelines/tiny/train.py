@@ -10,7 +10,7 @@ import argparse
 import torch
 
 MINUTES = {"recogniser": 7, "vae": 10, "text": 7, "pixart": 67.5, "refine": 12, "sd": 43, "clip": 4.5}
-MINUTES |= {"video-text": 6, "video": 240, "pixart-4step": 25, "sd-4step": 25, "cards": 0}
+MINUTES |= {"video-text": 6, "video": 240, "pixart-4step": 26, "sd-4step": 16, "cards": 0}
 
 
 def train(part: str, minutes: float) -> None:

@@ -30,7 +30,8 @@ from .train_text import encode
 from .training import RUNS, Average, Run, adamw
 
 OFFSET = 30_000_000  # each training reads its own part of the training stream
-PHASES, POINTS, RANK, BATCH = 4, 8, 32, 16
+PHASES, POINTS, BATCH = 4, 8, 16
+RANKS = {"tiny-pixart": 32, "tiny-sd": 16}  # of LoRAs of about the same size
 FRESH, EVERY, KEPT = 32, 24, 1600  # ways drawn at once, steps between, ways kept
 HUBER = 0.2  # errors of v beyond it count linearly
 SCHEDULER = {
@@ -78,17 +79,17 @@ def teacher(name: str) -> Teacher:
     return found
 
 
-def with_lora(model: nn.Module) -> PeftModel:
+def with_lora(model: nn.Module, rank: int) -> PeftModel:
     """The model with a LoRA in every layer that has more numbers than it."""
-    targets = [name for name, layer in model.named_modules() if _worth_it(layer)]
-    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
+    targets = [name for name, layer in model.named_modules() if _worth_it(layer, rank)]
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
 
 
-def _worth_it(layer: nn.Module) -> bool:
+def _worth_it(layer: nn.Module, rank: int) -> bool:
     if not isinstance(layer, nn.Linear | nn.Conv2d):
         return False
     outs, ins = layer.weight.flatten(1).shape
-    return RANK * (outs + ins) < outs * ins
+    return rank * (outs + ins) < outs * ins
 
 
 def solver() -> DPMSolverMultistepScheduler:
@@ -186,7 +187,7 @@ def train_student(part: str, minutes: float, rate: float = 2e-3) -> Path:
     torch.manual_seed(0)
     name = f"tiny-{part}"
     source, angles = teacher(name), Angles()
-    student = with_lora(teacher(name).model)
+    student = with_lora(teacher(name).model, RANKS[name])
     ways, average = Ways(source, angles), Average(student, 0.99)
     optimiser = adamw([p for p in student.parameters() if p.requires_grad], rate, 0.0)
     parts = {"student": student, "ways": ways, "average": average, "optimiser": optimiser}
@@ -222,7 +223,7 @@ def write_student(name: str, student: PeftModel, average: Average) -> Path:
     student.save_pretrained(work, state_dict={key: value.to(torch.bfloat16) for key, value in average.values.items()})
     final.mkdir(exist_ok=True)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(work / file, final / file)
+        shutil.copyfile(work / file, final / file)
     TCDScheduler(**SCHEDULER).save_pretrained(final / "scheduler")
     print("wrote", final.name, flush=True)
     return final
