@@ -30,6 +30,8 @@ class Rounding(nn.Module):
     scale_aware  V counts in gaps, as shares of the mean one
     """
 
+    unit: torch.Tensor
+
     def __init__(
         self,
         weight: torch.Tensor,

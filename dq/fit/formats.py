@@ -50,7 +50,7 @@ class _Errors:
             module = self.shared.modules[name]
             act = plan.act if plan.act is not None and plan.act.scale == "dynamic" else None
             made = draft(module, replace(plan, act=act, steps=1, smooth=self.smooth is not None), self.smooth)
-            target = module(self.x.to(module.weight.dtype)).float()
+            target = module(self.x.to(module.get_parameter("weight").dtype)).float()
             missed = []
             for scales in _ranges(made, self.seen.layers[name]):
                 made.scales = scales
@@ -90,8 +90,11 @@ def _weight(name: str, plan: LayerPlan, error: _Errors) -> LayerPlan:
 
 def _act(plans: Mapping[str, LayerPlan], error: _Errors) -> dict[str, LayerPlan]:
     act = next(iter(plans.values())).act
-    names = () if act is None or act.scale != "dynamic" else splits(act.spec)
-    tried = [{key: replace(plan, act=replace(act, format=each)) for key, plan in plans.items()} for each in names]
+    if act is None or act.scale != "dynamic":
+        return dict(plans)
+    tried = [
+        {key: replace(plan, act=replace(act, format=each)) for key, plan in plans.items()} for each in splits(act.spec)
+    ]
     if len(tried) < 2:
         return dict(plans)
     return min(tried, key=lambda plans: sum(error(key, plan) for key, plan in plans.items()))
@@ -101,11 +104,10 @@ def stored(
     module: nn.Module, plan: LayerPlan, layer: LayerSeen, seen: Seen, wish: static.StaticWish, acts: Sequence[str]
 ) -> DraftLinear:
     """The draft of a layer with stored activation scales, its activations in the one of `acts` that errs least."""
-    best, least = None, torch.inf
-    for name in acts:
-        changed = replace(plan, act=replace(plan.act, format=name))
-        made = static.fit(module, changed, layer, seen, wish)
-        missed = static.Layer(module, changed, layer, seen).error(made) if len(acts) > 1 else 0.0
-        if missed < least:
-            best, least = made, missed
-    return best
+    assert plan.act is not None  # only layers with stored scales are fitted here
+    tried = [replace(plan, act=replace(plan.act, format=name)) for name in acts]
+    made = [static.fit(module, each, layer, seen, wish) for each in tried]
+    if len(made) == 1:
+        return made[0]
+    missed = [static.Layer(module, each, layer, seen).error(one) for each, one in zip(tried, made, strict=True)]
+    return made[missed.index(min(missed))]

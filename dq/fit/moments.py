@@ -121,7 +121,7 @@ def noise(seen: LayerSeen, draft: DraftLinear) -> torch.Tensor:
     Measured; for stored scales of integers that of a uniform error, mean over the steps.
     """
     plan, taps = draft.plan, draft.plan.columns // draft.plan.shape[1]
-    if draft.act_scale is not None and isinstance(plan.act.spec, Integer):
+    if draft.act_scale is not None and plan.act is not None and isinstance(plan.act.spec, Integer):
         steps = draft.act_scale.detach().square().mean(0) / 12
         return torch.cat([step.expand(last - first) for step, (first, last) in zip(steps, plan.parts, strict=True)])
     if plan.act is None:

@@ -267,5 +267,6 @@ def _soft(rounding: Rounding, draft: DraftLinear) -> Callable[[], torch.Tensor]:
 @torch.no_grad()
 def _around(draft: DraftLinear, target: torch.Tensor, scale_aware: bool) -> Rounding:
     """A rounding that is at the draft's own weight now and may step to the grid point on the target's side of it."""
+    assert draft.scales is not None  # as whoever made the draft's weight fitted them
     held = draft.weight.data.reshape(draft.plan.rows, -1)
     return Rounding(target, draft.plan, draft.scales, held, scale_aware)

@@ -212,8 +212,9 @@ def search(shared: Shared, wish: SmoothSearch) -> Found:
     best = _least(score, [best, *turned])
     formats = [replace(best, act=act) for act in wish.acts]
     best = _least(score, [best, *formats])
-    for clip in wish.clips:
-        less = replace(best, act=replace(best.act or shared.plan.act, clip=clip))
+    act = best.act or shared.plan.act
+    tried = [] if act is None else [replace(best, act=replace(act, clip=clip)) for clip in wish.clips]
+    for less in tried:
         if score(less) >= score(best):
             break
         best = less

@@ -147,7 +147,7 @@ def input_rounder(plan: LayerPlan, dim: int) -> Callable[[torch.Tensor, torch.Te
             scale, grain = scale.reshape(1, 1), Granularity("tensor")
         shifted, whole, zero = rows + act.shift, None, None
         if act.clip != 1:
-            covered = spec.fit(shifted.detach().float() * act.clip, grain)
+            covered = act.spec.fit(shifted.detach().float() * act.clip, grain)
             scale, zero = covered.scale, covered.zero
         if spec.global_bytes:  # one tensor-wide scale per row, so that no row depends on another
             whole = spec.fit_global(shifted.detach(), per_row=True)

@@ -371,7 +371,8 @@ class PackedStack(_Frozen, nn.Module):
         outputs = self.plan.shape[2]
         rows = slice(expert * outputs, (expert + 1) * outputs)
         found: list[Any] = [self.stored, self.scale, self.zero, self.scale_global, self.table]
-        *picked, table = [t if t is None or len(t) < self.plan.rows else t[rows] for t in found]  # else of all rows
+        picked: list[Any] = [t if t is None or len(t) < self.plan.rows else t[rows] for t in found]  # else of all rows
+        *picked, table = picked
         return reference.weight_decoder(self.plan)(Tensors(*picked, table=table)).t().to(self.compute_dtype)
 
     @classmethod

@@ -52,7 +52,7 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
         if options["formats"]:
             shared.plans = formats.choose(shared, seen)
         if options["shift"] and shared.plan.act is not None:
-            reach = 2**shared.plan.act.spec.exponent - 1
+            reach = 2**shared.plan.act.spec.exponent - 1  # pyright: ignore[reportAttributeAccessIssue]
             found = smooth.search(shared, smooth.SmoothSearch(alphas=ALPHAS, reach=reach))
             if options["formats"] and found.best.smooth is not None:
                 shared.plans = formats.choose(shared, seen, found.best.smooth)

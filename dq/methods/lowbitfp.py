@@ -62,8 +62,9 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
 
 def ranged(module: nn.Module, name: str, plan: LayerPlan, seen: Seen, options: Mapping) -> DraftLinear:
     """A draft in the formats of least error, the range of its activations stored, its weight not yet rounded."""
+    assert plan.act is not None
     layer, acts = seen.layers[name], (plan.act.format,)
     if options["formats"]:
         plan = formats.choose(Shared({name: plan}, {name: module}, layer), seen)[name]
-        acts = formats.splits(plan.act.spec)
+        acts = formats.splits(plan.act.spec)  # pyright: ignore[reportOptionalMemberAccess]
     return formats.stored(module, plan, layer, seen, RANGES, acts)

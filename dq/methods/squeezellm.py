@@ -49,7 +49,9 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     for name in names:
         plan, layer = unit.layers[name], seen.layers[name]
         weight = made[name].weight.data.reshape(plan.rows, -1)
-        count = layer.gram.diagonal() if options["count"] == "moments" else found.get(name)
+        count = found.get(name)
+        if options["count"] == "moments" and layer.gram is not None:
+            count = layer.gram.diagonal()
         made[name].scales = tables(weight, plan, count)
         if options["round"] == "gptq":
             met = moments.rounded(layer, made[name])
@@ -66,7 +68,7 @@ def tables(weight, plan, count: torch.Tensor | None) -> list:
 
 def fisher(unit: Unit, seen: Seen, names: list[str]) -> dict[str, torch.Tensor]:
     """(columns,) by layer: mean squared gradient of the unit's output under random signs, added up over rows."""
-    weights = [unit.layer(name).weight for name in names]
+    weights = [unit.layer(name).get_parameter("weight") for name in names]
     found = [torch.zeros(weight[0].numel(), device=weight.device) for weight in weights]
     signs = torch.Generator().manual_seed(seen.seed)
     calls = reconstruct.load(seen, reconstruct.Settings(most=MOST_CALLS, stream="full"), weights[0].device)
@@ -74,7 +76,7 @@ def fisher(unit: Unit, seen: Seen, names: list[str]) -> dict[str, torch.Tensor]:
         for call in calls:
             outputs = list(reconstruct.floating(unit.module(*call.args, **call.kwargs)))
             drawn = [torch.randint(0, 2, y.shape, generator=signs).to(y) * 2 - 1 for y in outputs]
-            total = sum((y * sign).float().sum() for y, sign in zip(outputs, drawn, strict=True))
+            total = torch.stack([(y * sign).float().sum() for y, sign in zip(outputs, drawn, strict=True)]).sum()
             gradients = torch.autograd.grad(total, weights, allow_unused=True)
             for mine, gradient in zip(found, gradients, strict=True):
                 mine += 0 if gradient is None else gradient.float().square().flatten(1).sum(0)

@@ -165,7 +165,8 @@ class Trace(Replay):
         if 0 < most < len(infos):
             order = sorted(_shuffled(len(infos), self.seed), key=lambda call: times[call] or 0.0)
             chosen = sorted(order[(2 * i + 1) * len(order) // (2 * most)] for i in range(most))
-            self._calls, infos, times = ([values[call] for call in chosen] for values in (self._calls, infos, times))
+            self._calls, infos = [self._calls[call] for call in chosen], [infos[call] for call in chosen]
+            times = [times[call] for call in chosen]
         self._times = times
         self.edges = edges_between([time for time in times if time is not None], between)
         self._rising = _rise(infos)
