@@ -11,8 +11,9 @@ cost, and motion over larger steps of time is easier to see. Steps of time are d
 what moves where; what a single frame looks like is known from the start.
 
 The text encoder learns the words of motion first, with a readout that is thrown away, and is frozen then: trained
-jointly, tiny-pixart's forgot which colour belongs to which shape (`train_refine`). The pipeline pads every prompt to
-120 tokens and gives no mask to the transformer (`mask_feature=False`): so does the training.
+jointly, tiny-pixart's forgot which colour belongs to which shape (`train_refine`). Where tiny-video is shipped, a run
+without a checkpoint goes on from its weights, with a learning rate that rises and falls anew. The pipeline pads every
+prompt to 120 tokens and gives no mask to the transformer (`mask_feature=False`): so does the training.
 """
 
 import json
@@ -234,8 +235,7 @@ def train_video(minutes: float, rate: float = 8e-4, snapshot_s: float = 900) -> 
     """Train the transformer beside the frozen encoder of `train_text`; writes the pipeline now and then."""
     torch.manual_seed(0)
     model, readout, average, optimiser, parts = _trained(rate)
-    encoder = T5EncoderModel.from_pretrained(RUNS / "text-video" / "text_encoder").eval()
-    words = T5Tokenizer.from_pretrained(RUNS / "text-video" / "tokenizer")
+    encoder, words = T5EncoderModel.from_pretrained(_text() / "text_encoder").eval(), _tokenizer()
     run, seen = Run("video", minutes, parts, optimiser), []
     model.temporal_transformer_blocks[3].register_forward_hook(lambda module, args, out: seen.append(out))
     places = model.temp_pos_embed
@@ -266,9 +266,21 @@ def train_video(minutes: float, rate: float = 8e-4, snapshot_s: float = 900) -> 
     return write_pipeline(average, RUNS / NAME)
 
 
+def _text() -> Path:
+    """Folder of the text encoder and tokenizer: of `train_text`, or the shipped ones."""
+    return RUNS / "text-video" if (RUNS / "text-video" / "text_encoder").is_dir() else folder(NAME)
+
+
+def _tokenizer() -> T5Tokenizer:
+    return T5Tokenizer.from_pretrained(_text() / "tokenizer")
+
+
 def _trained(rate: float):
     """Model, readout, average, optimiser (Muon for the matrices of blocks, AdamW for the rest), and all by name."""
     model, readout = latte(), nn.Linear(256, 16)
+    if folder(NAME).is_dir():
+        shipped = LatteTransformer3DModel.from_pretrained(folder(NAME) / "transformer", torch_dtype=torch.float32)
+        model.load_state_dict(shipped.state_dict())
     for module in model.modules():
         if isinstance(module, Attention):
             module.set_processor(SharedText(motion.FRAMES))  # trains faster here than the fused kernel
@@ -285,8 +297,8 @@ def write_pipeline(average: Average, final: Path) -> Path:
     model.load_state_dict(average.values, strict=False)
     vae = AutoencoderKL.from_pretrained(folder(BASE) / "vae", torch_dtype=torch.bfloat16)
     pipe = LattePipeline(
-        tokenizer=T5Tokenizer.from_pretrained(RUNS / "text-video" / "tokenizer"),
-        text_encoder=T5EncoderModel.from_pretrained(RUNS / "text-video" / "text_encoder"),
+        tokenizer=_tokenizer(),
+        text_encoder=T5EncoderModel.from_pretrained(_text() / "text_encoder"),
         vae=vae,
         transformer=model.to(torch.bfloat16),
         scheduler=DPMSolverMultistepScheduler(**SCHEDULER),
