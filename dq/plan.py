@@ -68,7 +68,8 @@ class TensorPlan:
         if scale not in SCALES:
             raise DQError(f"tensor plan {text!r}: scale is {scale!r}, {nearest(scale, SCALES)}")
         if not abs(shift) < MOST_SHIFT or not 0 < clip <= 1 or len(rest) > 4:
-            raise DQError(f"tensor plan {text!r}: expected format/granularity/scale/shift/clip, a clip of at most 1")
+            limits = "shift finite, clip above 0 and at most 1"
+            raise DQError(f"tensor plan {text!r}: expected format/granularity/scale/shift/clip, {limits}")
         return cls(name, granularity, scale, shift, clip)
 
     def __str__(self) -> str:

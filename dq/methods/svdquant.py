@@ -43,7 +43,7 @@ ONE_SIDED = 0.25  # an input whose low end is closer to 0 than this share of its
 # plain: inputs are smoothed and rounded as planned, nothing else
 # noise: weights are those that serve the rounded input best
 # clip: codes of 4-bit inputs may cover less than the measured range
-OPTIONS = {"rank": RANK, "share": BRANCH_SHARE, "multiple": 1, "plain": False, "clip": True, "noise": False}
+OPTIONS = {"rank": RANK, "share": BRANCH_SHARE, "multiple": 1, "plain": False, "clip": False, "noise": False}
 NUNCHAKU = {
     "modulation": "int4/group:64",
     "edge": "int4/group:64",

@@ -149,7 +149,7 @@ ENTRIES = (
     Entry("int8", "int8"),
     *_with_plain("gptq-int4-weight"),
     *_with_plain("svdquant-int4"),
-    Entry("svdquant-int4 without clipping", "svdquant-int4", options={"clip": False}),
+    Entry("svdquant-int4 with clipping", "svdquant-int4", options={"clip": True}, against="svdquant-int4"),
     Entry("svdquant-int4 for rounded inputs", "svdquant-int4", options={"noise": True}, against="svdquant-int4"),
     Entry("plain of svdquant-int4, smaller groups", "svdquant-int4", plain=True, weights=INT4_MORE),
     Entry("plain of svdquant-int4, more bits", "svdquant-int4", plain=True, weights=INT_WIDER),

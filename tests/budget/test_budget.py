@@ -343,7 +343,8 @@ def test_a_fused_adapter_reaches_the_start_token_and_leaves_with_it():
     adapted = _run(calls)(model)
     model.fuse_lora()
     fused = _run(calls)(model)
-    assert all(torch.allclose(a, b, atol=2e-3) for a, b in zip(adapted, fused, strict=True))
+    # a sum in another order may move an input over the middle between two codes
+    assert all((a - b).norm() < 0.01 * a.norm() for a, b in zip(adapted, fused, strict=True))
     assert not torch.allclose(adapted[0], before[0], atol=2e-3)
     model.unfuse_lora()
     model.disable_adapters()
