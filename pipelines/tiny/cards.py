@@ -56,7 +56,10 @@ and 6 temporal blocks, 4 heads of 64, patch 2 on eight 16x16x4 latents, {denoise
 `AutoencoderKL` of tiny-pixart, frame by frame. v-prediction, averaged weights (0.998), 10 % of the captions empty.
 
 Spatial blocks start from tiny-pixart, temporal ones as the identity. The encoder is tiny-pixart's with the words of
-motion beside, trained on text alone and frozen. The pipeline wants `mask_feature=False`: so was the training.""",
+motion beside, trained on text alone and frozen. The pipeline wants `mask_feature=False`: so was the training.
+
+Its objects are right, its motion is not yet: frames far apart do not agree where the object is. A longer
+training (`python -m pipelines.tiny.train video`) goes on from these weights.""",
     "clip": """`transformers.CLIPModel` (vision: 4 layers, width 192, patch 8; text: 3 layers, width 128), contrastive,
 batch 128; `CLIPProcessor.from_pretrained` loads its tokenizer and image processor (64x64, no cropping).""",
     "recogniser": """`pipelines.tiny.recogniser.Recogniser`: a convolutional net that says on an 8x8 grid which object
