@@ -43,7 +43,7 @@ needs_chromium = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromi
 def places(tmp_path_factory):
     found = app_folders.places(tmp_path_factory.mktemp("app"))
     app_folders.small_run(found["runs"] / "small")
-    app_folders.small_video(found["models"] / "video")
+    app_folders.small_video(found["models"] / "film")
     return found
 
 
@@ -218,7 +218,7 @@ def test_a_job_that_is_stopped_ends_and_leaves_nothing(client, places, jobs):
 
 
 def test_a_video_pipeline_gives_clips_of_every_frame(client):
-    pair, _, clips, figures, _ = client.predict(**ask(model="video", recipe="int8-weight", **FILM))
+    pair, _, clips, figures, _ = client.predict(**ask(model="film", recipe="int8-weight", **FILM))
     assert [clip["label"] for clip in clips["clips"]] == ["original", "quantized", "difference x8"]
     assert {len(clip["frames"]) for clip in clips["clips"]} == {9} == {figures["frames"]}
     assert Image.open(pair[0]).size == (32, 32) and all(value > 0 for value in figures["ms_per_step"])
@@ -382,7 +382,7 @@ def test_two_users_at_once_each_see_their_own(browser, address):
 @needs_chromium
 def test_clips_keep_to_one_clock(browser, address):
     page = Page(browser, address)
-    page.choose("#compare-model", "video")
+    page.choose("#compare-model", "film")
     page.choose("#compare-recipe", "int4-weight")
     for label, value in {"Steps": 2, "Width": 32, "Height": 32, "Frames": 9}.items():
         if label == "Width":
