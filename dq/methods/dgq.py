@@ -122,17 +122,12 @@ def ends(unit: Unit, calls: Iterable[UnitCall], starts: Container[str] = ()) -> 
 
         return look
 
-    hooks = [
-        unit.layer(name).register_forward_pre_hook(watch(name, -1 if plan.kind == "linear" else 1))
+    looks = {
+        name: watch(name, -1 if plan.kind == "linear" else 1)
         for name, plan in unit.layers.items()
         if plan.act is not None
-    ]
-    try:
-        for call in calls:
-            unit.module(*call.args, **call.kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    }
+    mixdq.replayed(unit, calls, looks)
     return found
 
 

@@ -15,7 +15,7 @@ Weights are rounded to nearest, one scale per output channel; nothing is learned
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -65,6 +65,17 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
     return made
 
 
+def replayed(unit: Unit, calls: Iterable[UnitCall], looks: Mapping[str, Callable]) -> None:
+    """Run a unit's calls, with `looks` as forward pre-hooks of its layers, by name."""
+    hooks = [unit.layer(name).register_forward_pre_hook(look) for name, look in looks.items()]
+    try:
+        for call in calls:
+            unit.module(*call.args, **call.kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.no_grad()
 def start_tokens(unit: Unit, calls: Iterable[UnitCall]) -> dict[str, torch.Tensor]:
     """By layer: the token (in,) that its inputs (batch, tokens, in) begin with, whatever comes after it."""
@@ -80,13 +91,7 @@ def start_tokens(unit: Unit, calls: Iterable[UnitCall]) -> dict[str, torch.Tenso
         return look
 
     names = [name for name, plan in unit.layers.items() if plan.kind == "linear"]
-    hooks = [unit.layer(name).register_forward_pre_hook(watch(name)) for name in names]
-    try:
-        for call in calls:
-            unit.module(*call.args, **call.kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    replayed(unit, calls, {name: watch(name) for name in names})
     found = {}
     for name in firsts:
         token, count = _commonest(torch.cat(firsts[name]))

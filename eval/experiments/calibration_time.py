@@ -135,13 +135,17 @@ class Loop:
     steps: int
     seed: int = 1
 
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of a text and of a latent."""
+        return TEXT, (CONFIG["in_channels"], 64, 64)
+
     @torch.no_grad()
     def __call__(self, model: torch.nn.Module) -> None:
         value = next(model.parameters())
         for sample in range(self.samples):
             dice = torch.Generator().manual_seed(1000 * self.seed + sample)
-            text = torch.randn(1, *TEXT, generator=dice).to(value)
-            latents = torch.randn(1, CONFIG["in_channels"], 64, 64, generator=dice).to(value)
+            text, latents = (torch.randn(1, *shape, generator=dice).to(value) for shape in self.shapes)
             for step in range(self.steps):
                 self.call(model, latents, text, 999 - 1000 * step // self.steps)
                 latents = 0.9 * latents + 0.3 * torch.randn(latents.shape, generator=dice).to(value)
@@ -159,17 +163,14 @@ class Video(Loop):
 
     frames: int = 17
 
-    @torch.no_grad()
-    def __call__(self, model: torch.nn.Module) -> None:
-        value = next(model.parameters())
-        for sample in range(self.samples):
-            dice = torch.Generator().manual_seed(1000 * self.seed + sample)
-            text = torch.randn(1, *WAN_TEXT, generator=dice).to(value)
-            latents = torch.randn(1, 16, (self.frames - 1) // 4 + 1, *WAN_LATENT, generator=dice).to(value)
-            for step in range(self.steps):
-                when = torch.tensor([999 - 1000 * step // self.steps], device=value.device)
-                model(latents, timestep=when, encoder_hidden_states=text)
-                latents = 0.9 * latents + 0.3 * torch.randn(latents.shape, generator=dice).to(value)
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return WAN_TEXT, (16, (self.frames - 1) // 4 + 1, *WAN_LATENT)
+
+    @staticmethod
+    def call(model: torch.nn.Module, latents: torch.Tensor, text: torch.Tensor, timestep: int) -> torch.Tensor:
+        when = torch.tensor([timestep], device=latents.device)
+        return model(latents, timestep=when, encoder_hidden_states=text).sample
 
 
 def loop_of(options, samples: int, steps: int) -> Loop:

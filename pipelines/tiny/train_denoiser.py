@@ -31,12 +31,14 @@ from .training import RUNS, Average, Run, optimiser_of, put
 FOLDER = Path(__file__).parent
 DROPOUT = 0.1  # share of captions replaced by the empty one
 CELL_WEIGHT = 0.1
-SCHEDULER = {
+NOISE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "prediction_type": "v_prediction",
+}
+SCHEDULER = NOISE | {
     "algorithm_type": "dpmsolver++",
     "solver_order": 2,
     "steps_offset": 1,

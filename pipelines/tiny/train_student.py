@@ -26,6 +26,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from . import CALL, PARTS, folder, load, scenes
+from .train_denoiser import NOISE
 from .train_text import encode
 from .training import RUNS, Average, Run, adamw
 
@@ -34,12 +35,7 @@ PHASES, POINTS, BATCH = 4, 8, 16
 RANKS = {"tiny-pixart": 32, "tiny-sd": 16}  # of LoRAs of about the same size
 FRESH, EVERY, KEPT = 32, 24, 1600  # ways drawn at once, steps between, ways kept
 HUBER = 0.2  # errors of v beyond it count linearly
-SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction",
+SCHEDULER = NOISE | {
     "original_inference_steps": 40,  # a multiple of 1, 2, 4 and 8, so that their steps end where phases do
 }
 

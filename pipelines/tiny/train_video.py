@@ -296,6 +296,7 @@ def write_pipeline(average: Average, final: Path) -> Path:
     model = latte()
     model.load_state_dict(average.values, strict=False)
     vae = AutoencoderKL.from_pretrained(folder(BASE) / "vae", torch_dtype=torch.bfloat16)
+    vae.register_to_config(_name_or_path=f"pipelines/tiny/{BASE}/vae")  # no path of the machine it was trained on
     pipe = LattePipeline(
         tokenizer=_tokenizer(),
         text_encoder=T5EncoderModel.from_pretrained(_text() / "text_encoder"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -193,40 +194,35 @@ def resized(model: nn.Module, scale: int) -> torch.Tensor:
         return zoo.tensors_in(model(**given))[0]
 
 
+def graphs_by_resolution(model: nn.Module, compile_: Callable) -> list[int]:
+    """Graphs after each of three resolutions of a model that `compile_` compiles, whose outputs stay as they were."""
+    expected = [resized(model, scale) for scale in (1, 2, 3)]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_(fullgraph=True, backend="eager")
+    found = []
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for scale in (1, 2, 3):
+            assert close(resized(model, scale), expected[scale - 1])
+            found.append(graphs())
+    return found
+
+
 @pytest.mark.parametrize(("name", "recipe"), [(FLUX, "int8"), (FLUX, "int4-weight"), (UNET, "int8")])
 def test_a_second_resolution_recompiles_once_and_a_third_one_not_at_all(name, recipe, monkeypatch):
     monkeypatch.setattr(cpu, "FEWEST_PRODUCTS", 0)  # across these sizes there is another graph, with another kernel
     monkeypatch.setattr(cpu, "FEWEST_ROWS", {False: 0, True: 0})
     model = quantized(name, recipe)
-    expected = [resized(model, scale) for scale in (1, 2, 3)]
-    torch._dynamo.utils.counters.clear()
-    model.compile(fullgraph=True, backend="eager")
-    counts = []
-    with torch._dynamo.config.patch(error_on_recompile=False):
-        for scale in (1, 2, 3):
-            assert close(resized(model, scale), expected[scale - 1])
-            counts.append(graphs())
-    assert counts == [1, 2, 2]
+    assert graphs_by_resolution(model, model.compile) == [1, 2, 2]
 
 
 def test_repeated_blocks_at_other_resolutions_need_no_more_graphs_than_in_full_precision(monkeypatch):
     monkeypatch.setattr(cpu, "FEWEST_PRODUCTS", 0)
     monkeypatch.setattr(cpu, "FEWEST_ROWS", {False: 0, True: 0})
 
-    def counts(model: nn.Module) -> list[int]:
-        expected = [resized(model, scale) for scale in (1, 2, 3)]
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        model.compile_repeated_blocks(fullgraph=True, backend="eager")
-        found = []
-        with torch._dynamo.config.patch(error_on_recompile=False):
-            for scale in (1, 2, 3):
-                assert close(resized(model, scale), expected[scale - 1])
-                found.append(graphs())
-        return found
-
-    ours = counts(quantized(FLUX))
-    assert ours == counts(zoo.build(FLUX)) and ours[2] == ours[1] > ours[0]
+    models = quantized(FLUX), zoo.build(FLUX)
+    ours, theirs = (graphs_by_resolution(model, model.compile_repeated_blocks) for model in models)
+    assert ours == theirs and ours[2] == ours[1] > ours[0]
 
 
 def test_model_loaded_quantized_compiles(tmp_path):
