@@ -4,7 +4,10 @@ Why Latte and not Wan: on two shared cores a 3-D autoencoder, a UMT5 and two tra
 reach, while spatial blocks, autoencoder and most of the words of tiny-pixart can be taken over; temporal blocks start
 as the identity (their last matrices at zero), so that the first step knows the objects of every frame already.
 
-    loss = |v - v_hat|^2 + 0.1 cells,   v = a_t e - s_t x,   x (N, 4, 8, 16, 16): each frame's latents, t one per clip
+    loss = |d|^2 + 2 F |mean over frames of d|^2 + 0.1 cells,   d = v - v_hat,   v = a_t e - s_t x
+
+with x (N, 4, F, 16, 16) each frame's latents and t one per clip. The second part moves no optimum (it weighs one
+direction of the error more): it is where frames that do not agree lose most.
 
 Up to UNTIL of the time a step sees FEW of a clip's frames, drawn anew each step, with their places in time: half the
 cost, and motion over larger steps of time is easier to see. Steps of time are drawn towards noise, where it is decided
@@ -43,6 +46,7 @@ from .training import RUNS, Average, Run, adamw, optimiser_of, put
 BASE, NAME = "tiny-pixart", "tiny-video"
 LENGTH = 120  # tokens LattePipeline pads prompts to
 BATCH, PATCH, CHANNELS = 16, 2, 4
+SHARED = 2.0  # weight of what a clip's frames get wrong together: where its objects are, the rarest signal
 FEW, UNTIL = 4, 0.6  # frames of each clip that are learned from, up to this share of the budget; all of them then
 LATTE = {
     "num_attention_heads": 4,
@@ -222,13 +226,14 @@ def seeing(model: LatteTransformer3DModel, places: torch.Tensor, frames: torch.T
 
 
 def v_loss(model, clean: torch.Tensor, states: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of v at one step a clip, in bf16 arithmetic; steps t / T are distributed as u^0.4."""
+    """Squared error of v at one step a clip, in bf16 arithmetic (see the top); steps t / T are distributed as u^0.4."""
     t = (torch.rand(len(clean)) ** 0.4 * len(alphas)).long()
     a, s = alphas[t].sqrt()[:, None, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None, None]
     noise = torch.randn_like(clean)
     with torch.autocast("cpu", torch.bfloat16):
         v = model(a * clean + s * noise, t, encoder_hidden_states=states, return_dict=False)[0][:, :CHANNELS]
-    return F.mse_loss(v.float(), a * noise - s * clean)
+    error = v.float() - (a * noise - s * clean)
+    return error.square().mean() + SHARED * error.shape[2] * error.mean(2).square().mean()
 
 
 def train_video(minutes: float, rate: float = 8e-4, snapshot_s: float = 900) -> Path:
