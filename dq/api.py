@@ -257,12 +257,12 @@ def _resolve(target, wanted: Recipe | Plan, calibration, budget):
 
 
 def _own_budget(wanted: Recipe | Plan):
-    """The budget that a recipe brings along: methods of mixed precision name their mean bits."""
+    """The budget that a recipe brings along: methods of mixed precision name their mean bits, and how they look."""
     if not isinstance(wanted, Recipe) or "bits" not in wanted.options:
         return None
     from dq.budget.limits import Budget
 
-    return Budget(bits=wanted.options["bits"])
+    return Budget(bits=wanted.options["bits"], metric=wanted.options.get("metric", Budget.metric))
 
 
 def _check_budget(target, budget, wanted: Recipe | Plan) -> None:

@@ -54,7 +54,7 @@ def _fitted_names() -> list[str]:
     """Names of the recipes of `dq.methods`, `<method>-<format>`, read from the files: importing those costs torch."""
     found = []
     for path in sorted(Path(__file__).with_name("methods").glob("*.py")):
-        named = re.compile(rf"{path.stem}(-[a-z0-9]+)+")
+        named = re.compile(rf"{path.stem}(-[a-z0-9]+(\.[0-9]+)?)+")
         for statement in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "RECIPES":
                 texts = [node.value for node in ast.walk(statement) if isinstance(node, ast.Constant)]

@@ -9,11 +9,12 @@ by a scale for each group there. A recipe's option "choices" names the weight fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 
+from dq.formats.base import Scales
 from dq.formats.integer import NARROW, Integer
 from dq.layers import stored_bytes
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
@@ -25,6 +26,8 @@ RANKS = (0, 16, 32)
 BRANCH_SHARE = 0.25  # most of a layer's bytes that a branch may take
 
 Choice = LayerPlan | None  # None: the layer stays in full precision
+# scales of each part that a method rounds a weight (rows, columns) with before it has seen data; None: of its range
+Start = Callable[[torch.Tensor, LayerPlan], list[Scales]] | None
 
 
 def menus(plan: Plan, recipe: Recipe) -> dict[str, tuple[Choice, ...]]:

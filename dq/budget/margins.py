@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dq.budget.choices import Choice, weight_bytes
+from dq.budget.choices import Choice, Start, weight_bytes
 from dq.budget.predictions import BUCKETS
 from dq.fit import lowrank, rounding
 from dq.kernels import reference
@@ -79,13 +79,15 @@ class _Input:
 class Listener:
     """Hooks that gather the gradients of all layers of one model while something is run forward and back.
 
+    start    scales that weights are rounded with
     bucket   the third of the steps that is running
     summed   gradients of the weights added up since the last `close`, by layer
     """
 
     margins: dict[str, Margins]  # of all runs that were closed
 
-    def __init__(self, model: nn.Module, menus: Mapping[str, Sequence[Choice]]):
+    def __init__(self, model: nn.Module, menus: Mapping[str, Sequence[Choice]], start: Start = None):
+        self.start = start
         plans = {name: next(filter(None, reversed(menu))) for name, menu in menus.items()}
         plans = {name: plan for name, plan in plans.items() if plan.kind != "stack"}
         self.modules = {name: naming.at(model, name) for name in plans}
@@ -221,7 +223,7 @@ def _gradients(module: nn.Module, x: torch.Tensor, gradient: torch.Tensor, both:
     return found[0], found[1] if both else None
 
 
-def energies(weight: torch.Tensor, choices: Sequence[Choice], margins: Margins) -> np.ndarray:
+def energies(weight: torch.Tensor, choices: Sequence[Choice], margins: Margins, start: Start = None) -> np.ndarray:
     """(choices, buckets + 1) energies of the error; weight (rows, columns) fp32."""
     rows, columns = margins.rows.float(), margins.columns.float()
     total = rows.sum(1).clamp(min=torch.finfo(torch.float32).tiny)
@@ -238,7 +240,8 @@ def energies(weight: torch.Tensor, choices: Sequence[Choice], margins: Margins) 
         key = (choice.weight, choice.rank)
         if key not in known:
             rest = rests[choice.rank]
-            squares = (rounding.nearest(rest, choice)[0] - rest).square_()
+            scales = None if start is None else start(rest, choice)
+            squares = (rounding.nearest(rest, choice, scales)[0] - rest).square_()
             known[key] = ((rows @ squares * columns).sum(1) / total).double().numpy()
         found[index] = known[key] + (0 if choice.act is None else margins.acts[str(choice.act)].numpy())
     return found

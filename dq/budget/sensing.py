@@ -69,6 +69,11 @@ class Subject:
         return self.plans[part].dtype
 
     @property
+    def start(self) -> choices.Start:
+        """Scales that the recipe's method rounds weights with, data or not."""
+        return methods.start(self.recipe)
+
+    @property
     def extra(self) -> int:
         """Bytes per input channel that fitting may add."""
         return SMOOTH_BYTES if methods.smooths(self.recipe) else 0
@@ -107,7 +112,7 @@ def unseen(subject: Subject) -> Search:
         errors = {}
         for name, menu in subject.menus[part].items():
             if menu[-1] is not None and menu[-1].kind != "stack":
-                errors[name] = sensitivity.relative(naming.at(model, name).weight.detach(), menu)  # pyright: ignore[reportCallIssue]
+                errors[name] = sensitivity.relative(naming.at(model, name).weight.detach(), menu, subject.start)  # pyright: ignore[reportCallIssue]
         parts[part] = Part(
             search.measured(subject.plans[part], subject.menus[part], errors, {}, subject.dtype(part), subject.extra)
         )
@@ -137,7 +142,8 @@ def _errors(subject: Subject, stores: Mapping[str, Store], own: Store, wish: Wis
     found: dict[str, dict[str, Errors]] = {}
     runs = 0
     if whole and metric in ("trajectory", "sampled"):
-        found["trajectory"], runs = trajectory.gradients(subject.runner, subject.models, subject.menus, own, progress)
+        given = subject.runner, subject.models, subject.menus, own, progress, subject.start
+        found["trajectory"], runs = trajectory.gradients(*given)
     if metric == "prediction" or not whole:
         found["prediction"] = _each(subject, stores, _predicted, progress)
     if metric == "output":
@@ -155,13 +161,14 @@ def _each(subject: Subject, stores: Mapping[str, Store], measure, progress: bool
 
 def _predicted(subject: Subject, part: str, store: Store, progress: bool) -> Errors:
     model, seed = subject.models[part], subject.calibration.seed
-    return sensitivity.prediction(model, subject.menus[part], Predictions(model, store, CALLS), store, seed, progress)
+    few = Predictions(model, store, CALLS)
+    return sensitivity.prediction(model, subject.menus[part], few, store, seed, progress, subject.start)
 
 
 def _judged(subject: Subject, part: str, store: Store, progress: bool) -> Errors:
     model = subject.models[part]
     judge = Predictions(model, store, JUDGED_CALLS)
-    return sensitivity.judged(model, subject.menus[part], judge, store, subject.dtype(part), progress)
+    return sensitivity.judged(model, subject.menus[part], judge, store, subject.dtype(part), progress, subject.start)
 
 
 def _judge(subject: Subject, part: str, stores: Mapping[str, Store], whole: bool) -> Judge:
@@ -175,10 +182,10 @@ def _sampled(subject: Subject, base, stores, own: Store, whole: bool, progress: 
     found = {}
     for part, model in subject.models.items():
         known = {name: subject.menus[part][name] for name in base[part]}
-        drawn = sampled.plans(known, SAMPLES, subject.calibration.seed)
+        drawn = sampled.plans(known, subject.recipe.options.get("plans", SAMPLES), subject.calibration.seed)
         judge = _judge(subject, part, stores, whole)
-        truth = sampled.scores(model, known, drawn, judge, own, subject.dtype(part), progress)
-        found[part] = sampled.fitted(base[part], drawn, truth)
+        truth = sampled.scores(model, known, drawn, judge, own, subject.dtype(part), progress, subject.start)
+        found[part] = sampled.fitted(base[part], known, drawn, truth)
     return found
 
 
@@ -193,7 +200,7 @@ def _checked(subject: Subject, found, stores, own: Store, whole: bool, count: in
         known = {name: subject.menus[part][name] for name in next(iter(found.values()))[part]}
         drawn = sampled.plans(known, count, subject.calibration.seed + 1)
         judge = _judge(subject, part, stores, whole)
-        truth = sampled.scores(model, known, drawn, judge, own, subject.dtype(part), progress)[:, -1]
+        truth = sampled.scores(model, known, drawn, judge, own, subject.dtype(part), progress, subject.start)[:, -1]
         for metric, errors in found.items():
             mine = errors[part]
             guesses = np.array([sum(mine[n][c, -1] for n, c in zip(known, plan, strict=True)) for plan in drawn])

@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dq.budget import margins
-from dq.budget.choices import Choice
+from dq.budget.choices import Choice, Start
 from dq.budget.margins import Listener
 from dq.budget.predictions import BUCKETS, Predictions
 from dq.fit import lowrank, rounding
@@ -54,12 +54,13 @@ def prediction(
     store: Store,
     seed: int = 0,
     progress: bool = True,
+    start: Start = None,
 ) -> Errors:
-    """Errors of the predictions of single calls, to first order.
+    """Errors of the predictions of single calls, to first order; weights rounded with `start`'s scales.
 
     store  keeps what was gathered after every call; a killed measurement goes on there
     """
-    listener = Listener(model, menus)
+    listener = Listener(model, menus, start)
     made = Progress.resume({"": listener}, store, "prediction", [*predictions.keys, seed])
     for call in tqdm(range(made.done, len(predictions.keys)), desc="gradients", disable=not progress, delay=2):
         begun, signs, listener.bucket = time.perf_counter(), generator(seed, call), predictions.buckets[call]
@@ -78,8 +79,12 @@ def table(listener: Listener, menus: Mapping[str, Sequence[Choice]], runs: int, 
     for name, own in tqdm(listener.margins.items(), desc="sensitivity", disable=not progress, delay=2):
         if float(own.rows.sum()) > 0:
             weight = listener.modules[name].weight.detach()
-            found[name] = margins.energies(weight.reshape(len(weight), -1).float(), menus[name], own) / runs
+            found[name] = margins.energies(_rows(weight), menus[name], own, listener.start) / runs
     return found
+
+
+def _rows(weight: torch.Tensor) -> torch.Tensor:
+    return weight.reshape(len(weight), -1).float()
 
 
 def generator(seed: int, run: int) -> torch.Generator:
@@ -142,42 +147,50 @@ def judged(
     store: Store,
     dtype: torch.dtype,
     progress: bool = True,
+    start: Start = None,
 ) -> Errors:
     """The errors of every choice by running the model with one layer quantized at a time; each layer is kept."""
     errors = {}
     for name, choices in tqdm(menus.items(), desc="one layer at a time", disable=not progress, delay=2):
         key = f"judged/{zlib.crc32(json.dumps([name, *map(str, choices), list(judge.keys)]).encode()):08x}"
         if not store.has(key):
-            found = [_one(model, name, choice, judge, dtype).tolist() for choice in choices]
+            found = [_one(model, name, choice, judge, dtype, start).tolist() for choice in choices]
             store.write(key, {"errors": found}, share=False)
         errors[name] = np.array(store.read(key, kind="errors")["errors"])
     return errors
 
 
-def _one(model: nn.Module, name: str, choice: Choice, judge: Judge, dtype: torch.dtype) -> np.ndarray:
+def _one(model: nn.Module, name: str, choice: Choice, judge: Judge, dtype: torch.dtype, start: Start) -> np.ndarray:
     if choice is None or choice.kind == "stack":
         return np.zeros(BUCKETS + 1)
     module = naming.at(model, name)
-    with replaced({module: packed(name, module, choice, dtype).forward}):
+    with replaced({module: packed(name, module, choice, dtype, start).forward}):
         return judge.error()
 
 
 @torch.no_grad()
-def packed(name: str, module: nn.Module, choice: LayerPlan, dtype: torch.dtype) -> nn.Module:
+def packed(name: str, module: nn.Module, choice: LayerPlan, dtype: torch.dtype, start: Start = None) -> nn.Module:
     """A layer under a choice, rounded to nearest, with the branch that the choice names."""
     choice = margins.dynamic(choice)
-    if not choice.rank:
+    if not choice.rank and start is None:
         return pack(name, module, choice, dtype)
-    made, weight = draft(module, choice), module.weight.detach().reshape(choice.rows, -1).float()
+    made, weight = draft(module, choice), _rows(module.weight.detach())
+    if start is not None:
+        made.scales = start(weight, choice)
+    if not choice.rank:
+        return made.pack(dtype)
     down, up = lowrank.factors(weight, choice.rank)
     put_branch(made, down, up, weight - up @ down)
     return made.pack(dtype)
 
 
 @torch.no_grad()
-def relative(weight: torch.Tensor, choices: Sequence[Choice]) -> np.ndarray:
+def relative(weight: torch.Tensor, choices: Sequence[Choice], start: Start = None) -> np.ndarray:
     """(choices, buckets + 1) rounding errors as shares of the weight's own power: all there is without data."""
-    weight = weight.reshape(len(weight), -1).float()
+    weight = _rows(weight)
     power = float(weight.square().sum().clamp(min=1e-30))
-    shares = [0.0 if c is None else float((rounding.nearest(weight, c)[0] - weight).square().sum()) for c in choices]
+    scales = [None if c is None or start is None else start(weight, c) for c in choices]
+    pairs = zip(choices, scales, strict=True)
+    rounded = [weight if choice is None else rounding.nearest(weight, choice, own)[0] for choice, own in pairs]
+    shares = [float((each - weight).square().sum()) for each in rounded]
     return np.repeat(np.array(shares)[:, None] / power, BUCKETS + 1, 1)

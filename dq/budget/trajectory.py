@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
 from dq.budget import sensitivity
-from dq.budget.choices import Choice
+from dq.budget.choices import Choice, Start
 from dq.budget.margins import Listener
 from dq.budget.predictions import BUCKETS
 from dq.budget.sensitivity import Errors
@@ -48,15 +48,18 @@ def gradients(
     menus: Mapping[str, Mapping[str, Sequence[Choice]]],
     store: Store,
     progress: bool = True,
+    start: Start = None,
 ) -> tuple[dict[str, Errors], int]:
     """-> by part: errors of the pictures or final latents, to first order; and from how many runs, as time allows.
+
+    Weights are rounded with `start`'s scales.
 
     store  keeps what was gathered after every run; a killed measurement goes on there
     Raises DQError where the pipeline's loop cannot be differentiated.
     """
     steps, seed = runner.calibration.steps, runner.calibration.seed
     runs = min(RUNS_A_PROMPT * len(runner.texts), MOST_RUNS)
-    listeners = {part: Listener(model, menus[part]) for part, model in models.items()}
+    listeners = {part: Listener(model, menus[part], start) for part, model in models.items()}
     made = sensitivity.Progress.resume(listeners, store, "trajectory", [steps, seed, runs, *runner.texts])
     with tqdm(total=runs, initial=made.done, desc="trajectories", disable=not progress, delay=2) as bar:
         while made.done < runs and (made.done < FEWEST_RUNS or made.seconds < SECONDS):

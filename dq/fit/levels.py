@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from dq.formats.base import SCALE_FLOOR, Scales
 from dq.formats.lookup import TOP
+from dq.plan import LayerPlan
 
 TURNS = 50  # of Lloyd's algorithm
 QUANTILES = (0.98, 0.99, 0.999, 0.9999, 1.0)  # ends of a grid, as shares of a row's values
@@ -107,6 +108,21 @@ def _side(rows: Rows, sign: int, share: float, eta: torch.Tensor, count: int) ->
     first, last = ((rows.quantile(each, sign).clamp(min=least) + eta).log2() for each in (0.0, share))
     steps = torch.linspace(0, 1, count, device=eta.device, dtype=torch.float64)
     return torch.lerp(first, torch.maximum(first, last), steps).exp2() - eta
+
+
+def tables(weight: torch.Tensor, plan: LayerPlan, count: torch.Tensor | None = None) -> list[Scales]:
+    """Scales with tables by `kmeans` for each part of a weight (rows, columns): one a row, or one of all of it.
+
+    count (columns,): what each column counts; all alike without. The plan's weight format has tables.
+    """
+    found = []
+    for first, last in plan.parts:
+        part = weight[:, first:last]
+        mine = None if count is None else count[first:last].expand_as(part)
+        if plan.weight.grain.kind == "tensor":
+            part, mine = part.reshape(1, -1), None if mine is None else mine.reshape(1, -1)
+        found.append(stored(kmeans(Rows(part, mine), plan.weight.spec.bits)))
+    return found
 
 
 def stored(table: torch.Tensor) -> Scales:

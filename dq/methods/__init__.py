@@ -7,6 +7,8 @@ A method file exports
     FEW_CALLS        optional: True when a part of many large calls will do
     prepare(model, plan, family, options) -> Plan        optional: changes the plan before anything is recorded
     smooths(options) -> bool                             optional: False when no layer can gain a smoothing vector
+    start(weight (rows, columns), plan) -> scales        optional: of each part, what weights are rounded with while a
+                                                         budget chooses their formats; else those of their range
 """
 
 from __future__ import annotations
@@ -46,6 +48,11 @@ def smooths(recipe: Recipe) -> bool:
     """Whether fitting may give layers a smoothing vector, which a budget then leaves room for."""
     may = getattr(files()[recipe.method], "smooths", None) if recipe.method else None
     return bool(recipe.method) and (may is None or may(recipe.options))
+
+
+def start(recipe: Recipe):
+    """What a method rounds weights with before it has seen data; None: scales of their range."""
+    return getattr(files()[recipe.method], "start", None) if recipe.method else None
 
 
 def for_budget(recipe: Recipe) -> Recipe:

@@ -52,18 +52,12 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
         count = found.get(name)
         if options["count"] == "moments" and layer.gram is not None:
             count = layer.gram.diagonal()
-        made[name].scales = tables(weight, plan, count)
+        made[name].scales = levels.tables(weight, plan, count)
         if options["round"] == "gptq":
             met = moments.rounded(layer, made[name])
             weight, made[name].scales = rounding.gptq(weight, plan, met, scales=made[name].scales)
             made[name].weight.data.copy_(weight.reshape(plan.shape))
     return made
-
-
-def tables(weight, plan, count: torch.Tensor | None) -> list:
-    """Scales with tables of each part of a weight (rows, columns); columns count by `count` (columns,)."""
-    parts = [(weight[:, a:b], None if count is None else count[a:b]) for a, b in plan.parts]
-    return [levels.stored(levels.kmeans(levels.Rows(*part), plan.weight.spec.bits)) for part in parts]
 
 
 def fisher(unit: Unit, seen: Seen, names: list[str]) -> dict[str, torch.Tensor]:

@@ -29,6 +29,7 @@ from dq import cookbook, disk
 from dq.budget.choices import weight_bytes
 from dq.host import mark
 from dq.layers import packed_layers
+from dq.methods import qua2sedimo
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 from eval.experiments import rows, versions
 from eval.experiments.quality import decibels, denoiser, fingerprint, kernels
@@ -135,6 +136,12 @@ def _with_control(recipe: str, what: str, **options) -> tuple[Entry, Entry]:
     return Entry(recipe, recipe, against=name), Entry(name, recipe, options=options)
 
 
+def _in_one_way(recipe: str) -> tuple[Entry, Entry]:
+    """A recipe that chooses among ways of rounding, and the same with uniform steps only."""
+    name = f"{recipe} in one way"
+    return Entry(recipe, recipe, against=name), Entry(name, recipe, options={"choices": qua2sedimo.UNIFORM})
+
+
 FROM_NEAREST = {"start": "nearest"}
 
 
@@ -198,6 +205,8 @@ ENTRIES = (
     *_with_plain("ptq4dm-w6a6", calibration={"policy": "normal"}),
     *_with_groups_off("dgq-w4a8"),
     *_with_groups_off("dgq-w4a6"),
+    *_in_one_way("qua2sedimo-w4"),
+    *_in_one_way("qua2sedimo-w3.7"),
     *_with_one_width("mixdq-w5a8", "int5/channel"),
     *_with_one_width("mixdq-w4a8", "int4/channel"),
     *_with_one_width("viditq-mp-w4a8", "int5/channel"),

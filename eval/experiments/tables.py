@@ -97,6 +97,18 @@ def _method_cells(row: dict, gain: float | None, old: bool) -> list[str]:
     return [*cells, f"{row['seconds']:.0f}", _kernel(row["kernels"])]
 
 
+def insights(found: list[dict]) -> list[str]:
+    """Markdown lines: decibels that ways of rounding gain over uniform steps, by model, operation and bits."""
+    ways = {"lut/channel": "k-means a row", "lut/tensor": "k-means a tensor"}
+    cells = []
+    for row in sorted(found, key=lambda row: (row["model"], -row["bits"], -row["weights"])):
+        gains = [f"{row['ways'][way]:+.1f}" for way in ways]
+        cells.append(
+            [row["model"], f"`{row['operation']}`", str(row["bits"]), f"{row['weights'] / 1e3:.0f} k", *gains]
+        )
+    return table(["model", "operation", "bits", "weights", *ways.values()], cells)
+
+
 def video(found: list[dict]) -> list[str]:
     """Markdown lines of the table of the video model, and why a row does not beat what it is set against."""
     # imported here: only this table needs the recipes
@@ -285,6 +297,15 @@ def _calibration() -> str:
     return _with(calibration(found), _where(found))
 
 
+def _insights() -> str:
+    found = _read("insights")
+    if not found:
+        return NOT_YET
+    trusts = ", ".join(f"{row['model']} {row['trust']:.2f}" for row in {r["model"]: r for r in found}.values())
+    says = f"Rank correlation of predicted and measured errors of unseen plans: {trusts}."
+    return _with(insights(found), says, _where(found))
+
+
 def _video() -> str:
     found = _read("video")
     return _with(video(found), f"{found[0]['prompts']} prompts.", _where(found)) if found else NOT_YET
@@ -311,7 +332,7 @@ def tables() -> dict[str, tuple[Path, Callable[[], str]]]:
         name: (docs / "results" / f"{page}.md", make)
         for page, made in {
             "quality": {"quality": _quality},
-            "methods": {"methods": _methods},
+            "methods": {"methods": _methods, "insights": _insights},
             "video": {"video": _video},
             "budgets": {"budgets": _budgets},
             "speed": {"speed": _speed, "pipelines": _pipelines, "layers": _layers, "peers": _peers},

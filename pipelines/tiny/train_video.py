@@ -4,7 +4,7 @@ Why Latte and not Wan: on two shared cores a 3-D autoencoder, a UMT5 and two tra
 reach, while spatial blocks, autoencoder and most of the words of tiny-pixart can be taken over; temporal blocks start
 as the identity (their last matrices at zero), so that the first step knows the objects of every frame already.
 
-    loss = |d|^2 + 2 F |mean over frames of d|^2 + 0.1 cells,   d = v - v_hat,   v = a_t e - s_t x
+    loss = |d|^2 + F / 2 |mean over frames of d|^2 + 0.1 cells,   d = v - v_hat,   v = a_t e - s_t x
 
 with x (N, 4, F, 16, 16) each frame's latents and t one per clip. The second part moves no optimum (it weighs one
 direction of the error more): it is where frames that do not agree lose most.
@@ -46,7 +46,7 @@ from .training import RUNS, Average, Run, adamw, optimiser_of, put
 BASE, NAME = "tiny-pixart", "tiny-video"
 LENGTH = 120  # tokens LattePipeline pads prompts to
 BATCH, PATCH, CHANNELS = 16, 2, 4
-SHARED = 2.0  # weight of what a clip's frames get wrong together: where its objects are, the rarest signal
+SHARED = 0.5  # weight of what a clip's frames get wrong together: where its objects are; 2.0 was mostly noise
 FEW, UNTIL = 4, 0.6  # frames of each clip that are learned from, up to this share of the budget; all of them then
 LATTE = {
     "num_attention_heads": 4,
@@ -236,7 +236,7 @@ def v_loss(model, clean: torch.Tensor, states: torch.Tensor, alphas: torch.Tenso
     return error.square().mean() + SHARED * error.shape[2] * error.mean(2).square().mean()
 
 
-def train_video(minutes: float, rate: float = 8e-4, snapshot_s: float = 900) -> Path:
+def train_video(minutes: float, rate: float = 4e-4, snapshot_s: float = 900) -> Path:
     """Train the transformer beside the frozen encoder of `train_text`; writes the pipeline now and then."""
     torch.manual_seed(0)
     model, readout, average, optimiser, parts = _trained(rate)

@@ -81,7 +81,7 @@ def test_more_room_never_does_more_harm():
 
 def test_regression_on_random_plans_finds_the_layers_that_the_first_guess_got_wrong():
     dice = np.random.default_rng(0)
-    menus = {str(i): [None, 1, 2, 3] for i in range(20)}
+    menus = {str(i): [None, *formats("int6/channel", "int4/channel", "int2/channel")] for i in range(20)}
     truth = {name: np.outer(np.array([0, 1, 4, 16]), np.ones(4)) * dice.lognormal(0, 1.5) for name in menus}
     guess = {name: table * dice.lognormal(0, 1) for name, table in truth.items()}
 
@@ -90,7 +90,7 @@ def test_regression_on_random_plans_finds_the_layers_that_the_first_guess_got_wr
         return np.array(rows) * dice.lognormal(0, 0.02, (len(rows), 1))
 
     drawn, held_out = sampled.plans(menus, 300, 1), sampled.plans(menus, 60, 2)
-    fitted = sampled.fitted(guess, drawn, measured(drawn))
+    fitted = sampled.fitted(guess, menus, drawn, measured(drawn))
     true = measured(held_out)[:, -1]
 
     def rank(errors):
@@ -102,11 +102,51 @@ def test_regression_on_random_plans_finds_the_layers_that_the_first_guess_got_wr
     assert spearmanr(*layers)[0] >= 0.8
 
 
+def test_regression_finds_the_way_of_rounding_that_suits_an_operation():  # Qua2SeDiMo: planted, and not in the guess
+    dice = np.random.default_rng(0)
+    ways = formats("lut4/channel", "int4a/channel", "lut3/channel", "int3a/channel")
+    menus = {f"blocks.{i}.{name}": [None, *ways] for i in range(12) for name in ("attn", "ff")}
+    level = np.outer([0, 1, 1, 4, 4], np.ones(4))
+    guess = {name: level * dice.lognormal(0, 1) for name in menus}
+    harm = {("attn", "inta/channel"): 2.5, ("ff", "lut/channel"): 2.5}  # one likes tables, the other even steps
+    truth = {
+        name: table
+        * np.array([harm.get((name.split(".")[-1], sampled.way(choice)), 1.0) for choice in menus[name]])[:, None]
+        for name, table in guess.items()
+    }
+
+    def measured(plans):
+        rows = [sum(truth[n][c] for n, c in zip(menus, plan, strict=True)) for plan in plans]
+        return np.array(rows) * dice.lognormal(0, 0.05, (len(rows), 1))
+
+    drawn, held_out = sampled.plans(menus, 96, 1), sampled.plans(menus, 60, 2)
+    fitted, true = sampled.fitted(guess, menus, drawn, measured(drawn)), measured(held_out)[:, -1]
+    for name, errors in fitted.items():
+        better, worse = (1, 2) if name.endswith("attn") else (2, 1)
+        assert errors[better, -1] < 0.7 * errors[worse, -1] and errors[better + 2, -1] < 0.7 * errors[worse + 2, -1]
+
+    def rank(errors):
+        return spearmanr([sum(errors[n][c, -1] for n, c in zip(menus, p, strict=True)) for p in held_out], true)[0]
+
+    assert rank(fitted) > max(0.97, rank(guess))
+
+
+def test_ways_of_the_same_bits_are_drawn_alike():
+    ways = formats("lut4/channel", "int4a/channel", "lut4/tensor", "lut3/channel")
+    plans = sampled.plans({str(i): [None, *ways] for i in range(50)}, 40, 0)
+    counts = np.bincount(np.array(plans).ravel(), minlength=5)
+    assert counts[0] == 0 and counts[1:4].min() > 0.85 * counts[1:4].max()
+
+
+def formats(*texts: str) -> list[LayerPlan]:
+    return [LayerPlan("linear", (64, 64), TensorPlan.parse(text)) for text in texts]
+
+
 def test_layers_kept_for_random_plans_take_no_more_than_the_model():
     model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
     plan = LayerPlan("linear", (64, 64), TensorPlan.parse("int8/channel"))
     menus = {str(index): choices.menu(plan, cookbook.get("int8-weight")) for index in range(4)}
-    layers = sampled._Layers(model, menus, torch.float32)
+    layers = sampled._Layers(model, menus, torch.float32, None)
     for name, menu in menus.items():
         for choice in range(1, len(menu)):
             made = layers.get(name, choice)
