@@ -22,6 +22,7 @@ _HOMES = {
     "set_backend": "api",
     "save": "host.store",
     "load": "host.store",
+    "from_file": "bridges.loading",
     "DQConfig": "host.config",
     "DQError": "errors",
     "Plan": "plan",

@@ -11,18 +11,22 @@ import dis
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from dq import cookbook, explaining, fusions, kernels, layers, planning
+from dq.bridges import adopting
+from dq.bridges.stored import Stored
 from dq.errors import DQError, nearest
 from dq.host import mark, peft, ready
 from dq.layers import PackedStack, naming, packed_layers, parameter_bytes, serving
 from dq.model import check_fit, install, to_dense
-from dq.plan import LayerPlan, Plan, Recipe
+from dq.plan import Keeping, LayerPlan, Plan, Recipe
 from dq.report import Report
 
 EMPTY = {"RESUME", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST", "NOP"}  # what a function that does nothing is made of
@@ -32,7 +36,7 @@ DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder", "denois
 
 def quantize(
     target,
-    recipe: str | Path | Recipe | Plan,
+    recipe: str | Path | Recipe | Plan | Keeping,
     *,
     calibration=None,
     budget=None,
@@ -43,7 +47,9 @@ def quantize(
     """Quantize a pipeline's denoisers, or one model, in place.
 
     target       DiffusionPipeline (every denoiser in it) or an nn.Module (on the meta device: shapes only)
-    recipe       a name from `dq.recipes()`, a Recipe, a Plan, or the path of a plan or recipe JSON
+    recipe       a name from `dq.recipes()`, a Recipe, a Plan, or the path of a plan or recipe JSON; of a model with
+                 layers of diffusers' GGUF quantizer also "stored", which keeps their codes, and "stored-int8", which
+                 rounds activations to 8 bits as well (layers of another library, torchao's too, are decoded otherwise)
     calibration  for recipes of a method and for budgets: a dq.Calibration, or a function that runs a bare model as its
                  user does; a budget of a data-free recipe takes dq's own prompts where it gets none
     budget       a dq.Budget: the recipe then names the choices, and each layer gets one by its measured sensitivity;
@@ -54,12 +60,32 @@ def quantize(
     Raises DQError for wrong use; the target is then as it was.
     """
     start, target = time.perf_counter(), ready.unwrapped(target)
-    wanted = cookbook.get(recipe)
+    wanted = cookbook.for_file(recipe)
     budget = _own_budget(wanted) if budget is None else budget
     calibration = _resolve(target, wanted, calibration, budget)
     models = _chosen_parts(target, wanted, components or {})
-    keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
-    plans = _plan_all(models, keep, budget is not None)
+    keep, runs = (keep,) if isinstance(keep, str) else tuple(keep or ()), calibration is not None or budget is not None
+    with adopting.opened({part: model for part, (model, _) in models.items()}, runs) as theirs:
+        job = _Job(target, wanted, calibration, budget, keep, progress, theirs)
+        return _quantized(models, job, start)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What `quantize` was asked for. theirs: weights of other libraries' layers, by component and layer."""
+
+    target: Any
+    wanted: Recipe | Plan | Keeping
+    calibration: Any
+    budget: Any
+    keep: tuple[str, ...]
+    progress: bool
+    theirs: adopting.Opened
+
+
+def _quantized(models: dict, job: _Job, start: float) -> Report:
+    target, wanted, calibration, budget, progress = job.target, job.wanted, job.calibration, job.budget, job.progress
+    plans = _plan_all(models, job.keep, budget is not None, job.theirs)
     packed, errors, notes, candidates = {}, {}, [], None
     if calibration is not None or budget is not None:
         from dq import stages
@@ -71,7 +97,7 @@ def quantize(
         models = {part: entry for part, entry in models.items() if part in plans}
     for part, (model, _) in models.items():
         if part not in packed:
-            packed[part], errors[part] = _pack_all(part, model, plans[part], progress)
+            packed[part], errors[part] = _pack_all(part, model, plans[part], progress, job.theirs.get(part, {}))
     before, rows = parameter_bytes(*(model for model, _ in models.values())), []
     for part, (model, _) in models.items():
         rows += explaining.planned_rows(part, model, plans[part], packed[part], errors)
@@ -207,7 +233,7 @@ def _is_denoiser(name: str, part: nn.Module) -> bool:
     return name in DENOISERS and not home.startswith("transformers.")
 
 
-def _chosen_parts(target, wanted: Recipe | Plan, components: Mapping) -> dict[str, tuple[nn.Module, Recipe | Plan]]:
+def _chosen_parts(target, wanted: Recipe | Plan | Keeping, components: Mapping) -> dict[str, tuple[nn.Module, Any]]:
     """Models to quantize and by what: denoisers by `wanted`, unless components names another recipe or None."""
     found = {name: (model, wanted) for name, model in find_denoisers(target).items()}
     found |= _named_components(target, components)
@@ -236,7 +262,7 @@ def _named_components(target, components: Mapping) -> dict[str, tuple[nn.Module,
     return found
 
 
-def _resolve(target, wanted: Recipe | Plan, calibration, budget):
+def _resolve(target, wanted: Recipe | Plan | Keeping, calibration, budget):
     """The Calibration a recipe is fitted with, None for a data-free one. DQError when the two do not go together."""
     name = wanted.name
     if budget is not None:
@@ -246,6 +272,7 @@ def _resolve(target, wanted: Recipe | Plan, calibration, budget):
     from dq import methods
     from dq.trace import calibration as capturing
 
+    assert isinstance(wanted, Recipe), "the others need none"
     if wanted.method not in methods.files():
         raise DQError(
             f"recipe {name!r}: method {wanted.method!r} is unknown, {nearest(wanted.method, methods.files())}"
@@ -256,7 +283,7 @@ def _resolve(target, wanted: Recipe | Plan, calibration, budget):
     return capturing.resolve(calibration)
 
 
-def _own_budget(wanted: Recipe | Plan):
+def _own_budget(wanted: Recipe | Plan | Keeping):
     """The budget that a recipe brings along: methods of mixed precision name their mean bits, and how they look."""
     if not isinstance(wanted, Recipe) or "bits" not in wanted.options:
         return None
@@ -265,7 +292,7 @@ def _own_budget(wanted: Recipe | Plan):
     return Budget(bits=wanted.options["bits"], metric=wanted.options.get("metric", Budget.metric))
 
 
-def _check_budget(target, budget, wanted: Recipe | Plan) -> None:
+def _check_budget(target, budget, wanted: Recipe | Plan | Keeping) -> None:
     from dq.budget.limits import Budget
 
     if isinstance(budget, Mapping) and isinstance(target, nn.Module):
@@ -273,6 +300,8 @@ def _check_budget(target, budget, wanted: Recipe | Plan) -> None:
     for own in budget.values() if isinstance(budget, Mapping) else [budget]:
         if not isinstance(own, Budget):
             raise DQError(f"budget is {own!r}, expected dq.Budget(bytes=...), (ms_per_step=...) or (bits=...)")
+    if isinstance(wanted, Keeping):
+        raise DQError(f"budget: recipe {wanted.name!r} keeps the codes there are; expected one that rounds anew")
     if isinstance(wanted, Plan):
         raise DQError(
             "budget: got a plan, in which every layer is decided; expected a recipe, which names the choices"
@@ -307,10 +336,11 @@ def _step_notes(plans: Mapping[str, Plan]) -> list[str]:
     ]
 
 
-def _plan_all(models: Mapping[str, tuple[nn.Module, Recipe | Plan]], keep, measured: bool = False) -> dict[str, Plan]:
+def _plan_all(models: Mapping, keep, measured: bool = False, theirs: adopting.Opened | None = None) -> dict[str, Plan]:
     """A checked plan per model; everything that can be refused is refused here, before any work.
 
     measured  whether layers are tried out on data, whatever their recipe says
+    theirs    weights of other libraries' layers, whose modules are empty
     """
     plans = {}
     for part, (model, wanted) in models.items():
@@ -323,12 +353,26 @@ def _plan_all(models: Mapping[str, tuple[nn.Module, Recipe | Plan]], keep, measu
         ready.refuse_hidden_weights(part, model)
         if isinstance(wanted, Plan) and keep:
             raise DQError(f"keep={list(keep)} goes with a recipe, got a plan; take the layers out of the plan instead")
-        plan = planning.make_plan(model, wanted, keep) if isinstance(wanted, Recipe) else copy.deepcopy(wanted)
+        aside = (theirs or {}).get(part, {})
+        if isinstance(wanted, Keeping):
+            plan = _keeping(part, model, wanted, keep, aside)
+        else:
+            plan = planning.make_plan(model, wanted, keep) if isinstance(wanted, Recipe) else copy.deepcopy(wanted)
         check_fit(model, plan)
-        ready.refuse_unreadable_weights(part, model, plan)
+        ready.refuse_unreadable_weights(part, model, plan, aside)
         plan.compute_dtype = str(_compute_dtype(model)).removeprefix("torch.")
         plans[part] = plan
     return plans
+
+
+def _keeping(part: str, model: nn.Module, wanted: Keeping, keep, aside: Mapping[str, Stored]) -> Plan:
+    plan = planning.keeping_plan(model, wanted, adopting.kept(aside), keep)
+    if not plan.layers:
+        what = part or type(model).__name__
+        raise DQError(
+            f"recipe {wanted.name!r}: {what} has no codes that dq has a format for; name a recipe, e.g. int8"
+        )
+    return plan
 
 
 def _compute_dtype(model: nn.Module) -> torch.dtype:
@@ -339,11 +383,17 @@ def _compute_dtype(model: nn.Module) -> torch.dtype:
     return max(sizes, key=sizes.get, default=torch.float32)
 
 
-def _pack_all(part: str, model: nn.Module, plan: Plan, progress: bool) -> tuple[dict, dict]:
+def _pack_all(
+    part: str, model: nn.Module, plan: Plan, progress: bool, aside: Mapping[str, Stored]
+) -> tuple[dict, dict]:
     """Pack every planned layer beside the model, which stays untouched; -> layers and weight SQNR in dB by name."""
-    packed, errors, dtype = {}, {}, plan.dtype
+    packed, errors, dtype, keeps = {}, {}, plan.dtype, plan.recipe in cookbook.KEEPING
     bar = tqdm(plan.layers.items(), desc=f"quantize {part or type(model).__name__}", disable=not progress, delay=2)
     for name, layer_plan in bar:
+        if name in aside:
+            packed[name] = adopting.pack(name, naming.at(model, name), aside[name], layer_plan, keeps, dtype)
+            errors[name] = None if keeps else explaining.sqnr_db(aside[name].dense(), packed[name].dense_weight())
+            continue
         weight, source = _weight_of(model, name, layer_plan)
         if layer_plan.kind == "stack":
             packed[name] = layers.pack_stack(name, weight, layer_plan, dtype)

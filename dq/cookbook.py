@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dq.disk import read_json
 from dq.errors import DQError, naming, nearest
-from dq.plan import Plan, Recipe
+from dq.plan import Keeping, Plan, Recipe
 
 DATA_FREE = (
     Recipe("int8", linear=("int8/channel", "int8/token"), conv=("int8/channel", "int8a/tensor")),
@@ -34,6 +34,8 @@ DATA_FREE = (
     Recipe("nvfp4-weight", linear=("nvfp4", None), conv=("nvfp4", None)),
     Recipe("mxfp4-weight", linear=("mxfp4", None), conv=("mxfp4", None)),
 )
+# of models whose weights have codes already, in a file or in layers of another library; dq/bridges
+KEEPING = {wish.name: wish for wish in (Keeping("stored"), Keeping("stored-int8", "int8/token"))}
 RECIPES = {recipe.name: recipe for recipe in DATA_FREE}
 WIDTH = re.compile(r"[a-z]*[-_ ]?(\d)(?:[-_ ]?bits?)?")  # a format or a width in place of a recipe: int4, w4, 4-bit
 
@@ -62,6 +64,13 @@ def _fitted_names() -> list[str]:
     return found
 
 
+def for_file(recipe: str | Path | Recipe | Plan | Keeping) -> Recipe | Plan | Keeping:
+    """`get`, for weights that may have codes already: also "stored" and "stored-int8", which keep those."""
+    if isinstance(recipe, Keeping):
+        return recipe
+    return KEEPING[str(recipe)] if isinstance(recipe, str) and recipe in KEEPING else get(recipe)
+
+
 def get(recipe: str | Path | Recipe | Plan) -> Recipe | Plan:
     """A recipe by name, or a recipe or plan read from a JSON path; objects pass through.
 
@@ -78,6 +87,8 @@ def get(recipe: str | Path | Recipe | Plan) -> Recipe | Plan:
         with naming(text):
             return Plan.from_dict(data) if "layers" in data else Recipe.from_dict(data)
     known = names()
+    if text in KEEPING:
+        raise DQError(f"recipe {text!r} keeps codes that weights have already; these are in full precision")
     if text not in known:
         shown = text[:100]
         raise DQError(f"recipe {shown!r} is unknown, {_of_width(shown, known) or nearest(shown, known)}")

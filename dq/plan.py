@@ -364,6 +364,19 @@ class Recipe:
         return recipe
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """A wish to keep the codes that a file or another library has of layers, and to round no weight.
+
+    act  what activations of layers in blocks are rounded to, None to leave them in floating point
+    """
+
+    name: str
+    act: str | None = None
+    keep: tuple[str, ...] = ()
+    needs_calibration: ClassVar[bool] = False
+
+
 def compute_dtype(name: str | None) -> torch.dtype:
     """The torch dtype of a name of COMPUTE, fp32 for None. DQError for any other name."""
     import torch

@@ -8,7 +8,7 @@ ones together stay under KEPT_SHARE of the weights; larger ones are weight-only.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isqrt, prod
 
@@ -18,7 +18,7 @@ from dq import families
 from dq.errors import DQError, nearest
 from dq.families import Family, generic, readers
 from dq.layers import PLAIN, forward_replaced, kind_of, naming
-from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
+from dq.plan import Keeping, LayerPlan, Plan, Recipe, TensorPlan
 
 KEPT_SHARE = 0.04  # most of the weights that may stay in full precision at the edges of the model
 # linears over patches of pictures
@@ -63,6 +63,29 @@ def make_plan(model: nn.Module, recipe: Recipe, keep: Sequence[str] = ()) -> Pla
             decided = _layer_plan(recipe, roles[name], weights[name])
             (kept if isinstance(decided, str) else layers)[name] = decided
     return Plan(layers, kept, recipe.name, family.name, family.timestep, attention=recipe.attention)
+
+
+def keeping_plan(model: nn.Module, recipe: Keeping, found: Mapping[str, LayerPlan], keep: Sequence[str] = ()) -> Plan:
+    """Plan a model whose layers keep the codes that a file or another library has of them.
+
+    found  the plan under which each layer's codes are dq's; of layers in blocks activations are rounded as the recipe
+           says, all others stay in floating point
+    """
+    family, weights = families.of(model), dict(_weights(model))
+    kept = _replaced(model) | _match_keeps(weights, (*recipe.keep, *keep)) | _unpackable(model, weights)
+    act = None if recipe.act is None else TensorPlan.parse(recipe.act)
+    layers = {}
+    for name, weight in weights.items():
+        if name in kept:
+            continue
+        if name not in found or weight.kind != found[name].kind:
+            kept[name] = "no codes of it that dq has a format for"
+            continue
+        role = _role(family, name)
+        rounded = act if role == "block" and found[name].act is None else found[name].act
+        stands = {"modulation": "time", "time": "time", "edge": "edge"}.get(role, "block")
+        layers[name] = replace(found[name], shape=weight.shape, act=rounded, role=stands)
+    return Plan(layers, kept, recipe.name, family.name, family.timestep)
 
 
 def _replaced(model: nn.Module) -> dict[str, str]:

@@ -35,6 +35,7 @@ ROOMS = (
     "families",
     "cookbook",
     "planning",
+    "bridges",
     "trace",
     "fit",
     "methods",

@@ -11,8 +11,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from dq import cookbook
-from dq.cli import drawing, options
+from dq.cli import drawing, options, sources
 from dq.cli.options import MODEL, OUTPUT, PEERS, PICTURE
 from dq.errors import DQError
 from dq.host import saved
@@ -33,12 +32,10 @@ def quantize(
     *,
     recipe: Annotated[str | None, Option(help="A recipe name, or a recipe JSON.", **MODEL)] = None,
     plan: Annotated[Path | None, Option(help="A plan JSON, in place of a recipe.", **MODEL)] = None,
+    pipeline: options.Pipeline = None,
     dtype: options.Dtype = "bf16",
-    keep: Annotated[list[str], Option(help="Layers left as they are: a pattern, may repeat.", **MODEL)] = [],  # noqa: B006
-    component: Annotated[
-        list[str],
-        Option(help="Another part: name=recipe, or name=none to leave a denoiser as it is; may repeat.", **MODEL),
-    ] = [],  # noqa: B006
+    keep: options.Keep = [],  # noqa: B006
+    component: options.Component = [],  # noqa: B006
     prompts: options.Prompts = None,
     steps: options.Steps = None,
     samples: options.Samples = None,
@@ -58,23 +55,22 @@ def quantize(
     budget, kind = options.budget_of(budget_gib, budget_bits, budget_ms), options.dtype_of(dtype)
     asked = {"prompts": prompts, "steps": steps, "samples": samples, "seed": seed, "policy": policy, "folder": work}
     asked = {name: value for name, value in asked.items() if value is not None}
-    parts: dict = dict(options.pair(text, "--component", "text_encoder=int8-weight") for text in component)
-    parts = {name: None if value == "none" else value for name, value in parts.items()}
-    call = options.arguments(extra)
-    saved.find(model)
+    parts, call = options.components(component), options.arguments(extra)
+    known = sources.checked(model, pipeline)
     options.check_place(out, force)
-    wanted = cookbook.get(recipe or plan)
+    wanted = known(recipe or str(plan))
     fitted = wanted.needs_calibration or budget is not None
     if not fitted and (asked or extra):
         option = next(iter(asked), "set").replace("folder", "work")
         raise DQError(f"recipe {recipe or str(plan)!r} is data-free and runs nothing; leave --{option} out")
     given = Calibration(**asked) if fitted else None
     with options.replacing(out, force) as place:
-        target = saved.load(model, kind)
+        target, report = sources.opened(model, pipeline, kind, None if fitted else (wanted, keep, parts))
         import dq
 
         given = given and replace(given, call_kwargs=drawing.plain_size(target) | call)
-        report = dq.quantize(target, wanted, calibration=given, budget=budget, components=parts, keep=keep)
+        if report is None:
+            report = dq.quantize(target, wanted, calibration=given, budget=budget, components=parts, keep=keep)
         dq.save(target, place)
     print(report)
     print(f"saved to {out}")

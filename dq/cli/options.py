@@ -30,7 +30,9 @@ def _among(names) -> Callable[[str], list[str]]:
     return lambda incomplete: [name for name in names if name.startswith(incomplete)]
 
 
-Source = Annotated[str, Argument(help="A folder, a Hub id, or tiny-pixart / tiny-sd in a clone.")]
+Source = Annotated[
+    str, Argument(help="A folder, a Hub id, a .gguf or .safetensors file, or tiny-pixart / tiny-sd in a clone.")
+]
 Dtype = Annotated[
     str | None, Option(help="Compute dtype: bf16, fp16 or fp32.", autocompletion=_among(DTYPES), **MODEL)
 ]
@@ -52,6 +54,14 @@ Level = Annotated[
 Device = Annotated[
     str | None,
     Option(help="cpu or cuda.", show_default="cuda where there is one", autocompletion=_among(DEVICES), **MODEL),
+]
+Pipeline = Annotated[
+    str | None, Option(help="Of a single file: the pipeline it belongs to, or the folder of its config.", **MODEL)
+]
+Keep = Annotated[list[str], Option(help="Layers left as they are: a pattern, may repeat.", **MODEL)]
+Component = Annotated[
+    list[str],
+    Option(help="Another part: name=recipe, or name=none to leave a denoiser as it is; may repeat.", **MODEL),
 ]
 Prompts = Annotated[
     Path | None,
@@ -123,6 +133,12 @@ def pair(text: str, option: str, example: str) -> tuple[str, str]:
     if not (name and equals and value):
         raise DQError(f"{option}: got {text!r}, expected name=value, for example {option} {example}")
     return name, value
+
+
+def components(texts: list[str]) -> dict[str, str | None]:
+    """Recipes by component, None for one that is left as it is."""
+    found = dict(pair(text, "--component", "text_encoder=int8-weight") for text in texts)
+    return {name: None if value == "none" else value for name, value in found.items()}
 
 
 def arguments(texts: list[str]) -> dict:

@@ -82,10 +82,10 @@ class Encoded:
     """A quantized matrix, not yet packed.
 
     codes: int8 (rows, K / span). scale: fp32 (1, 1) | (rows, 1) | (rows, ceil(K/size)); for micro formats the stored
-    bytes (int8 view of e4m3 or e8m0 codes) of that shape, for two-level granularities the int8 multipliers. zero: int8
-    shaped as scale, affine integers only. scale_global: fp32 (1,), or (rows, 1) where the caller gave one per row, of
-    nvfp4; (rows, 1) of two-level granularities. table: int8 (rows of scale, table_width), of formats with tables:
-    rising values of a row's codes, or a codebook.
+    bytes (int8 view of e4m3 or e8m0 codes) of that shape, for two-level granularities the int8 multipliers. zero:
+    shaped as scale, int8 of affine integers, fp32 of formats with an offset, of no others. scale_global: fp32 (1,), or
+    (rows, 1) where the caller gave one per row, of nvfp4; (rows, 1) of two-level granularities. table: int8 (rows of
+    scale, table_width), of formats with tables: rising values of a row's codes, or a codebook.
     """
 
     codes: torch.Tensor
@@ -183,6 +183,7 @@ class Format(ABC):
     fixed: ClassVar[bool] = False  # True: only the default granularity exists (micro formats)
     signed: ClassVar[bool] = True  # codes are two's complement; False: raw bit patterns
     affine: ClassVar[bool] = False  # has a zero point
+    offset: ClassVar[bool] = False  # has a smallest value in its place: x̂ = value · step + zero
     tabled: ClassVar[bool] = False  # each row of scales has its own values, in a stored table; for weights
     scale_bytes: ClassVar[int] = 4  # per block
     global_bytes: ClassVar[int] = 0  # per matrix
@@ -251,7 +252,7 @@ class Format(ABC):
         x = self._check(x)
         scales = self._scales(x, granularity, Scales(scale, zero, scale_global, table))
         units = self._units(x, granularity, scales)
-        if scales.zero is not None:
+        if self.affine and scales.zero is not None:
             units = units.round_().add_(scales.zero[..., None])
         codes = self.of(scales.table).codes_of(units)
         return Encoded(self._rows(codes, (len(x), x.shape[1] // self.span)), *scales)
@@ -264,10 +265,13 @@ class Format(ABC):
             got = tuple(e.scale.shape)
             raise FormatError(f"{self.name}: decode got a scale of shape {got}, expected {shape} for {granularity}")
         values = self.of(e.table).values_of(block_view(e.codes, granularity))
-        if e.zero is not None:
+        if self.affine and e.zero is not None:
             values = values.sub_(e.zero[..., None])
         rows, count = e.codes.shape
-        return self._rows(values.mul_(self.step(e.scale, e.scale_global)[..., None]), (rows, count * self.span))
+        values = values.mul_(self.step(e.scale, e.scale_global)[..., None])
+        if self.offset and e.zero is not None:
+            values = values.add_(e.zero[..., None])
+        return self._rows(values, (rows, count * self.span))
 
     def fake(self, x, granularity=None, scale=None, zero=None, scale_global=None, table=None) -> torch.Tensor:
         """decode(encode(x)) in x's dtype and shape (..., K); leading dimensions are flattened to rows.
@@ -282,9 +286,10 @@ class Format(ABC):
         form = self.of(scales.table)
         with torch.no_grad():
             units = self._units(flat, granularity, scales)
-            shift = 0.0 if scales.zero is None else scales.zero[..., None].float()
+            shift = scales.zero[..., None].float() if self.affine and scales.zero is not None else 0.0
             values = form.snap(units.round() + shift).sub_(shift) if self.affine else form.snap(units)
             out = values * self.step(scales.scale, scales.scale_global)[..., None]
+            out = out + scales.zero[..., None] if self.offset and scales.zero is not None else out
         if torch.is_grad_enabled() and (x.requires_grad or scales.scale.requires_grad):
             low, high = form.limits()
             inside = (units >= low - shift) & (units <= high - shift)
@@ -320,7 +325,7 @@ class Format(ABC):
         codes = rows * self.row_bytes(k) + n_rows * self.table_width
         if granularity.two_level:
             return codes + n_rows * (n_blocks + 4)
-        per_block = self.scale_bytes + (1 if self.affine else 0)
+        per_block = self.scale_bytes + (1 if self.affine else 4 if self.offset else 0)
         return codes + n_rows * n_blocks * per_block + self.global_bytes
 
     def _resolve(self, granularity) -> Granularity:
@@ -346,7 +351,7 @@ class Format(ABC):
 
     def _scales(self, x, granularity: Granularity, given: Scales) -> Scales:
         """Given scales brought to their canonical shape, the missing ones fitted."""
-        if given.zero is not None and not self.affine:
+        if given.zero is not None and not (self.affine or self.offset):
             raise FormatError(f"{self.name}: got a zero point, expected none; use an affine format such as 'int4a'")
         if given.scale_global is not None and not (self.global_bytes or granularity.two_level):
             raise FormatError(f"{self.name}: got a scale_global, expected none; only two-level formats have one")

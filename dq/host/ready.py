@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import nn
@@ -65,15 +65,17 @@ def _has_hook(module: nn.Module, name: str) -> bool:
     return registry is not None and any(key.startswith(name) for key in registry.hooks)
 
 
-def refuse_unreadable_weights(part: str, model: nn.Module, plan: Plan) -> None:
+def refuse_unreadable_weights(part: str, model: nn.Module, plan: Plan, aside: Container[str] = ()) -> None:
     """DQError naming the first planned layer whose weight has no data, or is not in a floating dtype of torch's own.
 
-    A model that is on the meta device altogether may be planned.
+    A model that is on the meta device altogether may be planned; weights of the layers `aside` lie elsewhere.
     """
     values = [value for value in model.parameters() if value.is_meta]
     hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
     partly = bool(values) and (hooked or len(values) < len(list(model.parameters())))
     for name in plan.layers:
+        if name in aside:
+            continue
         weight = _weight(model, name)
         if weight.is_meta and partly:
             raise DQError(

@@ -5,6 +5,7 @@ Nothing here imports torch before it loads a model or chooses kernels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +19,15 @@ from dq.report import Report, Row
 EMBEDDED = ("tiny-pixart", "tiny-sd", "tiny-video")
 CLONE = Path(__file__).resolve().parents[2] / "pipelines" / "tiny"
 PIPELINE, MODEL, BARE = "model_index.json", "config.json", "dq_plan.json"
+ENDS = (".gguf", ".safetensors")  # of single files
 MOST_SIZE = 2**31
 MAKE_ONE = "make one with `dq quantize MODEL --recipe int8 --out DIR`"
 KINDS = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
+
+
+def is_file(name: str) -> bool:
+    """Whether a name means a single file, which `dq.bridges` reads."""
+    return Path(name).suffix.lower() in ENDS and Path(name).expanduser().is_file()
 
 
 def find(name: str) -> Path | str:
@@ -70,12 +77,16 @@ def load(name: str, dtype: str | None = None):
 
 def _refuse_giants(path: Path) -> None:
     """DQError for a config with a size that no model has: its class would be built for ever."""
-    data = read_json(path) if path.is_file() else {}
-    for key, value in data.items():
+    refuse_giants(read_json(path) if path.is_file() else {}, str(path))
+
+
+def refuse_giants(config: Mapping[str, object], place: str) -> None:
+    """As above, for what a config says."""
+    for key, value in config.items():
         if any(
             type(each) is int and abs(each) > MOST_SIZE for each in (value if isinstance(value, list) else [value])
         ):
-            raise DQError(f"file {str(path)!r}: {key[:100]} is out of bounds, expected at most {MOST_SIZE}")
+            raise DQError(f"file {place!r}: {str(key)[:100]} is out of bounds, expected at most {MOST_SIZE}")
 
 
 def plans(folder: Path, checked: bool = True) -> dict[str, tuple[Path, Plan]]:

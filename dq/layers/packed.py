@@ -59,8 +59,8 @@ def tensor_shapes(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dty
     blocks = sum(grain.scale_shape(rows, width)[1] for width in widths)
     shapes: dict = {"weight": ((rows, spec.row_bytes(plan.columns)), torch.int8)}
     shapes["scale"] = ((scale_rows, blocks), torch.int8 if spec.scale_bytes == 1 or grain.two_level else torch.float32)
-    if spec.affine:
-        shapes["zero"] = ((scale_rows, blocks), torch.int8)
+    if spec.affine or spec.offset:
+        shapes["zero"] = ((scale_rows, blocks), torch.int8 if spec.affine else torch.float32)
     if spec.global_bytes or grain.two_level:
         shapes["scale_global"] = ((rows, len(widths)) if grain.two_level else (len(widths),), torch.float32)
     if spec.tabled:

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from dq.formats.integer import Integer
+from dq.formats.offset import Offset
 from dq.kernels import Conv, Tensors, dense, reference
 from dq.kernels.cpu.library import UNITS, level, missing
 from dq.kernels.reference import CONVS
-from dq.plan import LayerPlan
+from dq.plan import LayerPlan, TensorPlan
 
 RANK = 20
 STATUS = "stable"
@@ -38,8 +40,10 @@ def why_not(op: str, plan: LayerPlan, device: str, conv: Conv | None = None) -> 
     if device != "cpu":
         return f"dq's CPU kernels do not run on {device}"
     weight = plan.weight
-    if not isinstance(weight.spec, Integer):
+    if not isinstance(weight.spec, Integer | Offset):
         return f"dq's CPU kernels multiply integers, not {weight.format}"
+    if weight.spec.offset and op != "linear":
+        return f"{weight.format} has a product for linears alone"
     if plan.splits:
         return "an input split needs one product per part"
     if (weight.grain.size or 0) % 4 and (plan.act is None or not weight.grain.two_level):
@@ -86,7 +90,9 @@ def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor
     from dq.kernels.cpu import ops, weightonly  # noqa: F401  defines the ops
 
     plain = dense.build(op, plan, conv)
-    if plan.act is None:
+    if plan.weight.spec.offset:
+        fast = _offset(plan)
+    elif plan.act is None:
         fast = _weight_only(plan) if op == "linear" else _decoded(plan, conv)
     elif op == "linear":
         fast = _linear(plan)
@@ -104,6 +110,8 @@ def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor
 
 def build_gelu(plan: LayerPlan) -> Callable[[torch.Tensor, Tensors], torch.Tensor] | None:
     """See the package docstring of dq.kernels; the branch, where it is not fused, would come after the GELU."""
+    if plan.weight.spec.offset:
+        return None
     if plan.act is None:
         return _weight_only(plan, gelu=True)
     if plan.rank % 2:
@@ -165,6 +173,27 @@ def _linear(plan: LayerPlan, gelu: bool = False) -> Callable[[torch.Tensor, Tens
         y = torch.ops.dq.cpu_linear(rows, codes(t), scale(t), **given, **fixed)
         y = y.reshape(*x.shape[:-1], outputs)
         return y if t.down is None or fused else y + dense.low_rank(x, t, plan, None)
+
+    return run
+
+
+def _offset(plan: LayerPlan) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
+    """Integers above a smallest value: the product of the codes, and what a block is worth beyond them.
+
+    y = x (s c)^T + (sums of x over each block) (m + 2^(b-1) s)^T
+    """
+    form, size = plan.weight.spec, plan.weight.grain.size or plan.columns
+    assert isinstance(form, Offset)
+    alike = replace(plan, weight=TensorPlan(f"int{form.bits}", plan.weight.granularity))
+    product = _weight_only(alike) if plan.act is None else _linear(alike)
+    rounded, short = reference.input_rounder(plan, -1), -plan.columns % size
+
+    def run(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+        y = product(x, t._replace(zero=None))
+        given = F.pad(rounded(x.float(), t.act_scale), (0, short))
+        sums = given.reshape(*given.shape[:-1], given.shape[-1] // size, size).sum(-1)
+        worth = torch.add(t.zero, t.scale, alpha=form.half).expand(plan.rows, -1)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return (y.float() + F.linear(sums, worth)).to(x.dtype)
 
     return run
 
