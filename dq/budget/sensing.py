@@ -142,6 +142,7 @@ def _errors(subject: Subject, stores: Mapping[str, Store], own: Store, wish: Wis
     found: dict[str, dict[str, Errors]] = {}
     runs = 0
     if whole and metric in ("trajectory", "sampled"):
+        assert subject.runner is not None  # a whole run needs one
         given = subject.runner, subject.models, subject.menus, own, progress, subject.start
         found["trajectory"], runs = trajectory.gradients(*given)
     if metric == "prediction" or not whole:
@@ -179,10 +180,10 @@ def _judge(subject: Subject, part: str, stores: Mapping[str, Store], whole: bool
 
 
 def _sampled(subject: Subject, base, stores, own: Store, whole: bool, progress: bool) -> dict[str, Errors]:
-    found = {}
+    found, seed = {}, subject.calibration.seed if subject.calibration else 0
     for part, model in subject.models.items():
         known = {name: subject.menus[part][name] for name in base[part]}
-        drawn = sampled.plans(known, subject.recipe.options.get("plans", SAMPLES), subject.calibration.seed)
+        drawn = sampled.plans(known, subject.recipe.options.get("plans", SAMPLES), seed)
         judge = _judge(subject, part, stores, whole)
         truth = sampled.scores(model, known, drawn, judge, own, subject.dtype(part), progress, subject.start)
         found[part] = sampled.fitted(base[part], known, drawn, truth)

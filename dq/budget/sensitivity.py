@@ -78,7 +78,7 @@ def table(listener: Listener, menus: Mapping[str, Sequence[Choice]], runs: int, 
     found: Errors = {}
     for name, own in tqdm(listener.margins.items(), desc="sensitivity", disable=not progress, delay=2):
         if float(own.rows.sum()) > 0:
-            weight = listener.modules[name].weight.detach()
+            weight = listener.modules[name].get_parameter("weight").detach()
             found[name] = margins.energies(_rows(weight), menus[name], own, listener.start) / runs
     return found
 
@@ -174,7 +174,7 @@ def packed(name: str, module: nn.Module, choice: LayerPlan, dtype: torch.dtype, 
     choice = margins.dynamic(choice)
     if not choice.rank and start is None:
         return pack(name, module, choice, dtype)
-    made, weight = draft(module, choice), _rows(module.weight.detach())
+    made, weight = draft(module, choice), _rows(module.get_parameter("weight").detach())
     if start is not None:
         made.scales = start(weight, choice)
     if not choice.rank:
