@@ -155,6 +155,8 @@ def _with_learning_off(recipe: str, what: str, **options) -> tuple[Entry, ...]:
 ENTRIES = (
     Entry("int8", "int8"),
     *_with_plain("gptq-int4-weight"),
+    Entry("gptq-int4-weight in 3 bits", "gptq-int4-weight", weights=("int3/group:64",)),
+    Entry("gptq-int4-weight in 2 bits", "gptq-int4-weight", weights=("int2/group:64",)),
     *_with_plain("svdquant-int4"),
     Entry("svdquant-int4 with clipping", "svdquant-int4", options={"clip": True}, against="svdquant-int4"),
     Entry("svdquant-int4 for rounded inputs", "svdquant-int4", options={"noise": True}, against="svdquant-int4"),

@@ -1,6 +1,7 @@
 """The plots of README.md and docs/results/, drawn from committed rows: `python -m eval.experiments.plots`.
 
 docs/plots/quality_size.svg   decibels over bytes, every recipe on both embedded models, and the curve of budgets
+docs/plots/small.svg          captions that still come true over bytes, weights of at most 4 bits, by system
 docs/plots/speed.svg          milliseconds beside full precision, torchao and SDNQ
 
 What is plotted stands as JSON in each file's description, and a test compares it with the rows. Text and lines are of
@@ -44,6 +45,23 @@ KEY = (
     ("formats mixed by layer in the bytes of ...", BUDGET),
     ("upright lines: 95 % intervals,", INK),
     ("of mixed formats the range over seeds", INK),
+)
+MOST_BITS, ENOUGH = 4, 5.0  # weights that count as small; points of caption accuracy that may be lost
+SMALL = (  # rows of the plot of small models: of each system the recipe, or what stands for it at fewer bits
+    "gptq-int4-weight",
+    "gptq-int4-weight in 3 bits",
+    "gptq-int4-weight in 2 bits",
+    "svdquant-int4",
+    "svdquant-w4a8",
+    "comq-int4-weight",
+    "qua2sedimo-w4",
+    "qua2sedimo-w3.7",
+    "squeezellm-w3",
+    "lrqdit-w3a4",
+    "lrqdit-w4a4",
+    "vq4dit-w3",
+    "vq4dit-w2",
+    "vptq-w2",
 )
 MIDDLE = 0.22  # share of fp32's bytes; names of smaller recipes stand on the left
 RACES = ("linear 1024 x 3072 -> 3072", "pixart", "flux", "unet")
@@ -102,6 +120,36 @@ def _budgets(model: str) -> list[dict]:
     return sorted(points, key=lambda point: point["share"])
 
 
+def small() -> dict[str, list[dict]]:
+    """By model: rows of methods whose weights have at most 4 bits: name, system, share of fp32's bytes, lost accuracy.
+
+    lost  percentage points of caption accuracy that full precision has and the row has not; within  whether those are
+    at most ENOUGH; smallest  whether no smaller row of its system is within
+    """
+    found = {}
+    for model in tiny.NAMES:
+        points = [
+            _small(row) for row in rows.read(rows.FOLDER / "methods.json") if row["model"] == model and _few(row)
+        ]
+        for point in points:
+            rivals = [other["share"] for other in points if other["system"] == point["system"] and other["within"]]
+            point["smallest"] = point["within"] and point["share"] == min(rivals)
+        found[model] = sorted(points, key=lambda point: point["share"])
+    return found
+
+
+def _few(row: Mapping) -> bool:
+    """A system's own row, no control, with weights of at most MOST_BITS."""
+    return row["row"] in SMALL and float(re.findall(r"W([0-9.]+)", row["bits"])[0]) <= MOST_BITS
+
+
+def _small(row: Mapping) -> dict:
+    lost = 100 * (row["caption_accuracy_fp32"] - row["caption_accuracy"])
+    share = round(row["bytes"] / row["fp32_bytes"], 4)
+    point = {"name": row["row"], "system": row["recipe"].partition("-")[0], "share": share, "lost": round(lost, 1)}
+    return point | {"within": lost <= ENOUGH}
+
+
 def speed() -> dict[str, list[dict]]:
     """By what is timed: bars with name, whose it is, milliseconds."""
     found = {}
@@ -152,6 +200,24 @@ def draw_quality_size(figure, data: dict[str, list[dict]]) -> None:
     panels[0].set_ylabel("PSNR to the fp32 pictures, dB")
     for i, (text, colour) in enumerate(KEY):
         panels[0].text(0.02, 0.985 - 0.04 * i, text, color=colour, fontsize=8, transform=panels[0].transAxes, va="top")
+
+
+def draw_small(figure, data: dict[str, list[dict]]) -> None:
+    """A panel a model: what is within is filled, the smallest of each system named; a line at ENOUGH."""
+    panels = figure.subplots(1, len(data), sharey=True)
+    for axes, (model, points) in zip(panels, data.items(), strict=True):
+        axes.axhline(-ENOUGH, color=LINE, lw=1)
+        for point in points:
+            colour = BUDGET if point["within"] else FITTED
+            face = colour if point["smallest"] else "none"
+            axes.plot(100 * point["share"], -point["lost"], "o", ms=5, mec=colour, mfc=face)
+        named = [{"name": p["name"], "share": p["share"], "db": -p["lost"], "kind": "calibrated"} for p in points]
+        span = max([*(p["lost"] for p in points), ENOUGH]) + 8
+        _name_beside(axes, named, 21, "left", span / 26)
+        axes.set(title=model, xlim=(6, 31), ylim=(-span, 8), xlabel="denoiser's bytes, % of fp32")
+        axes.set_xticks([8, 12, 16, 20])
+        axes.grid(color=LINE, lw=0.5)
+    panels[0].set_ylabel("caption accuracy beside fp32, points")
 
 
 def _mark(axes, points: Sequence[dict], colour: str, line: str) -> None:
@@ -233,6 +299,7 @@ def draw_speed(figure, data: dict[str, list[dict]]) -> None:
 
 PLOTS: dict[str, tuple[Callable[[], dict], Callable, tuple[float, float]]] = {
     "quality_size": (quality_size, draw_quality_size, (9.2, 4.9)),
+    "small": (small, draw_small, (9.2, 4.4)),
     "speed": (speed, draw_speed, (9.2, 6.0)),
 }
 
