@@ -20,6 +20,8 @@ _HOMES = {
     "Budget": "budget.limits",
     "Report": "report",
     "set_backend": "api",
+    "set_sampler": "around.adding",
+    "correct": "around.adding",
     "save": "host.store",
     "load": "host.store",
     "from_file": "bridges.loading",

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from torch import nn
 from tqdm import tqdm
 
 from dq import cookbook, explaining, fusions, kernels, layers, planning
+from dq.around import adding
 from dq.bridges import adopting
 from dq.bridges.stored import Stored
 from dq.errors import DQError, nearest
-from dq.host import mark, peft, ready
+from dq.host import mark, peft, ready, scheduling
 from dq.layers import PackedStack, naming, packed_layers, parameter_bytes, serving
 from dq.model import check_fit, install, to_dense
 from dq.plan import Keeping, LayerPlan, Plan, Recipe
@@ -85,9 +87,10 @@ class _Job:
 
 def _quantized(models: dict, job: _Job, start: float) -> Report:
     target, wanted, calibration, budget, progress = job.target, job.wanted, job.calibration, job.budget, job.progress
+    search = adding.prepared(target, wanted, calibration)
     plans = _plan_all(models, job.keep, budget is not None, job.theirs)
     packed, errors, notes, candidates = {}, {}, [], None
-    if calibration is not None or budget is not None:
+    if budget is not None or (calibration is not None and not (search and not getattr(wanted, "method", ""))):
         from dq import stages
 
         mine = {part: entry[0] for part, entry in models.items() if entry[1] is wanted}
@@ -101,7 +104,7 @@ def _quantized(models: dict, job: _Job, start: float) -> Report:
     before, rows = parameter_bytes(*(model for model, _ in models.values())), []
     for part, (model, _) in models.items():
         rows += explaining.planned_rows(part, model, plans[part], packed[part], errors)
-    _put_all(models, plans, packed)
+    notes = notes + adding.added(target, search, models, partial(_put_all, models, plans, packed))
     after, rows = parameter_bytes(*(model for model, _ in models.values())), explaining.with_kernels(rows, models)
     seconds, notes = time.perf_counter() - start, notes + _step_notes(plans)
     return Report(rows, before, after, seconds, wanted.name, notes, candidates, ready.is_empty(models))
@@ -152,7 +155,7 @@ def explain(target) -> Report:
     recipe = ", ".join(dict.fromkeys(mark.plan_of(model).recipe for model in models.values()))
     plans = {part: mark.plan_of(model) for part, model in models.items()}
     report = Report(explaining.with_kernels(rows, models), before, parameter_bytes(*models.values()), 0.0, recipe)
-    report.notes += _step_notes(plans)
+    report.notes += _step_notes(plans) + scheduling.lines(target, scheduling.found_in(plans.values()))
     for part, model in models.items():
         lines = [*fusions.notes(model), *explaining.speed_notes(model)]
         report.notes += [f"{part or 'model'}: {line}" for line in lines]
@@ -167,6 +170,7 @@ def dequantize(target) -> None:
     for model in _quantized_models(target).values():
         to_dense(model)
         mark.unmark(model)
+    scheduling.release(target)
 
 
 def set_backend(name: str, target=None) -> None:
@@ -273,7 +277,7 @@ def _resolve(target, wanted: Recipe | Plan | Keeping, calibration, budget):
     from dq.trace import calibration as capturing
 
     assert isinstance(wanted, Recipe), "the others need none"
-    if wanted.method not in methods.files():
+    if wanted.method and wanted.method not in methods.files():
         raise DQError(
             f"recipe {name!r}: method {wanted.method!r} is unknown, {nearest(wanted.method, methods.files())}"
         )
@@ -325,6 +329,11 @@ def _for_budget(target, name: str, calibration, budget):
             "budget: of a bare model only bytes and bits go without data; pass calibration=a function that runs it"
         )
     return None
+
+
+def _only_around(wanted: Recipe | Plan) -> bool:
+    """Whether a recipe rounds without data, and takes it for what runs around the model alone."""
+    return isinstance(wanted, Recipe) and wanted.needs_calibration and not wanted.method
 
 
 def _step_notes(plans: Mapping[str, Plan]) -> list[str]:
@@ -403,8 +412,12 @@ def _pack_all(
     return packed, errors
 
 
-def _put_all(models: Mapping, plans: Mapping[str, Plan], packed: Mapping[str, dict]) -> None:
-    """Swap every layer, then mark the models. A layer that two models share is one layer afterwards as well."""
+def _put_all(models: Mapping, plans: Mapping[str, Plan], packed: Mapping[str, dict]) -> dict[str, dict]:
+    """Swap every layer, then mark the models. A layer that two models share is one layer afterwards as well.
+
+    -> by part: the layers that stood there before.
+    """
+    originals = {part: {name: _standing(model, name) for name in packed[part]} for part, (model, _) in models.items()}
     done: dict[int, nn.Module] = {}
     for part, (model, _) in models.items():
         mine = dict(packed[part])
@@ -415,6 +428,12 @@ def _put_all(models: Mapping, plans: Mapping[str, Plan], packed: Mapping[str, di
         install(model, mine)
     for part, (model, _) in models.items():
         mark.mark(model, plans[part])
+    return originals
+
+
+def _standing(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
+    owner, key = naming.place(model, name)
+    return owner._parameters[key] if key in owner._parameters else owner._modules[key]  # pyright: ignore[reportReturnType]
 
 
 def _weight_of(model: nn.Module, name: str, plan: LayerPlan) -> tuple[torch.Tensor, nn.Module | None]:

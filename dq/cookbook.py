@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -37,6 +38,8 @@ DATA_FREE = (
 # of models whose weights have codes already, in a file or in layers of another library; dq/bridges
 KEEPING = {wish.name: wish for wish in (Keeping("stored"), Keeping("stored-int8", "int8/token"))}
 RECIPES = {recipe.name: recipe for recipe in DATA_FREE}
+# what `a+b` adds to a recipe: fields of Recipe
+ADDED: dict[str, dict] = {"qsched": {"sampler": "qsched"}}
 WIDTH = re.compile(r"[a-z]*[-_ ]?(\d)(?:[-_ ]?bits?)?")  # a format or a width in place of a recipe: int4, w4, 4-bit
 
 
@@ -72,7 +75,7 @@ def for_file(recipe: str | Path | Recipe | Plan | Keeping) -> Recipe | Plan | Ke
 
 
 def get(recipe: str | Path | Recipe | Plan) -> Recipe | Plan:
-    """A recipe by name, or a recipe or plan read from a JSON path; objects pass through.
+    """A recipe by name, or a recipe or plan read from a JSON path; objects pass through. `a+b` adds b to recipe a.
 
     Raises DQError with the nearest names for an unknown one (for a format or width: those of its bits), and for a
     broken file.
@@ -82,6 +85,8 @@ def get(recipe: str | Path | Recipe | Plan) -> Recipe | Plan:
     text = str(recipe)
     if text in RECIPES:
         return RECIPES[text]
+    if "+" in text and not Path(text).is_file():
+        return _combined(*text.split("+"))
     if text.endswith(".json") or Path(text).is_file():
         data = read_json(text)
         with naming(text):
@@ -93,6 +98,21 @@ def get(recipe: str | Path | Recipe | Plan) -> Recipe | Plan:
         shown = text[:100]
         raise DQError(f"recipe {shown!r} is unknown, {_of_width(shown, known) or nearest(shown, known)}")
     return _all()[text]
+
+
+def _combined(first: str, *more: str) -> Recipe:
+    """`a+b`: a recipe with what the others add to it, in the order in which they run: layers, then the scheduler."""
+    found = get(first)
+    if isinstance(found, Plan):
+        raise DQError(f"recipe {first!r} is a plan, in which all is decided; expected a recipe before the '+'")
+    for name in more:
+        if name not in ADDED:
+            raise DQError(f"recipe: {name[:100]!r} cannot be added to another, {nearest(name[:100], ADDED)}")
+        fields = ADDED[name]
+        if taken := next((key for key in fields if getattr(found, key)), None):
+            raise DQError(f"recipe: {name!r} sets {taken}, which {found.name!r} has already; leave one out")
+        found = replace(found, name=f"{found.name}+{name}", **fields)
+    return found
 
 
 def _of_width(text: str, known: Iterable[str]) -> str:

@@ -175,14 +175,24 @@ def kept_in_fp32(model: nn.Module) -> Callable[[str], bool]:
     return lambda name: pattern is not None and pattern.match(name) is not None
 
 
+def put_back(model: nn.Module, parts: Mapping[str, nn.Module | nn.Parameter]) -> None:
+    """Undo `install` and `start`: what stood in a model under these names stands there again."""
+    _undo(model)
+    install(model, parts)
+
+
+def _undo(model: nn.Module) -> None:
+    fusions.detach(model)
+    clock.detach(model)
+    model.__dict__.pop("_keep_in_fp32_modules", None)
+
+
 @torch.no_grad()
 def to_dense(model: nn.Module) -> None:
     """Put the full-precision layers that packed ones stand for in their place, in the compute dtype."""
-    fusions.detach(model)
+    _undo(model)
     made: dict[str, nn.Module | nn.Parameter] = {}
     for name, layer in packed_layers(model).items():
         stack = isinstance(layer, PackedStack)
         made[name] = nn.Parameter(layer.dense_weight().to(layer.compute_dtype), False) if stack else layer.dense()
     install(model, made)
-    model.__dict__.pop("_keep_in_fp32_modules", None)
-    clock.detach(model)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dq.disk import read_json
 from dq.errors import DQError, naming, nearest
+from dq.surroundings import Correction
 
 if TYPE_CHECKING:
     import torch
@@ -233,6 +234,7 @@ class Plan:
     timestep  name of the forward argument that carries the timestep, None if there is none
     edges     rising step-bucket edges in the model's own timestep units; empty when no layer has a table
     attention "int8": products of attention in bytes where a kernel has them; "": as exact as the compute dtype
+    sampler   corrections of the scheduler's steps, at most one of a kind for a scheduler and number of steps
     """
 
     layers: dict[str, LayerPlan]
@@ -243,6 +245,7 @@ class Plan:
     edges: tuple[float, ...] = ()
     compute_dtype: str | None = None
     attention: str = ""
+    sampler: tuple[Correction, ...] = ()
     needs_calibration: ClassVar[bool] = False  # as of a Recipe: every layer is decided
 
     @property
@@ -264,6 +267,7 @@ class Plan:
             "timestep": self.timestep,
             "edges": list(self.edges),
             **({"attention": self.attention} if self.attention else {}),
+            **({"sampler": [each.to_dict() for each in self.sampler]} if self.sampler else {}),
             "layers": {name: plan.to_dict() for name, plan in self.layers.items()},
             "kept": dict(self.kept),
         }
@@ -288,6 +292,7 @@ class Plan:
         schema.check("plan", values, what)
         values["layers"] = {name: LayerPlan._built(name, row, checked) for name, row in data["layers"].items()}
         values["edges"] = tuple(data.get("edges", ()))
+        values["sampler"] = tuple(Correction.from_dict(each) for each in data.get("sampler", ()))
         plan = cls(**values)
         plan.check()
         return plan
@@ -296,6 +301,10 @@ class Plan:
         """DQError when layers and step buckets contradict each other."""
         if self.edges and not all(low < high for low, high in pairwise(self.edges)):
             raise DQError(f"plan: edges {list(self.edges[:4])} ... must rise; {_ANEW}")
+        keys = [(each.kind, each.scheduler, each.steps) for each in self.sampler]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            kind, scheduler, steps = twice
+            raise DQError(f"plan: sampler has {kind!r} for {scheduler} in {steps} steps twice; leave one out")
         for name, layer in self.layers.items():
             wanted = len(self.edges) + 1 if layer.act is not None and layer.act.scale == "table" else 1
             if layer.steps != wanted:
@@ -321,6 +330,7 @@ class Recipe:
     edge               weight of embedders and final layers that are too big to keep; weight-only
     keep               anchored regular expressions of layers left in full precision, added to the family's
     attention          as in Plan
+    sampler            file of dq/around that finds corrections of the scheduler's steps, "" for none
     method             file of dq/methods that fits the layers to calibration data, "" for none
     options            arguments of the method
     status             "experimental": emulated, or without rows of results; docs/recipes.md has the rule. A fact about
@@ -334,17 +344,18 @@ class Recipe:
     edge: str = "int8/channel"
     keep: tuple[str, ...] = ()
     attention: str = ""
+    sampler: str = ""
     method: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     status: str = field(default="stable", compare=False)
 
     @property
     def needs_calibration(self) -> bool:
-        return bool(self.method)
+        return bool(self.method or self.sampler)
 
     def to_dict(self) -> dict:
         """JSON form, without the status."""
-        wish = {key: value for key, value in vars(self).items() if key != "status"}
+        wish = {key: value for key, value in vars(self).items() if key != "status" and (value or key != "sampler")}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in wish.items()}
 
     @classmethod

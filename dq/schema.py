@@ -17,6 +17,7 @@ from typing_extensions import TypedDict  # pydantic asks for this one below Pyth
 
 from dq.errors import DQError, nearest
 from dq.plan import ATTENTION, COMPUTE, KINDS, ROLES, STATUS
+from dq.surroundings import CORRECTIONS
 
 MOST_LAYERS, MOST_STEPS, MOST_RANK = 100_000, 1000, 2**20
 
@@ -29,6 +30,7 @@ Tensor = Annotated[str, Field(strict=True, max_length=100)]  # "int4/group:64"; 
 Attention, Status = Literal[ATTENTION], Literal[STATUS]  # pyright: ignore[reportInvalidTypeForm]
 Crc32 = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{8}\z")]
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Channels = Annotated[list[Number], Field(max_length=4096)]
 QUOTED = re.compile("'([^']*)'")
 closed = with_config(ConfigDict(extra="forbid"))
 
@@ -53,6 +55,16 @@ class Layer(TypedDict):
 
 
 @closed
+class Correction(TypedDict):
+    """A correction of a scheduler's steps; `dq.surroundings` has its kinds and what their values are."""
+
+    kind: Literal[tuple(CORRECTIONS)]  # pyright: ignore[reportInvalidTypeForm]
+    scheduler: Name
+    steps: Annotated[int, Field(strict=True, ge=1, le=MOST_STEPS)]
+    values: dict[Name, Annotated[list[Number | Channels], Field(max_length=MOST_STEPS)]]
+
+
+@closed
 class Plan(TypedDict):
     """A plan, without its version."""
 
@@ -64,6 +76,7 @@ class Plan(TypedDict):
     edges: NotRequired[Annotated[list[Number], Field(max_length=MOST_STEPS)]]
     compute_dtype: NotRequired[Literal[COMPUTE] | None]  # pyright: ignore[reportInvalidTypeForm]
     attention: NotRequired[Attention]  # pyright: ignore[reportInvalidTypeForm]
+    sampler: NotRequired[Annotated[list[Correction], Field(max_length=100)]]
 
 
 @closed
@@ -109,6 +122,7 @@ class Recipe(TypedDict):
     edge: NotRequired[Tensor]
     keep: NotRequired[Annotated[list[Name], Field(max_length=1000)]]
     attention: NotRequired[Attention]  # pyright: ignore[reportInvalidTypeForm]
+    sampler: NotRequired[Annotated[str, Field(strict=True, pattern=r"^\w{0,60}\z")]]
     method: NotRequired[Annotated[str, Field(strict=True, pattern=r"^\w{0,60}\z")]]
     options: NotRequired[Options]
     status: NotRequired[Status]  # pyright: ignore[reportInvalidTypeForm]

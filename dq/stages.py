@@ -51,7 +51,7 @@ class Stages:
         with self._captured() as (folder, notes):
             if self.budget is not None:
                 notes += self._chosen(folder)
-            if not self.recipe.needs_calibration:
+            if not self.recipe.method:
                 return {}, {}, notes
             packed, errors, more = self._fitted(folder)
             return packed, errors, notes + more
@@ -64,7 +64,7 @@ class Stages:
 
     def _prepare(self) -> None:
         self._check_budgets()
-        if self.recipe.needs_calibration:
+        if self.recipe.method:
             for part, model in self.models.items():
                 self.plans[part] = methods.prepared(model, self.plans[part], self.recipe)
 

@@ -17,7 +17,9 @@ from dq.errors import DQError, nearest
 from dq.plan import COMPUTE, Plan, Recipe
 from dq.schema import shown
 
-OVERRIDES = {field.name for field in dataclasses.fields(Recipe)} - {"name", "keep", "method", "options", "status"}
+OVERRIDES = {field.name for field in dataclasses.fields(Recipe)} - {
+    *("name", "keep", "method", "options", "status", "sampler")
+}
 
 
 class DQMethod(str, enum.Enum):  # noqa: UP042 - a StrEnum prints differently in the host's messages

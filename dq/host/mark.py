@@ -16,6 +16,7 @@ from dq.host.transformers import DQTransformersQuantizer
 from dq.layers import clock, naming, notes, packed_layers
 from dq.model import start
 from dq.plan import Plan
+from dq.surroundings import Correction
 
 
 def plan_of(model: nn.Module) -> Plan | None:
@@ -57,6 +58,19 @@ def mark(model: Any, plan: Plan) -> None:
     model.hf_quantizer = kind(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, DQMethod.DQ
     write_config(model)
+
+
+def correct(model: Any, found: Correction) -> None:
+    """Put a correction into the plan of a quantized model, in place of one of its kind, scheduler and steps."""
+    plan = plan_of(model)
+    assert plan is not None, "the model is quantized"
+    key = (found.kind, found.scheduler, found.steps)
+    others = [each for each in plan.sampler if (each.kind, each.scheduler, each.steps) != key]
+    plan = replace(plan, sampler=(*others, found))
+    if quantizer_class(model) is None:
+        notes.write(model, plan=plan)
+    else:
+        write_config(model, plan)
 
 
 def unmark(model: Any) -> None:

@@ -8,6 +8,7 @@ both                     `from_pretrained` of these first removes, or ends, what
 diffusers                class methods that make a model of another, and `fuse_qkv_projections`, refuse packed layers
 both                     `to`, `half`, `float`, `double`, `bfloat16` of quantized models: see `dq.host.casting`
 diffusers                `DiffusionPipeline.to` refuses a cast before it changes the first part
+diffusers                a pipeline that is given a scheduler, or a model with corrections of its steps, corrects them
 peft                     `dispatch_default` makes adapters that fuse into the low-rank branch of packed layers
 diffusers                a pipeline's balanced device map counts parts that were saved quantized by their packed bytes
 diffusers                `FluxLoraLoaderMixin._calculate_module_shape` is told the shape a packed layer stands for
@@ -70,6 +71,7 @@ def _host_diffusers(home: ModuleType) -> None:
 def _host_pipelines(home: ModuleType) -> None:
     _whole(home.DiffusionPipeline)
     _cast_none_or_all(home)
+    _correct_schedulers(home)
 
 
 def _host_model(base: type) -> None:
@@ -243,6 +245,24 @@ def _cast_none_or_all(home: ModuleType) -> None:
 
     to.before_dq = original  # pyright: ignore[reportAttributeAccessIssue]
     home.DiffusionPipeline.to = to
+
+
+def _correct_schedulers(home: ModuleType) -> None:
+    """Let the scheduler of a pipeline be corrected as the plans of its models say, whichever of them comes last."""
+    original = home.DiffusionPipeline.__setattr__
+    if hasattr(original, "before_dq"):
+        return
+
+    @functools.wraps(original)
+    def __setattr__(self, name, value):
+        original(self, name, value)
+        if "dq.host.base" in sys.modules and (name == "scheduler" or _of_dq(value)):
+            from dq.host import scheduling
+
+            scheduling.follow(self)
+
+    __setattr__.before_dq = original  # pyright: ignore[reportAttributeAccessIssue]
+    home.DiffusionPipeline.__setattr__ = __setattr__
 
 
 def _measure_parts(home: ModuleType) -> None:

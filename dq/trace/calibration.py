@@ -35,6 +35,8 @@ class Calibration:
     folder        where records stay and a killed calibration goes on; None: a temporary folder
     forward_loop  for a bare model: called with the model once, runs it as the user does; every call is recorded,
                   so that of the rest only seed and folder count
+    score         for recipes that search what runs around the model (`+qsched`): a function of pictures (N, 3, H, W)
+                  in [0, 1] and their N prompts, higher is better; None: closeness to the full-precision runs
     """
 
     prompts: Sequence[str | Mapping[str, Any]] | str | Path | None = None
@@ -45,6 +47,7 @@ class Calibration:
     call_kwargs: Mapping[str, Any] = field(default_factory=dict)
     folder: str | Path | None = None
     forward_loop: Callable[[nn.Module], Any] | None = None
+    score: Callable[[Any, list[str]], float] | None = None
 
     def __post_init__(self):
         for name, least, most in (("steps", 1, MOST_STEPS), ("samples", 1, MOST_SAMPLES), ("seed", 0, MOST_SEED)):
@@ -65,6 +68,8 @@ class Calibration:
             raise DQError(f"calibration: got {got} and steps={self.steps}, expected one number; give it as steps")
         if self.forward_loop is not None and not callable(self.forward_loop):
             raise DQError(f"calibration: forward_loop is {self.forward_loop!r}, expected a function of the model")
+        if self.score is not None and not callable(self.score):
+            raise DQError(f"calibration: score is {self.score!r}, expected a function of pictures and their prompts")
         self.texts()
 
     def texts(self) -> list[inputs.Entry]:

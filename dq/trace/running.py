@@ -131,7 +131,7 @@ class Runner:
         with (
             watching(models, number),
             drawing(seed, run),
-            _spare_schedulers(self.pipe),
+            spare_schedulers(self.pipe),
             telling(f"{name} (run {run})"),
         ):
             self.pipe(**self.arguments(run))
@@ -151,7 +151,7 @@ class Runner:
     def differentiable(self, run: int) -> torch.Tensor:
         """Pictures or latents of one run, in whose making gradients flow where they are enabled."""
         given = self.arguments(run) | {"output_type": self.end, "return_dict": False}
-        with drawing(self.calibration.seed, run), _spare_schedulers(self.pipe):
+        with drawing(self.calibration.seed, run), spare_schedulers(self.pipe):
             output = self.undecorated(self.pipe, **given)
         return next(value for value in tensors_in(output) if value.is_floating_point())
 
@@ -272,7 +272,7 @@ def run_seed(seed: int, run: int) -> int:
 
 
 @contextlib.contextmanager
-def _spare_schedulers(pipe) -> Iterator[None]:
+def spare_schedulers(pipe) -> Iterator[None]:
     """Copies of the schedulers inside, since a run changes them; no progress bar of the pipeline's own."""
     kept = {name: part for name, part in pipe.components.items() if isinstance(part, SchedulerMixin)}
     bar = getattr(pipe, "_progress_bar_config", None)

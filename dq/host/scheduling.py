@@ -1,0 +1,78 @@
+"""The scheduler of a pipeline and the corrections that the plans of its models bring along."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from diffusers import SchedulerMixin
+from torch import nn
+
+from dq.errors import DQError
+from dq.host import base
+from dq.layers import notes
+from dq.plan import Plan
+from dq.sampler import corrections, steps
+from dq.surroundings import Correction
+
+
+def follow(pipe: Any) -> None:
+    """Let the scheduler of a pipeline be corrected as the plans of its models say; without any it is left alone."""
+    if isinstance(pipe, nn.Module):
+        return
+    scheduler, found = scheduler_of(pipe), planned(pipe)
+    if found and scheduler is not None:
+        steps.attach(scheduler, found)
+
+
+def scheduler_of(pipe: Any) -> Any:
+    """The scheduler that a pipeline steps with, None where there is none."""
+    own = vars(pipe).get("scheduler")
+    return own if isinstance(own, SchedulerMixin) else None
+
+
+def planned(pipe: Any) -> list[Correction]:
+    """Corrections in the plans of a pipeline's models, each once."""
+    return found_in(_plan(part) for part in vars(pipe).values() if isinstance(part, nn.Module))
+
+
+def found_in(plans: Iterable[Plan | None]) -> list[Correction]:
+    """Corrections in some plans, each once."""
+    return list({str(each.to_dict()): each for plan in plans if plan is not None for each in plan.sampler}.values())
+
+
+def release(pipe: Any) -> None:
+    """Give the scheduler of a pipeline its own steps back."""
+    if not isinstance(pipe, nn.Module):
+        steps.detach(scheduler_of(pipe))
+
+
+def _plan(model: Any) -> Plan | None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    return quantizer.plan if isinstance(quantizer, base.QuantizerBase) else notes.read(model).plan
+
+
+def switch(pipe: Any, on: bool) -> None:
+    """Turn the corrections of a pipeline's scheduler on or off. DQError for one without corrections."""
+    own = steps.of(scheduler_of(pipe)) if not isinstance(pipe, nn.Module) else None
+    if own is None:
+        raise DQError(
+            f"sampler: {type(pipe).__name__} has no corrected scheduler; quantize a pipeline by a recipe with +qsched"
+        )
+    own.on = on
+
+
+def lines(pipe: Any, found: list[Correction]) -> list[str]:
+    """Lines for `dq.explain`: every correction, and whether it applies now."""
+    said = [
+        f"sampler, {each.scheduler} in {each.steps} steps: {corrections.files()[each.kind].line(each.values)}"
+        for each in found
+    ]
+    if not found or isinstance(pipe, nn.Module):
+        return said
+    own, scheduler = steps.of(scheduler_of(pipe)), type(scheduler_of(pipe)).__name__
+    if own is not None and not own.on:
+        said.append("sampler: switched off, the scheduler's own steps run")
+    elif own is None or scheduler not in {each.scheduler for each in found}:
+        said.append(f"sampler: {scheduler} runs without these corrections")
+    return said
