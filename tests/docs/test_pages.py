@@ -194,11 +194,7 @@ def test_the_file_format_has_every_tensor():
     [
         (dq.Calibration, "guide/calibrate", set()),
         (dq.Budget, "guide/budget", set()),
-        (
-            Recipe,
-            "guide/load_time",
-            {"name", "method", "options", "status", "sampler"},
-        ),  # what DQConfig cannot override
+        (Recipe, "guide/load_time", {"name", "method", "options", "status", "sampler"}),  # not DQConfig's to override
     ],
 )
 def test_a_page_has_every_argument_of_what_users_make(kind, name, elsewhere):
