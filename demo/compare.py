@@ -109,7 +109,8 @@ def perceptual(before: list[Image.Image], after: list[Image.Image]) -> tuple[str
 
 def _activations(row) -> str:
     """Of a row of a report: the format they are rounded to."""
-    return f"{row.act}, left in floating point here" if row.weight_only else row.act or ""
+    formats = ", then ".join((row.act, *row.late)) if row.act else ""
+    return f"{formats}, left in floating point here" if row.weight_only else formats
 
 
 def kernel_table(report) -> pd.DataFrame:
@@ -117,7 +118,7 @@ def kernel_table(report) -> pd.DataFrame:
     groups: dict[tuple, list] = {}
     for row in report.layers:
         refused = tuple(backend for backend, _ in row.why_not)
-        key = (row.weight is None, row.weight, row.act, row.kernel, refused or row.reason)
+        key = (row.weight is None, row.weight, row.act, row.late, row.kernel, refused or row.reason)
         groups.setdefault(key, []).append(row)
     ordered = sorted(groups.values(), key=lambda found: (found[0].weight is None, -len(found)))
     rows = []

@@ -89,6 +89,7 @@ def _quantized(models: dict, job: _Job, start: float) -> Report:
     target, wanted, calibration, budget, progress = job.target, job.wanted, job.calibration, job.budget, job.progress
     search = adding.prepared(target, wanted, calibration)
     plans = _plan_all(models, job.keep, budget is not None, job.theirs)
+    _refuse_switches(target, plans)
     packed, errors, notes, candidates = {}, {}, [], None
     if budget is not None or (calibration is not None and not (search and not getattr(wanted, "method", ""))):
         from dq import stages
@@ -106,7 +107,7 @@ def _quantized(models: dict, job: _Job, start: float) -> Report:
         rows += explaining.planned_rows(part, model, plans[part], packed[part], errors)
     notes = notes + adding.added(target, search, models, partial(_put_all, models, plans, packed))
     after, rows = parameter_bytes(*(model for model, _ in models.values())), explaining.with_kernels(rows, models)
-    seconds, notes = time.perf_counter() - start, notes + _step_notes(plans)
+    seconds, notes = time.perf_counter() - start, notes + explaining.step_notes(plans)
     return Report(rows, before, after, seconds, wanted.name, notes, candidates, ready.is_empty(models))
 
 
@@ -155,7 +156,7 @@ def explain(target) -> Report:
     recipe = ", ".join(dict.fromkeys(mark.plan_of(model).recipe for model in models.values()))
     plans = {part: mark.plan_of(model) for part, model in models.items()}
     report = Report(explaining.with_kernels(rows, models), before, parameter_bytes(*models.values()), 0.0, recipe)
-    report.notes += _step_notes(plans) + scheduling.lines(target, scheduling.found_in(plans.values()))
+    report.notes += explaining.step_notes(plans) + scheduling.lines(target, scheduling.found_in(plans.values()))
     for part, model in models.items():
         lines = [*fusions.notes(model), *explaining.speed_notes(model)]
         report.notes += [f"{part or 'model'}: {line}" for line in lines]
@@ -336,13 +337,14 @@ def _only_around(wanted: Recipe | Plan) -> bool:
     return isinstance(wanted, Recipe) and wanted.needs_calibration and not wanted.method
 
 
-def _step_notes(plans: Mapping[str, Plan]) -> list[str]:
-    return [
-        f"{part or 'model'}: activation scales for {len(plan.edges) + 1} step buckets, cut at {plan.timestep} = "
-        f"{plan.edges[0]:g} ... {plan.edges[-1]:g}; a timestep beyond takes the nearest bucket"
-        for part, plan in plans.items()
-        if plan.edges
-    ]
+def _refuse_switches(target, plans: Mapping[str, Plan]) -> None:
+    """DQError for a plan that switches at a timestep which the pipeline's scheduler never reaches."""
+    most = getattr(getattr(getattr(target, "scheduler", None), "config", None), "num_train_timesteps", None)
+    for plan in plans.values():
+        beyond = [edge for edge in plan.switch if most is not None and edge > most]
+        if beyond:
+            got = f"plan: switch at {plan.timestep} {beyond[0]:g} is outside of the schedule"
+            raise DQError(f"{got}, expected a timestep of {type(target.scheduler).__name__}, at most {most}")
 
 
 def _plan_all(models: Mapping, keep, measured: bool = False, theirs: adopting.Opened | None = None) -> dict[str, Plan]:

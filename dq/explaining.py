@@ -42,7 +42,8 @@ def sqnr_db(reference: torch.Tensor, value: torch.Tensor) -> float | None:
 def row(part: str, name: str, plan: LayerPlan, size: int, decibels: float | None, reason: str) -> Row:
     full = f"{part}.{name}" if part else name
     act = str(plan.act) if plan.act else None
-    return Row(full, plan.kind, str(plan.weight), act, plan.rank, size, decibels, reason)
+    late = tuple(map(str, plan.late))
+    return Row(full, plan.kind, str(plan.weight), act, plan.rank, size, decibels, reason, late=late)
 
 
 def kept_row(part: str, model: nn.Module, name: str, reason: str) -> Row:
@@ -71,16 +72,22 @@ def _with_kernel(row: Row, layer: Any) -> Row:
     if isinstance(layer, PackedStack):
         kernel = f"decode {layer.plan.weight.format} when used"
         return replace(row, backend="dense", kernel=kernel, why_not=(("scaled", GROUPED),))
-    return served(row, layer.choice)
+    return served(row, *layer.choices)
 
 
-def served(row: Row, found: Choice) -> Row:
-    """A row with the kernel that was chosen for its layer."""
-    facts: dict[str, Any] = {"backend": found.backend, "kernel": found.label, "emulated": found.emulated}
-    facts["weight_only"] = found.weight_only
+def served(row: Row, found: Choice, *later: Choice) -> Row:
+    """A row with the kernels that were chosen for the phases of its layer; all but their labels are the first's.
+
+    Whether one emulates, or leaves in floating point what the plan rounds, is said of the layer if it is so in any
+    phase.
+    """
+    facts: dict[str, Any] = {"backend": found.backend, "kernel": found.label}
+    facts |= {key: any(getattr(each, key) for each in (found, *later)) for key in ("emulated", "weight_only")}
+    facts["late_kernels"] = tuple(each.label for each in later)
     if found.speedup is not None:
         facts["speedup"] = round(found.speedup, 2)
-    return replace(row, **facts, why_not=found.refusals)
+    refusals = dict.fromkeys(why for each in (found, *later) for why in each.refusals)
+    return replace(row, **facts, why_not=tuple(refusals))
 
 
 def measure(model: nn.Module) -> None:
@@ -126,14 +133,14 @@ def _as(layers: list[Any], other: Callable[[LayerPlan], LayerPlan]) -> float | N
 
 
 def _weight_only(plan: LayerPlan) -> LayerPlan:
-    return replace(plan, act=None, steps=1)
+    return replace(plan, act=None, late=(), steps=1)
 
 
 def _with_int8(plan: LayerPlan) -> LayerPlan:
     if plan.role == "time":
         return plan
     grain = "token" if plan.kind == "linear" or plan.pointwise else "tensor"
-    return replace(plan, act=TensorPlan("int8", grain), steps=1)
+    return replace(plan, act=TensorPlan("int8", grain), late=(), steps=1)
 
 
 def _slow_dtype(layers: list[Any]) -> list[str]:
@@ -151,6 +158,26 @@ def _slow_dtype(layers: list[Any]) -> list[str]:
         f"this processor has no bf16 units: full precision takes {narrow / wide:.1f} times as long in bf16 as in fp32"
     )
     return [f"{said}; dq's layers compute in fp32, the rest of the pipeline does with dtype=torch.float32"]
+
+
+def step_notes(plans: Mapping[str, Plan]) -> list[str]:
+    """Lines on what follows the step: tables of scales, and formats that switch."""
+    tables = [
+        f"{part or 'model'}: activation scales for {len(plan.edges) + 1} step buckets, cut at {plan.timestep} = "
+        f"{plan.edges[0]:g} ... {plan.edges[-1]:g}; a timestep beyond takes the nearest bucket"
+        for part, plan in plans.items()
+        if plan.edges
+    ]
+    return tables + [_switch_note(part, plan) for part, plan in plans.items() if plan.switch]
+
+
+def _switch_note(part: str, plan: Plan) -> str:
+    """How many layers switch formats, and when."""
+    late = [layer for layer in plan.layers.values() if layer.late]
+    rounded = sum(layer.act is not None for layer in plan.layers.values())
+    cuts = ", then ".join(f"{plan.timestep} {'>=' if plan.rising else '<'} {edge:g}" for edge in plan.switch)
+    said = f"{len(late)} of {rounded} layers with rounded activations switch formats at {cuts}"
+    return f"{part or 'model'}: {said}; weights are the same in all steps"
 
 
 def dense_bytes(model: nn.Module) -> int:

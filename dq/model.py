@@ -36,7 +36,7 @@ def check_fit(model: nn.Module, plan: Plan) -> None:
             raise DQError(f"layer {name!r}: the plan is for {wanted}, {model_name} has {kind} {shape}; plan it anew")
         _check_sizes(name, layer)
     plan.check()
-    if plan.edges:
+    if plan.edges or plan.switch:
         clock.argument_position(model, plan.timestep)
 
 
@@ -142,9 +142,9 @@ def pack_one(model: nn.Module, name: str, plan: LayerPlan, weight: torch.Tensor,
 
 
 def start(model: nn.Module, plan: Plan) -> None:
-    """Make packed layers ready to run: frozen, bound to kernels, following the timestep if the plan has steps."""
+    """Make packed layers ready to run: frozen, bound to kernels, and following the timestep where the plan asks."""
     clock.detach(model)
-    ticking = clock.Clock(plan.edges) if plan.edges else None
+    ticking = clock.Clock(plan.edges, plan.switch, plan.rising) if plan.edges or plan.switch else None
     if ticking is not None:
         clock.attach(model, ticking, plan.timestep)
     in_fp32 = kept_in_fp32(model)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -20,73 +20,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dq.disk import read_json
 from dq.errors import DQError, naming, nearest
 from dq.surroundings import Correction
+from dq.tensorplan import TensorPlan as TensorPlan
 
 if TYPE_CHECKING:
     import torch
 
-    from dq import formats
-
 PLAN_VERSION = 1
 ATTENTION = ("", "int8")
 STATUS = ("stable", "experimental")
-SCALES = ("dynamic", "static", "table")
 ROLES = ("time", "edge", "block")
 KINDS = ("linear", "conv1d", "conv2d", "conv3d", "stack")
 COMPUTE = ("float32", "bfloat16", "float16", "float64")
-MOST_SHIFT = 1e9
-MOST_GROUP = 2**20  # values that share a scale, in any format
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """Format and granularity of one tensor, written `int4/group:64`. Activations also say where scales come from.
-
-    scale  "dynamic" (measured per call), "static" (one stored scale) or "table" (one stored scale per step)
-    shift  fixed value added to an activation before it is quantized and folded out again (one-sided, post-GELU inputs)
-    clip   share of a measured range that codes cover, at most 1; what lies beyond saturates
-    """
-
-    format: str
-    granularity: str
-    scale: str = "dynamic"
-    shift: float = 0.0
-    clip: float = 1.0
-
-    @classmethod
-    def parse(cls, text: str, checked: bool = True) -> TensorPlan:
-        """Read `format[/granularity[/scale[/shift[/clip]]]]`; without `checked`, any name is taken as it is."""
-        return _parsed(text, checked)
-
-    @classmethod
-    def _parse(cls, text: str, checked: bool) -> TensorPlan:
-        head, *rest = text.split("/")
-        try:
-            name, granularity = _known(head, rest[0] if rest else None) if checked else (head, (*rest, "default")[0])
-            shift, clip = (float(rest[k]) if len(rest) > k else default for k, default in ((2, 0.0), (3, 1.0)))
-        except ValueError as error:
-            raise DQError(f"tensor plan {text!r}: {error}") from None
-        scale = rest[1] if len(rest) > 1 else "dynamic"
-        if scale not in SCALES:
-            raise DQError(f"tensor plan {text!r}: scale is {scale!r}, {nearest(scale, SCALES)}")
-        if not abs(shift) < MOST_SHIFT or not 0 < clip <= 1 or len(rest) > 4:
-            limits = "shift finite, clip above 0 and at most 1"
-            raise DQError(f"tensor plan {text!r}: expected format/granularity/scale/shift/clip, {limits}")
-        return cls(name, granularity, scale, shift, clip)
-
-    def __str__(self) -> str:
-        tail = [self.scale, f"{self.shift:g}", f"{self.clip:g}"]
-        said = 3 if self.clip != 1 else 2 if self.shift else int(self.scale != "dynamic")
-        return "/".join([self.format, self.granularity, *tail[:said]])
-
-    @property
-    def spec(self) -> formats.Format:
-        return _spec(self.format)
-
-    @property
-    def grain(self) -> formats.Granularity:
-        from dq import formats
-
-        return formats.Granularity.parse(self.granularity)
 
 
 @dataclass(frozen=True)
@@ -106,6 +50,7 @@ class LayerPlan:
     role    where the layer stands: "time" (sees one token per sample: modulation, projections of the timestep), "edge"
             (embedder or final layer) or "block"
     start   the output for one first token that comes again in every call (a text's start token) is stored, exact
+    late    activation formats of the later phases of a run, one for each switch of the plan; none: `act` in all of it
     """
 
     kind: str
@@ -119,8 +64,14 @@ class LayerPlan:
     splits: tuple[int, ...] = ()
     steps: int = 1
     start: bool = False
+    late: tuple[TensorPlan, ...] = ()
     role: str = "block"
     reason: str = ""
+
+    @property
+    def phases(self) -> list[LayerPlan]:
+        """What the layer is in each phase of a run, without later ones; one where nothing switches."""
+        return [self] if not self.late else [replace(self, act=act, late=()) for act in (self.act, *self.late)]
 
     @property
     def rows(self) -> int:
@@ -177,30 +128,42 @@ class LayerPlan:
             raise DQError(f"layer {name!r}: permute is for rounded activations, this layer has none; leave it out")
         if self.start and self.kind != "linear":
             raise DQError(f"layer {name!r}: start is for linears, this is a {self.kind}; leave it out")
-        if self.act and self.act.grain.two_level:
-            got = f"layer {name!r}: activation granularity {self.act.granularity!r}"
+        if self.late and self.act is None:
+            raise DQError(f"layer {name!r}: late is for rounded activations, this layer has none; leave it out")
+        stored = next((act for act in (self.act, *self.late) if act and act.scale != "dynamic"), None)
+        if self.late and stored:
+            got = f"layer {name!r}: activation {stored} in one phase of several"
+            raise DQError(f"{got}, expected dynamic scales; stored ones are for one format in all steps")
+        for act in (self.act, *self.late):
+            if act is not None:
+                self._check_act(name, act)
+
+    def _check_act(self, name: str, act: TensorPlan) -> None:
+        if act.grain.two_level:
+            got = f"layer {name!r}: activation granularity {act.granularity!r}"
             raise DQError(f"{got}, expected one level of scales; two are for weights")
-        if self.act and self.act.spec.tabled:
-            raise DQError(f"layer {name!r}: activation format {self.act.format!r}, expected one without stored tables")
-        if self.act and self.act.clip != 1:
+        if act.spec.tabled:
+            raise DQError(f"layer {name!r}: activation format {act.format!r}, expected one without stored tables")
+        if act.clip != 1:
             from dq.formats.integer import Integer
 
-            if self.kind != "linear" or self.act.scale != "dynamic" or not isinstance(self.act.spec, Integer):
-                got = f"layer {name!r}: activation {self.act} of a {self.kind} covers {self.act.clip:g} of its range"
+            if self.kind != "linear" or act.scale != "dynamic" or not isinstance(act.spec, Integer):
+                got = f"layer {name!r}: activation {act} of a {self.kind} covers {act.clip:g} of its range"
                 raise DQError(f"{got}, expected all of it; less is for integers under dynamic scales in linears")
-        if self.act and self.act.scale == "dynamic":
+        if act.scale == "dynamic":
             fits = ("token", "group") if self.kind == "linear" else ("tensor", "token")[: 1 + self.pointwise]
-            if self.act.grain.kind not in fits:
-                got = f"layer {name!r}: dynamic activation granularity {self.act.granularity!r} of a {self.kind}"
+            if act.grain.kind not in fits:
+                got = f"layer {name!r}: dynamic activation granularity {act.granularity!r} of a {self.kind}"
                 raise DQError(f"{got} with weight {self.shape}, expected {' or '.join(fits)}")
 
     def to_dict(self) -> dict:
         """JSON form; fields at their default are left out."""
         row: dict = {"kind": self.kind, "shape": list(self.shape), "weight": str(self.weight)}
         row.update({"act": str(self.act)} if self.act else {})
+        row.update({"late": [str(act) for act in self.late]} if self.late else {})
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if item.name not in ("kind", "shape", "weight", "act") and value != item.default:
+            if item.name not in ("kind", "shape", "weight", "act", "late") and value != item.default:
                 row[item.name] = list(value) if isinstance(value, tuple) else value
         return row
 
@@ -219,6 +182,7 @@ class LayerPlan:
         try:
             values["weight"] = TensorPlan.parse(row["weight"], checked)
             values["act"] = TensorPlan.parse(act, checked) if act else None
+            values["late"] = tuple(TensorPlan.parse(text, checked) for text in row.get("late", ()))
         except DQError as error:
             raise DQError(f"layer {name!r}: {error}") from None
         plan = cls(**values)
@@ -233,6 +197,9 @@ class Plan:
 
     timestep  name of the forward argument that carries the timestep, None if there is none
     edges     rising step-bucket edges in the model's own timestep units; empty when no layer has a table
+    switch    timesteps, in the model's own units and in the order of a run, at each of which the next phase begins: of
+              333.5 all steps with t < 333.5 are late; empty when no layer has late formats
+    rising    timesteps rise along a run: of a switch 0.7 all steps with t >= 0.7 are late
     attention "int8": products of attention in bytes where a kernel has them; "": as exact as the compute dtype
     sampler   corrections of the scheduler's steps, at most one of a kind for a scheduler and number of steps
     """
@@ -246,6 +213,8 @@ class Plan:
     compute_dtype: str | None = None
     attention: str = ""
     sampler: tuple[Correction, ...] = ()
+    switch: tuple[float, ...] = ()
+    rising: bool = False
     needs_calibration: ClassVar[bool] = False  # as of a Recipe: every layer is decided
 
     @property
@@ -268,6 +237,8 @@ class Plan:
             "edges": list(self.edges),
             **({"attention": self.attention} if self.attention else {}),
             **({"sampler": [each.to_dict() for each in self.sampler]} if self.sampler else {}),
+            **({"switch": list(self.switch)} if self.switch else {}),
+            **({"rising": True} if self.rising else {}),
             "layers": {name: plan.to_dict() for name, plan in self.layers.items()},
             "kept": dict(self.kept),
         }
@@ -291,14 +262,14 @@ class Plan:
         values: dict[str, Any] = {key: value for key, value in data.items() if key != "version"}
         schema.check("plan", values, what)
         values["layers"] = {name: LayerPlan._built(name, row, checked) for name, row in data["layers"].items()}
-        values["edges"] = tuple(data.get("edges", ()))
+        values |= {key: tuple(data.get(key, ())) for key in ("edges", "switch")}
         values["sampler"] = tuple(Correction.from_dict(each) for each in data.get("sampler", ()))
         plan = cls(**values)
         plan.check()
         return plan
 
     def check(self) -> None:
-        """DQError when layers and step buckets contradict each other."""
+        """DQError when layers, step buckets and switches contradict each other."""
         if self.edges and not all(low < high for low, high in pairwise(self.edges)):
             raise DQError(f"plan: edges {list(self.edges[:4])} ... must rise; {_ANEW}")
         keys = [(each.kind, each.scheduler, each.steps) for each in self.sampler]
@@ -310,6 +281,24 @@ class Plan:
             if layer.steps != wanted:
                 got = f"layer {name!r}: steps is {layer.steps}, its activation {layer.act}, the plan has"
                 raise DQError(f"{got} {len(self.edges)} edges; expected steps to be {wanted}")
+        self._check_switch()
+
+    def _check_switch(self) -> None:
+        order = self.switch if self.rising else self.switch[::-1]
+        if not all(0 < low < high for low, high in pairwise((*order, math.inf))):
+            got = f"plan: switch {list(self.switch[:4])} is outside of a schedule whose timesteps "
+            raise DQError(f"{got}{'rise' if self.rising else 'fall'}: expected values above 0 in that order")
+        late = {name: layer for name, layer in self.layers.items() if layer.late}
+        if self.switch and not late:
+            raise DQError(f"plan: switch {list(self.switch[:4])}, but no layer has late formats; leave it out")
+        for name, layer in late.items():
+            if len(layer.late) != len(self.switch):
+                got = f"layer {name!r}: late has {len(layer.late)} formats, the plan {len(self.switch)} switches"
+                raise DQError(f"{got}; expected one format for each")
+        if late and self.timestep is None:
+            raise DQError(
+                f"layer {next(iter(late))!r}: late needs the plan's timestep, the forward argument to switch by"
+            )
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
@@ -331,6 +320,8 @@ class Recipe:
     keep               anchored regular expressions of layers left in full precision, added to the family's
     attention          as in Plan
     sampler            file of dq/around that finds corrections of the scheduler's steps, "" for none
+    late               activation formats of linears that round activations, for later phases of a run
+    switch             shares of a run's steps, rising, after which each of them begins
     method             file of dq/methods that fits the layers to calibration data, "" for none
     options            arguments of the method
     status             "experimental": emulated, or without rows of results; docs/recipes.md has the rule. A fact about
@@ -345,6 +336,8 @@ class Recipe:
     keep: tuple[str, ...] = ()
     attention: str = ""
     sampler: str = ""
+    late: tuple[str, ...] = ()
+    switch: tuple[float, ...] = ()
     method: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     status: str = field(default="stable", compare=False)
@@ -369,10 +362,27 @@ class Recipe:
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
         recipe = cls(**values)
-        for text in (*recipe.linear, *recipe.conv, recipe.modulation, recipe.edge):
+        for text in (*recipe.linear, *recipe.conv, recipe.modulation, recipe.edge, *recipe.late):
             if text is not None:
                 TensorPlan.parse(text)
+        recipe.check()
         return recipe
+
+    def check(self) -> None:
+        """DQError when late formats and what they need contradict each other."""
+        shares = (0.0, *self.switch, 1.0)
+        if not all(low < high for low, high in pairwise(shares)):
+            got = f"recipe {self.name!r}: switch {list(self.switch[:4])} is outside of the schedule"
+            raise DQError(f"{got}, expected rising shares of the steps between 0 and 1")
+        if len(self.late) != len(self.switch):
+            got = f"recipe {self.name!r}: {len(self.late)} late formats, {len(self.switch)} switches"
+            raise DQError(f"{got}; expected one format for each")
+        if self.late and not self.method:
+            raise DQError(f"recipe {self.name!r}: late formats need a schedule to be calibrated on; name a method")
+        if self.late and self.linear[1] is None:
+            raise DQError(
+                f"recipe {self.name!r}: late is for rounded activations, its linears have none; leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -397,32 +407,4 @@ def compute_dtype(name: str | None) -> torch.dtype:
     return getattr(torch, name or "float32")
 
 
-def _known(form: str, granularity: str | None) -> tuple[str, str]:
-    """Names of a format and of a granularity, by default the format's own. ValueError for those that do not exist."""
-    from dq import formats
-    from dq.formats.base import TWO_LEVEL
-
-    spec = formats.get(form)
-    grain = spec.granularity if granularity is None else formats.Granularity.parse(granularity)
-    if spec.fixed and grain != spec.granularity:
-        raise ValueError(f"granularity: got {grain}, expected {spec.granularity}, the only one of {spec.name}")
-    if grain.two_level and not spec.most_multiplier:
-        raise ValueError(f"granularity: got {grain} of {spec.name}, {TWO_LEVEL}")
-    if (grain.size or 0) > MOST_GROUP:
-        raise ValueError(f"granularity: got a group of more than {MOST_GROUP} values, expected for example group:64")
-    return spec.name, str(grain)
-
-
 _ANEW = "write it or make the plan anew"
-
-
-@lru_cache(4096)
-def _parsed(text: str, checked: bool) -> TensorPlan:
-    return TensorPlan._parse(text, checked)
-
-
-@cache
-def _spec(name: str) -> formats.Format:
-    from dq import formats
-
-    return formats.get(name)

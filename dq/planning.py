@@ -50,6 +50,7 @@ def make_plan(model: nn.Module, recipe: Recipe, keep: Sequence[str] = ()) -> Pla
     keep  patterns matched from the start of layer names: left in full precision
     Raises DQError when a pattern matches no layer, or the model has no layer dq can quantize.
     """
+    recipe.check()
     family = families.of(model)
     weights = dict(_weights(model))
     if not weights:

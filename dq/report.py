@@ -22,6 +22,8 @@ class Row:
     emulated  the kernel rounds activations but multiplies in floating point: its time is not the format's
     why_not   (backend, reason) of every preferred kernel that refused, was wrong or slower
     speedup   milliseconds of the full-precision layer over those of this one here, None when not measured
+    late      activations of the later phases of a run, where the plan switches; late_kernels: what runs them. backend
+              and speedup are the first's
     """
 
     name: str
@@ -38,6 +40,8 @@ class Row:
     why_not: tuple[tuple[str, str], ...] = ()
     speedup: float | None = None
     weight_only: bool = False
+    late: tuple[str, ...] = ()
+    late_kernels: tuple[str, ...] = ()
 
 
 @dataclass
@@ -76,10 +80,11 @@ class Report:
         for name, rows in self._grouped():
             row, count = rows[0], len(rows)
             decibels = min((each.error_db for each in rows if each.error_db is not None), default=None)
-            act = f" x {row.act}" if row.act else ""
+            act = " x " + ", then ".join((row.act, *row.late)) if row.act else ""
             rank = f" + rank {row.rank}" if row.rank else ""
             parts = [f"  {name}" + (f" ({count} layers)" if count > 1 else ""), f"{row.weight or 'kept'}{act}{rank}"]
-            parts += [f"{row.backend}: {with_speed(row.kernel, rows)}"] if row.kernel else []
+            later = "".join(f"; then {kernel}" for kernel in row.late_kernels)
+            parts += [f"{row.backend}: {with_speed(row.kernel, rows)}{later}"] if row.kernel else []
             parts += [f"{decibels:.1f} dB"] if decibels is not None else []
             parts += [row.reason] if row.reason else []
             parts += [f"not {backend}: {reason}" for backend, reason in row.why_not]
@@ -91,9 +96,8 @@ class Report:
         groups: dict[tuple, list[Row]] = {}
         for row in self.layers:
             shape = re.sub(r"\d+", "#", row.name)
-            groups.setdefault((shape, row.weight, row.act, row.rank, row.backend, row.kernel, row.reason), []).append(
-                row
-            )
+            act, kernels = (row.act, row.late), (row.backend, row.kernel, row.late_kernels)
+            groups.setdefault((shape, row.weight, act, row.rank, kernels, row.reason), []).append(row)
         for rows in groups.values():
             yield _span([row.name for row in rows]), rows
 

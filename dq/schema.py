@@ -19,7 +19,7 @@ from dq.errors import DQError, nearest
 from dq.plan import ATTENTION, COMPUTE, KINDS, ROLES, STATUS
 from dq.surroundings import CORRECTIONS
 
-MOST_LAYERS, MOST_STEPS, MOST_RANK = 100_000, 1000, 2**20
+MOST_LAYERS, MOST_STEPS, MOST_RANK, MOST_PHASES = 100_000, 1000, 2**20, 16
 
 Size = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -50,6 +50,7 @@ class Layer(TypedDict):
     splits: NotRequired[Annotated[list[Size], Field(max_length=256)]]
     steps: NotRequired[Annotated[int, Field(strict=True, ge=1, le=MOST_STEPS)]]
     start: NotRequired[Flag]
+    late: NotRequired[Annotated[list[Tensor], Field(max_length=MOST_PHASES)]]
     role: NotRequired[Literal[ROLES]]  # pyright: ignore[reportInvalidTypeForm]
     reason: NotRequired[Text]
 
@@ -77,6 +78,8 @@ class Plan(TypedDict):
     compute_dtype: NotRequired[Literal[COMPUTE] | None]  # pyright: ignore[reportInvalidTypeForm]
     attention: NotRequired[Attention]  # pyright: ignore[reportInvalidTypeForm]
     sampler: NotRequired[Annotated[list[Correction], Field(max_length=100)]]
+    switch: NotRequired[Annotated[list[Number], Field(max_length=MOST_PHASES)]]
+    rising: NotRequired[Flag]
 
 
 @closed
@@ -123,6 +126,8 @@ class Recipe(TypedDict):
     keep: NotRequired[Annotated[list[Name], Field(max_length=1000)]]
     attention: NotRequired[Attention]  # pyright: ignore[reportInvalidTypeForm]
     sampler: NotRequired[Annotated[str, Field(strict=True, pattern=r"^\w{0,60}\z")]]
+    late: NotRequired[Annotated[list[Tensor], Field(max_length=MOST_PHASES)]]
+    switch: NotRequired[Annotated[list[Number], Field(max_length=MOST_PHASES)]]
     method: NotRequired[Annotated[str, Field(strict=True, pattern=r"^\w{0,60}\z")]]
     options: NotRequired[Options]
     status: NotRequired[Status]  # pyright: ignore[reportInvalidTypeForm]

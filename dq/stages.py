@@ -16,7 +16,7 @@ from dq.budget import search, sensing
 from dq.budget.limits import Budget
 from dq.budget.search import Search
 from dq.errors import DQError
-from dq.fit import walk
+from dq.fit import phases, walk
 from dq.plan import Plan, Recipe
 from dq.trace import capture as capturing
 from dq.trace.calibration import Calibration
@@ -130,11 +130,13 @@ class Stages:
 
     def _fitted(self, folder: Path) -> tuple[dict, dict, list[str]]:
         packed, errors, notes, tried = {}, {}, [], 0
+        schedule = phases.schedules({part: folder / (part or "model") for part in self.models}, self.recipe)
         recipe = self.recipe if self.budget is None else methods.for_budget(self.recipe)
         identity = json.dumps([__version__, recipe.to_dict()], sort_keys=True)
         method = methods.files()[recipe.method]
         for part, model in self.models.items():
             place, family = folder / (part or "model"), families.of(model)
+            self.plans[part] = phases.planned(self.plans[part], recipe, schedule[part])
             most = walk.calls_worth(place, method)
             named = {"identity": identity, "most": most, "between": method.NEEDS.between}
             trace = Trace(model, self.plans[part], family, place, self.calibration.seed, **named)

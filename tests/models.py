@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoModel
 from torch import nn
 
+import dq
 from dq import cookbook, layers, planning
 from dq.fit import drafts
 from dq.host import mark
@@ -57,6 +58,25 @@ def stepped(model: nn.Module, edges: tuple[float, ...], spread: float = 4.0) -> 
         put(model, name, packed)
     mark.mark(model, plan)
     return plan
+
+
+def phased(model: nn.Module, switch: tuple[float, ...], rising: bool = False, late: tuple[str, ...] = ()) -> Plan:
+    """Quantize a model's linears to int4 weights and inputs, with 8-bit inputs from the switch on, in place."""
+    wish = dq.Recipe("phased", ("int4/group:32", "int4/group:32"), ("int8/channel", "int8a/tensor"))
+    plan = planning.make_plan(model, wish)
+    plan.switch, plan.rising, plan.compute_dtype = switch, rising, str(model.dtype).removeprefix("torch.")
+    formats = tuple(map(dq.TensorPlan.parse, late or ("int8/token",)))
+    for name, layer in plan.layers.items():
+        if layer.kind == "linear" and layer.act is not None:
+            plan.layers[name] = dataclasses.replace(layer, late=formats)
+    dq.quantize(model, plan, progress=False)
+    return plan
+
+
+def in_one_phase(model: nn.Module, plan: Plan, phase: int) -> None:
+    """Quantize a model by a plan of several phases, as it is in one of them all the time."""
+    layers = {name: layer.phases[phase if layer.late else 0] for name, layer in plan.layers.items()}
+    dq.quantize(model, dataclasses.replace(plan, layers=layers, switch=(), rising=False), progress=False)
 
 
 def load(folder, **options):

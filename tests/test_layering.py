@@ -23,6 +23,7 @@ ROOMS = (
     "timing",
     "formats",
     "surroundings",
+    "tensorplan",
     "plan",
     "schema",
     "kernels",

@@ -93,6 +93,8 @@ def why_not(plan: LayerPlan) -> str | None:
         return "a weight-only linear has no branch and no smoothing there" if extra else _surroundings(plan)
     if str(plan.act) != FORM:
         return f"its activation is {plan.act}, expected {FORM}"
+    if plan.late:
+        return f"its activation switches to {plan.late[0]}, the operators have one format"
     return _surroundings(plan)
 
 

@@ -61,7 +61,7 @@ class DraftLinear(nn.Module):
         self.proj_up = self._new(torch.zeros, plan.rows, plan.rank) if plan.rank else None
         stored = plan.act is not None and plan.act.scale != "dynamic"
         self.act_scale = self._new(torch.ones, plan.steps, len(plan.parts)) if stored else None
-        self._round = reference.input_rounder(plan, -1 if self.op == "linear" else 1)
+        self._round = input_rounder(plan)
 
     def _new(self, fill, *shape: int) -> nn.Parameter:
         return nn.Parameter(fill(shape, device=self.source[0].weight.device))
@@ -93,12 +93,15 @@ class DraftLinear(nn.Module):
         x = hadamard.rotate(x, self.plan.rotate, dim) if self.plan.rotate else x
         return x if self.permute is None else x.index_select(dim, self.permute)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, phase: torch.Tensor | None = None) -> torch.Tensor:
+        """phase (n,) int64 of each row or map of the input, where the plan has several; None: that of the clock."""
         wide = self.transform(self.padded(input.float()))
         stored = self.act_scale
         if stored is not None:
             stored = stored.index_select(0, self.clock.to(stored.device))[0] if self.plan.steps > 1 else stored[0]
-        y = self.product(self._round(wide, stored), self.rounded_weight())
+        if phase is None and self.plan.late:
+            phase = self.clock.phase_on(wide.device).expand(len(wide))
+        y = self.product(self._round(wide, stored, phase), self.rounded_weight())
         if self.proj_up is not None:
             branch = Tensors(self.weight, self.weight, down=self.proj_down, up=self.proj_up)
             y = y + dense.low_rank(wide, branch, self.plan, self._conv())
@@ -136,6 +139,25 @@ class DraftLinear(nn.Module):
         packed.clock = self.clock
         packed.bind(device)
         return packed.train(self.source[0].training)
+
+
+def input_rounder(plan: LayerPlan) -> Callable[..., torch.Tensor]:
+    """-> round(z, act_scale, phase): quantize and decode rows (n, in) or maps (n, in, *space), each as in its phase.
+
+    act_scale as in `reference.input_rounder`; phase (n,) int64, None where the plan has one phase.
+    """
+    rounders = [reference.input_rounder(each, -1 if plan.kind == "linear" else 1) for each in plan.phases]
+
+    def rounded(z: torch.Tensor, act_scale: torch.Tensor | None = None, phase: torch.Tensor | None = None):
+        if len(rounders) == 1:
+            return rounders[0](z, act_scale)
+        assert phase is not None, "a trace tells the phase of every row"
+        out = z.clone()
+        for index in phase.unique().tolist():
+            out[phase == index] = rounders[index](z[phase == index], None)
+        return out
+
+    return rounded
 
 
 class DraftConv2d(DraftLinear):

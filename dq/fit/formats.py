@@ -39,7 +39,7 @@ class _Errors:
 
     def __init__(self, shared: Shared, seen: Seen, smooth: torch.Tensor | None):
         self.shared, self.seen, self.smooth = shared, seen, smooth
-        self.x, self.hat = sample(shared.seen, shared.plan)
+        self.x, self.hat, self.phase = sample(shared.seen, shared.plan)
         self.known: dict[tuple, float] = {}
 
     @torch.no_grad()
@@ -49,12 +49,15 @@ class _Errors:
         if key not in self.known:
             module = self.shared.modules[name]
             act = plan.act if plan.act is not None and plan.act.scale == "dynamic" else None
-            made = draft(module, replace(plan, act=act, steps=1, smooth=self.smooth is not None), self.smooth)
+            late = () if act is None else plan.late
+            made = draft(
+                module, replace(plan, act=act, late=late, steps=1, smooth=self.smooth is not None), self.smooth
+            )
             target = module(self.x.to(module.get_parameter("weight").dtype)).float()
             missed = []
             for scales in _ranges(made, self.seen.layers[name]):
                 made.scales = scales
-                missed.append(float((made(self.hat) - target).square().sum()))
+                missed.append(float((made(self.hat, self.phase) - target).square().sum()))
             self.known[key] = min(missed) / max(float(target.square().sum()), 1e-30)
         return self.known[key]
 

@@ -17,7 +17,8 @@ def shared(unit: Unit, seen: Seen) -> Iterator[Shared]:
     groups: dict[tuple, list[str]] = {}
     for name, plan in unit.layers.items():
         if name in seen.layers:
-            groups.setdefault((seen.layers[name].source or name, plan.kind, plan.act, plan.splits), []).append(name)
+            formats = (plan.act, plan.late, plan.splits)
+            groups.setdefault((seen.layers[name].source or name, plan.kind, *formats), []).append(name)
     for names in groups.values():
         plans = {name: unit.layers[name] for name in names}
         yield Shared(plans, {name: unit.layer(name) for name in names}, seen.layers[names[0]])

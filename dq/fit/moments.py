@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from dq.fit import rounding
-from dq.fit.drafts import DraftLinear
+from dq.fit.drafts import DraftLinear, input_rounder
 from dq.formats.integer import Integer
-from dq.kernels import reference
 from dq.layers import hadamard
 from dq.trace.seen import LayerSeen
 
@@ -102,7 +101,7 @@ def _ridged(clean: torch.Tensor, added: torch.Tensor, ridge: float) -> tuple[tor
 def _ridge(seen: LayerSeen, draft: DraftLinear, added: torch.Tensor) -> float | None:
     """The one of RIDGES whose weight, made of the earlier half of the rows, errs least on the later; None for W."""
     z = draft.transform(seen.hat.float())
-    half, q = len(z) // 2, reference.input_rounder(draft.plan, -1)(z, None)
+    half, q = len(z) // 2, input_rounder(draft.plan)(z, None, seen.phase)
     weight = draft.weight.data[:: -(-draft.plan.rows // JUDGED)]
     clean, wanted = z[:half].t() @ z[:half] / max(half, 1), z[half:] @ weight.t()
     best, least = None, float((q[half:] @ weight.t() - wanted).square().sum())
@@ -118,7 +117,7 @@ def _ridge(seen: LayerSeen, draft: DraftLinear, added: torch.Tensor) -> float | 
 def noise(seen: LayerSeen, draft: DraftLinear) -> torch.Tensor:
     """(columns,) mean square that activation rounding adds to each column of z; 0 without such rounding.
 
-    Measured; for stored scales of integers that of a uniform error, mean over the steps.
+    Measured, each row rounded as in its phase; for stored scales of integers that of a uniform error, mean over steps.
     """
     plan, taps = draft.plan, draft.plan.columns // draft.plan.shape[1]
     if draft.act_scale is not None and plan.act is not None and isinstance(plan.act.spec, Integer):
@@ -129,5 +128,5 @@ def noise(seen: LayerSeen, draft: DraftLinear) -> torch.Tensor:
     z = draft.transform(seen.hat.float())
     dim = -1 if plan.kind == "linear" else 1
     stored = None if draft.act_scale is None else draft.act_scale.detach().mean(0)
-    error = reference.input_rounder(plan, dim)(z, stored) - z
+    error = input_rounder(plan)(z, stored, seen.phase) - z
     return error.square().movedim(dim, -1).flatten(0, -2).mean(0).repeat_interleave(taps)

@@ -124,7 +124,7 @@ def load(seen: Seen, settings: Settings, device: torch.device) -> list[UnitCall]
             picked.append(call)
         if len(picked) > settings.most:
             picked, stride = picked[::2], 2 * stride
-    return [UnitCall(*send_to_device((c.args, c.kwargs, c.output), device), c.bucket) for c in picked]
+    return [UnitCall(*send_to_device((c.args, c.kwargs, c.output), device), c.bucket, c.phase) for c in picked]
 
 
 def divide(calls: Sequence[UnitCall], held: float, seed: int) -> tuple[list[UnitCall], list[UnitCall]]:
@@ -160,6 +160,7 @@ def floating(tree: Any) -> Iterator[torch.Tensor]:
 def run(module: nn.Module, clock: Clock, call: UnitCall) -> torch.Tensor:
     """The error of one call."""
     clock.index.fill_(call.bucket)
+    clock.now_at(call.phase)
     return error(module(*call.args, **call.kwargs), call.output)
 
 

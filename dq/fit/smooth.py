@@ -33,7 +33,8 @@ FEWEST_CHANNELS = 1e-5  # channels quieter than this share of the loudest are le
 class Transform:
     """What is done to an input before it is rounded.
 
-    smooth (in,) or None, made with the exponents `powers` (alpha, beta); rotate as in LayerPlan; act None: as planned
+    smooth (in,) or None, made with the exponents `powers` (alpha, beta); rotate as in LayerPlan; act takes the place
+    of the planned formats of its bits, in whatever phase, None: as planned
     """
 
     smooth: torch.Tensor | None = None
@@ -92,9 +93,16 @@ def balance(shared: Shared, alpha: float, beta: float) -> torch.Tensor:
 
 def transformed(module: nn.Module, plan: LayerPlan, change: Transform) -> DraftLinear:
     """The draft of a layer under a transform: weight divided by s and rotated, branch empty."""
-    act = change.act if change.act is not None and plan.act is not None else plan.act
-    plan = replace(plan, act=act, smooth=change.smooth is not None, rotate=change.rotate)
+    plan = replace(_with_act(plan, change.act), smooth=change.smooth is not None, rotate=change.rotate)
     return draft(module, plan, change.smooth)
+
+
+def _with_act(plan: LayerPlan, act: TensorPlan | None) -> LayerPlan:
+    """The plan with a format in place of those of its bits."""
+    if plan.act is None or act is None:
+        return plan
+    first, *late = [act if each.spec.bits == act.spec.bits else each for each in (plan.act, *plan.late)]
+    return replace(plan, act=first, late=tuple(late))
 
 
 @dataclass(frozen=True)
@@ -138,8 +146,13 @@ NOTHING = Found(Transform())
 def orders(plan: LayerPlan) -> tuple[int, ...]:
     """Hadamard block orders worth trying: the largest up to MOST_ROTATED, and the activation's group size."""
     usable = hadamard.orders(plan.shape[1], MOST_ROTATED)
-    group = plan.act.grain.size
-    return tuple(dict.fromkeys([*usable[-1:], *([group] if group in usable else [])]))
+    groups = [act.grain.size for act in (plan.act, *plan.late) if act]
+    return tuple(dict.fromkeys([*usable[-1:], *(group for group in groups if group in usable)]))
+
+
+def narrowest(plan: LayerPlan) -> TensorPlan | None:
+    """The activation format of least bits of all phases."""
+    return None if plan.act is None else min((plan.act, *plan.late), key=lambda act: act.spec.bits)
 
 
 class _Scorer:
@@ -147,7 +160,7 @@ class _Scorer:
 
     def __init__(self, shared: Shared, rank: int):
         self.shared, self.rank = shared, rank
-        x, self.hat = sample(shared.seen, shared.plan)
+        x, self.hat, self.phase = sample(shared.seen, shared.plan)
         self.targets = {name: module(x.to(module.weight.dtype)).float() for name, module in shared.modules.items()}
         self.errors: dict[str, float] = {}
 
@@ -161,13 +174,15 @@ class _Scorer:
         y = self.targets[name]
         if self.rank:
             add_branch(made, self.hat, self.rank)
-        return float((made(self.hat) - y).square().sum() / y.square().sum().clamp(min=1e-30))
+        return float((made(self.hat, self.phase) - y).square().sum() / y.square().sum().clamp(min=1e-30))
 
 
-def sample(seen: LayerSeen, plan: LayerPlan, rows: int = SCORED_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x, hat) fp32: about `rows` of the rows or pixels that were seen, evenly spaced."""
+def sample(
+    seen: LayerSeen, plan: LayerPlan, rows: int = SCORED_ROWS
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(x, hat) fp32 and the phase of each: about `rows` of the rows or pixels that were seen, evenly spaced."""
     index = picked(seen, plan, rows)
-    return seen.x[index].float(), seen.hat[index].float()
+    return seen.x[index].float(), seen.hat[index].float(), None if seen.phase is None else seen.phase[index]
 
 
 def picked(seen: LayerSeen, plan: LayerPlan, rows: int = SCORED_ROWS) -> torch.Tensor:
@@ -212,7 +227,7 @@ def search(shared: Shared, wish: SmoothSearch) -> Found:
     best = _least(score, [best, *turned])
     formats = [replace(best, act=act) for act in wish.acts]
     best = _least(score, [best, *formats])
-    act = best.act or shared.plan.act
+    act = best.act or narrowest(shared.plan)
     tried = [] if act is None else [replace(best, act=replace(act, clip=clip)) for clip in wish.clips]
     for less in tried:
         if score(less) >= score(best):

@@ -158,9 +158,9 @@ def _error_db(unit: Unit, name: str, made: DraftLinear, seen: Seen) -> float:
     """Output SQNR of one layer alone on full-precision inputs, over a few rows, each at the scale of its own step."""
     layer, module = seen.layers[name], unit.layer(name)
     index = smooth.picked(layer, unit.layers[name])
-    x = layer.x[index].float()
+    x, phase = layer.x[index].float(), None if layer.phase is None else layer.phase[index]
     truth = module(x.to(module.weight.dtype)).float()
-    y = static.outputs(made, x, layer.bucket[index]) if made.plan.steps > 1 else made(x)
+    y = static.outputs(made, x, layer.bucket[index]) if made.plan.steps > 1 else made(x, phase)
     noise = (y - truth).detach().square().sum()
     return float("inf") if noise == 0 else float(10 * torch.log10(truth.square().sum() / noise))
 

@@ -52,13 +52,13 @@ def fit(made: DraftLinear, module: nn.Module, seen: LayerSeen, wish: WeightWish)
     -> error of each variant tried, as a share of the output's power; the best one stays. Nearest rounding of the
     transformed weight is one of them, so the result is never worse than that on the sampled rows.
     """
-    x, hat = smooth.sample(seen, made.plan)
+    x, hat, phase = smooth.sample(seen, made.plan)
     target = module(x.to(module.weight.dtype)).float()
     power = target.square().sum().clamp(min=1e-30)
     errors, best = [], None
     for variant in list(_variants(made, seen, wish)):
         _put(made, *variant)
-        errors.append(float((made(hat) - target).square().sum() / power))
+        errors.append(float((made(hat, phase) - target).square().sum() / power))
         best = variant if errors[-1] <= min(errors) else best
     _put(made, *best)
     return errors

@@ -172,7 +172,9 @@ def _by_layer(tensors: dict[str, Entry]) -> dict[str, dict[str, Entry]]:
 def _row(part: str, name: str, plan: LayerPlan, own: dict[str, Entry], place: tuple[str | None, str | None]) -> Row:
     full, act = f"{part}.{name}" if part else name, str(plan.act) if plan.act else None
     size = sum(entry.size for entry in own.values())
-    found = Row(full, plan.kind, str(plan.weight), act, plan.rank, size, None, plan.reason)
+    found = Row(
+        full, plan.kind, str(plan.weight), act, plan.rank, size, None, plan.reason, late=tuple(map(str, plan.late))
+    )
     device, dtype = place
     return found if device is None else _served(found, plan, device, dtype)
 
@@ -189,7 +191,8 @@ def _served(row: Row, plan: LayerPlan, device: str, dtype: str | None) -> Row:
     space = len(plan.shape) - 2
     conv = kernels.Conv((1,) * space, (0,) * space, (1,) * space, 1) if plan.kind != "linear" else None
     where = (torch.device(device), compute_dtype(dtype), choice.typical_klass(plan))
-    return explaining.served(row, choice.known(choice.Problem("conv" if conv else "linear", plan, conv, *where)))
+    op = "conv" if conv else "linear"
+    return explaining.served(row, *(choice.known(choice.Problem(op, each, conv, *where)) for each in plan.phases))
 
 
 def _kept(part: str, name: str, reason: str, own: dict[str, Entry]) -> Row:

@@ -56,4 +56,4 @@ def build(op: str, plan: LayerPlan, conv: Conv | None) -> Callable[[torch.Tensor
 
 
 def _floating(plan: LayerPlan) -> LayerPlan:
-    return replace(plan, act=None, steps=1)
+    return replace(plan, act=None, late=(), steps=1)

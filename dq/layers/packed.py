@@ -146,7 +146,7 @@ class _Packed(Served, _Frozen):
     """What packed linears and convolutions share. `plan`, `compute_dtype` and `clock` are set by `_allocate`."""
 
     op = "linear"
-    clock: Any  # a Clock, None without steps
+    clock: Any  # a Clock, None without a table and later phases
     backend: str | None
     bias: torch.Tensor | None
     smooth: torch.Tensor | None
@@ -206,11 +206,11 @@ class _Packed(Served, _Frozen):
         )  # fmt: skip
 
     def run(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
-        """smooth, rotate, permute, then the chosen kernel: round, multiply, branch, bias; with `gelu` a tanh GELU."""
+        """smooth, rotate, permute, then the kernel chosen for the running phase; with `gelu` a tanh GELU."""
         if x.dtype is torch.float16 and (self.wide or self.smooth is not None or self.plan.rotate):
             y = self.run(x.float(), gelu)  # a transformed input may leave the range of fp16
             return y if self.wide else y.to(x.dtype)
-        choice = self.serve(x)
+        self.ready(x.device)
         if self.smooth is not None:
             x = x * per_channel(self.smooth, x, self.op == "conv")
         if self.plan.rotate:
@@ -218,10 +218,7 @@ class _Packed(Served, _Frozen):
             x = hadamard.rotate(x, self.plan.rotate, 1 if self.op == "conv" else -1, matrix=turn)
         if self.permute is not None:
             x = x.index_select(1 if self.op == "conv" else -1, self.permute)
-        if gelu and choice.gelu is not None:
-            return choice.gelu(x, self.tensors())
-        y = choice.run(x, self._raw() if choice.lays else self.tensors())
-        return F.gelu(y, approximate="tanh") if gelu else y
+        return self.product(x, gelu)
 
     @torch.no_grad()
     def dense_weight(self) -> torch.Tensor:
@@ -249,7 +246,7 @@ class _Packed(Served, _Frozen):
         return module.train(self.training)
 
     def extra_repr(self) -> str:
-        act = f", act={self.plan.act}" if self.plan.act else ""
+        act = ", act=" + ", then ".join(map(str, (self.plan.act, *self.plan.late))) if self.plan.act else ""
         return f"{tuple(self.plan.shape)}, weight={self.plan.weight}{act}, rank={self.plan.rank}"
 
 

@@ -1,6 +1,7 @@
 """The kernels of one packed layer: bound outside of traced code, looked up in every call.
 
-A layer keeps what serves it by device, each card of a process by itself, and by wanted backend. It chooses again when
+A layer keeps what serves it by device, each card of a process by itself, by wanted backend, and for each phase of a
+run in which its input is rounded to another format. It chooses again when
 its model moved to another device, after `set_backend`, and when it was loaded, copied or unpickled; a call only looks
 up what was chosen for its dtype and class of rows, and the first one of a class has it measured (`dq.kernels.choice`).
 """
@@ -14,12 +15,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dq import kernels
 from dq.kernels import Choice, Conv, Tensors, choice
 from dq.layers import hadamard
 from dq.plan import LayerPlan
+
+Met = tuple[torch.dtype, int, int]
 
 _layers: weakref.WeakSet[Served] = weakref.WeakSet()
 _adding = threading.Lock()
@@ -35,15 +39,18 @@ class Served(nn.Module):
     backend: str | None
     stored: nn.Parameter
     scale: torch.Tensor
+    clock: Any
     tensors: Callable[[], Tensors]
+    _raw: Callable[[], Tensors]
     _conv: Callable[[], Conv | None]
 
     def _unbind(self) -> None:
-        self._choice: Any = None  # of the rows it met that are most, else by rank
+        self._choice: Any = None  # of the rows it met that are most, else by rank; in the first phase
+        self._later: tuple[Choice, ...] = ()  # the same in the later ones
         self._bound: Any = None  # (device, wanted backend) that all the others are for
         self._turns: tuple[torch.Tensor, ...] = ()
-        self._met: dict[tuple[torch.dtype, int], Choice] = {}  # by dtype and class of rows of the calls it had
-        self._known: dict[tuple[torch.dtype, int], Choice] = {}  # what was measured before, for calls that cannot
+        self._met: dict[Met, Choice] = {}  # by dtype and class of rows of the calls it had, and phase
+        self._known: dict[Met, Choice] = {}  # what was measured before, for calls that cannot
         self._captured = False  # whether a graph of a card reads the weights where they lie
         self._measures = False  # whether what was measured decides, and not `_choice` alone
 
@@ -53,19 +60,21 @@ class Served(nn.Module):
         with _adding:
             _layers.add(self)
         self._place(device)
-        self._met, self._measures = {}, choice.measures(device.type, self.backend)
-        classes = [self._problem(device, self._dtype, klass) for klass in range(len(choice.TYPICAL))]
-        self._known = {
-            (each.dtype, each.klass): choice.known(each, self.backend)
-            for each in classes
-            if choice.is_known(each, self.backend)
-        }
-        typical = classes[choice.typical_klass(self.plan)]
-        found = self._known.get((typical.dtype, typical.klass)) or choice.known(typical, self.backend)
-        self._choice = found
+        self._met, self._known, self._measures = {}, {}, choice.measures(device.type, self.backend)
+        found, *later = [self._typical(device, phase) for phase in range(1 + len(self.plan.late))]
+        self._choice, self._later = found, tuple(later)
         self._bound = (device, self.backend or kernels.selected())  # last: another thread that reads it runs the rest
         self._settle(found, device)
         return found
+
+    def _typical(self, device: torch.device, phase: int) -> Choice:
+        """The kernel of typical calls of a phase; takes up what was measured of it before."""
+        classes = [self._problem(device, self._dtype, klass, phase) for klass in range(len(choice.TYPICAL))]
+        for each in classes:
+            if choice.is_known(each, self.backend):
+                self._known[each.dtype, each.klass, phase] = choice.known(each, self.backend)
+        typical = classes[choice.typical_klass(self.plan)]
+        return self._known.get((typical.dtype, typical.klass, phase)) or choice.known(typical, self.backend)
 
     def _order(self) -> Tensors:
         """What a backend may lay, as it lies."""
@@ -80,7 +89,7 @@ class Served(nn.Module):
     def _settle(self, found: Choice, device: torch.device) -> None:
         """Weight and scales in the order that the kernel reads, in place of any other."""
         here = self.stored.device.type == device.type != "meta" and kernels.machine() is None
-        if found.lays and here:
+        if found.lays and here and not self.plan.late:  # else kernels of other phases read them as well
             wanted = kernels.laid(found.backend, self._order())
             self.stored.data, self.scale.data = wanted.weight, wanted.scale
         else:
@@ -104,12 +113,14 @@ class Served(nn.Module):
             return _outside(self, device) if torch.compiler.is_compiling() else self.bind(device)  # pyright: ignore[reportCallIssue]
         return self._choice
 
-    def serve(self, x: torch.Tensor) -> Choice:
-        """The kernel for x, on its device."""
+    def serve(self, x: torch.Tensor, phase: int = 0) -> Choice:
+        """The kernel for x in a phase of a run, on its device."""
         found = self.ready(x.device)
+        if phase:
+            found = self._later[phase - 1]
         if not self._measures:
             return found
-        key = (x.dtype, choice.klass_of(x, self.op))
+        key = (x.dtype, choice.klass_of(x, self.op), phase)
         met = self._met.get(key)
         if met is not None:
             return met
@@ -120,12 +131,40 @@ class Served(nn.Module):
             return self._known.get(key, found)
         return self.meet(x.device, *key)
 
-    def meet(self, device: torch.device, dtype: torch.dtype, klass: int) -> Choice:
-        """The kernel for a class of rows, measured where it was not yet."""
+    def product(self, x: torch.Tensor, gelu: bool) -> torch.Tensor:
+        """The kernel chosen for the running phase on a transformed x: round, multiply, branch, bias, GELU if asked."""
+        if not self.plan.late:
+            return self._multiplied(x, gelu)
+        if torch.compiler.is_compiling():
+            return self._switched(x, gelu)
+        return self._multiplied(x, gelu, self.clock.now)
+
+    def _multiplied(self, x: torch.Tensor, gelu: bool, phase: int = 0) -> torch.Tensor:
+        choice = self.serve(x, phase)
+        if gelu and choice.gelu is not None:
+            return choice.gelu(x, self.tensors())
+        y = choice.run(x, self._raw() if choice.lays else self.tensors())
+        return F.gelu(y, approximate="tanh") if gelu else y
+
+    def _switched(self, x: torch.Tensor, gelu: bool, first: int = 0) -> torch.Tensor:
+        """The product of the running phase, `first` or a later one: all are in the graph, the phase tensor decides."""
+        if first == len(self.plan.late):
+            return self._multiplied(x, gelu, first)
+        now = self.clock.phase_on(x.device)[0] <= first
+        return torch.cond(
+            now, lambda z: self._multiplied(z, gelu, first), lambda z: self._switched(z, gelu, first + 1), (x,)
+        )
+
+    def meet(self, device: torch.device, dtype: torch.dtype, klass: int, phase: int = 0) -> Choice:
+        """The kernel for a class of rows in a phase, measured where it was not yet."""
         first = not self._met
-        found = choice.meet(self._problem(device, dtype, klass), self.tensors(), self.backend)
-        self._met = self._met | {(dtype, klass): found}  # a new one: another thread may be reading
-        self._choice = self._met[self.busiest]
+        found = choice.meet(self._problem(device, dtype, klass, phase), self.tensors(), self.backend)
+        self._met = self._met | {(dtype, klass, phase): found}  # a new one: another thread may be reading
+        most = self._met.get((*self.busiest, phase), found)
+        if phase:
+            self._later = tuple(most if at == phase else other for at, other in enumerate(self._later, 1))
+        else:
+            self._choice = most
         if first and not self._captured:  # later, one may have been that reads the weights where they are
             self._settle(found, device)
         return found
@@ -133,9 +172,12 @@ class Served(nn.Module):
     def meet_typical(self) -> Choice:
         """The kernel of the layer where it runs, measured if it never did and its weights are there."""
         found = self.ready(self.home)
-        if self._met or not self._measures or not choice.may_measure(self.stored.data):
+        if not self._measures or not choice.may_measure(self.stored.data):
             return found
-        return self.meet(self.stored.device, *self.busiest)
+        for phase in range(1 + len(self.plan.late)):
+            if all(met[2] != phase for met in self._met):
+                self.meet(self.stored.device, *self.busiest, phase)
+        return self._choice
 
     def meet_as(self, plan: LayerPlan) -> Choice:
         """What would serve the layer's weights under another plan, for the calls it has; measured if it never was."""
@@ -149,7 +191,8 @@ class Served(nn.Module):
     @property
     def busiest(self) -> tuple[torch.dtype, int]:
         """Dtype and class of the rows that are most in the calls it had, else those of a typical call."""
-        return max(self._met, key=lambda met: met[1], default=(self._dtype, choice.typical_klass(self.plan)))
+        typical = (self._dtype, choice.typical_klass(self.plan), 0)
+        return max(self._met, key=lambda met: met[1], default=typical)[:2]
 
     @property
     def home(self) -> torch.device:
@@ -162,8 +205,13 @@ class Served(nn.Module):
         """The kernel that serves the layer where it runs."""
         return self.ready(self.home)
 
-    def _problem(self, device: torch.device, dtype: torch.dtype, klass: int) -> choice.Problem:
-        return choice.Problem(self.op, self.plan, self._conv(), device, dtype, klass)
+    @property
+    def choices(self) -> list[Choice]:
+        """The kernels of all phases, of which `choice` is the first."""
+        return [self.choice, *self._later]
+
+    def _problem(self, device: torch.device, dtype: torch.dtype, klass: int, phase: int = 0) -> choice.Problem:
+        return choice.Problem(self.op, self.plan.phases[phase], self._conv(), device, dtype, klass)
 
     def _apply(self, fn: Callable, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -178,7 +226,8 @@ class Served(nn.Module):
 
     def __getstate__(self) -> dict:
         """Without its kernels, which are chosen anew where it is used: a pickled layer goes to other machines."""
-        return super().__getstate__() | {"_choice": None, "_bound": None, "_turns": (), "_met": {}, "_known": {}}
+        fresh = {"_choice": None, "_later": (), "_bound": None, "_turns": (), "_met": {}, "_known": {}}
+        return super().__getstate__() | fresh
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

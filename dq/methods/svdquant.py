@@ -9,6 +9,8 @@ with branch and roundings in place, one choice for all layers of one input; "not
   rounded serves the rounded input best, and SVDs are in the norm of what that leaves (dq/fit/weights.py).
 - 4-bit inputs may be clipped: scales cover a part of the range measured in a call, one share an input (option `clip`;
   per layer and range of steps in arXiv 2605.27003).
+- `svdquant-int4-late8` rounds inputs to 8 bits in the last third of the steps, under the very same weights: 4-bit
+  inputs cost most there. Every choice above is by rows of all steps, each rounded as in its own phase.
 - All 4-bit integer inputs may take measured zero points, and most do; those after GELU also the paper's fixed shift of
   0.171875 with unsigned codes.
 - Each layer has a branch of its own, as large as BRANCH_SHARE of its bytes allows: rank 32 on wide layers, less on
@@ -49,6 +51,7 @@ NUNCHAKU = {
     "edge": "int4/group:64",
     "options": {**OPTIONS, "multiple": 16, "plain": True},
 }
+LATE8 = {"late": ("int8/token",), "switch": (2 / 3,)}
 # weights and activations of linears; convolutions have the same weights and round activations to 8 bits
 RECIPES = tuple(
     Recipe(
@@ -61,6 +64,7 @@ RECIPES = tuple(
     )
     for name, (weight, act, more) in {
         "svdquant-int4": ("int4/group:64", "int4/group:64", {}),
+        "svdquant-int4-late8": ("int4/group:64", "int4/group:64", LATE8),
         "svdquant-int4-nunchaku": ("int4/group:64", "int4/group:64", NUNCHAKU),
         "svdquant-nvfp4": ("nvfp4", "nvfp4", {}),
         "svdquant-w4a8": ("int4/group:64+channel", "int8/token", {}),
@@ -99,8 +103,9 @@ def wish(plan: LayerPlan, shared: smooth.Shared, rank: int, options: Mapping) ->
         return smooth.SmoothSearch(rank)
     rotations = smooth.orders(plan) if plan.kind == "linear" else ()
     acts = ()
-    if plan.act.format == "int4":
-        acts = (replace(plan.act, format="int4a"), replace(plan.act, format="int4a", shift=GELU_SHIFT))
+    narrow = smooth.narrowest(plan)
+    if narrow is not None and narrow.format == "int4":
+        acts = (replace(narrow, format="int4a"), replace(narrow, format="int4a", shift=GELU_SHIFT))
         acts = acts if _one_sided(shared) else acts[:1]
     clips = CLIPS if options["clip"] and acts and plan.kind == "linear" else ()
     return smooth.SmoothSearch(rank, rotations=rotations, acts=acts, clips=clips)

@@ -33,6 +33,7 @@ class CallInfo:
     index     place among all calls
     rank      place in a random order of all calls: odd rows and crops are shared out along it
     bucket    step bucket
+    phase     by the plan's switches
     branches  guidance branch of each batch row
     seed      of the positions sampled in this call
     """
@@ -42,6 +43,7 @@ class CallInfo:
     bucket: int
     branches: tuple[int, ...]
     seed: int
+    phase: int = 0
 
     def share(self, total: int, calls: int) -> int:
         """How many of `total` things this call gives."""
@@ -72,6 +74,7 @@ class Sums:
     hat: list[torch.Tensor] = field(default_factory=list)
     bucket: list[torch.Tensor] = field(default_factory=list)
     branch: list[torch.Tensor] = field(default_factory=list)
+    phase: list[torch.Tensor] = field(default_factory=list)
     gram: torch.Tensor | None = None
     rows: int = 0
     absmax: torch.Tensor | None = None
@@ -80,7 +83,7 @@ class Sums:
 
     def add(self, other: Sums) -> None:
         """Join the statistics of later calls to these."""
-        for name in ("x", "hat", "bucket", "branch"):
+        for name in ("x", "hat", "bucket", "branch", "phase"):
             getattr(self, name).extend(getattr(other, name))
         joins = {"gram": torch.add, "absmax": torch.maximum, "low": torch.minimum, "high": torch.maximum}
         for name, join in joins.items():
@@ -187,6 +190,7 @@ class Observer:
         if taken.sample is not None:
             sums.x.append(taken.sample)
             sums.bucket.append(torch.full((len(taken.sample),), self._call.bucket))
+            sums.phase.append(torch.full((len(taken.sample),), self._call.phase))
             sums.branch.append(self._call.branch_of(self._positions(taken.count, len(taken.sample)), taken.count))
         self._taken[name].append(taken)
 
@@ -368,11 +372,11 @@ def _finish(sums: Sums) -> LayerSeen:
     kept = [part.shape[1:] == sums.x[0].shape[1:] for part in sums.x]
     x = _stack(same)
     hat = _stack([part for part, keep in zip(sums.hat, kept, strict=True) if keep]) if sums.hat else x
-    bucket, branch = (
+    bucket, branch, phase = (
         _stack([part for part, keep in zip(parts, kept, strict=True) if keep]).long()
-        for parts in (sums.bucket, sums.branch)
+        for parts in (sums.bucket, sums.branch, sums.phase)
     )
-    seen = LayerSeen(x, hat, bucket, branch, sums.absmax, sums.low, sums.high, source=sums.source)
+    seen = LayerSeen(x, hat, bucket, branch, sums.absmax, sums.low, sums.high, source=sums.source, phase=phase)
     if sums.low is not None:
         for bound in (sums.low, sums.high):
             bound[bound.isinf()] = 0

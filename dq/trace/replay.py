@@ -122,7 +122,7 @@ class Replay:
                 raise DQError(
                     f"unit {unit.name!r} has no planned layer {name!r}, expected some of {list(unit.layers)}"
                 )
-            if layer.plan.steps > 1:
+            if layer.plan.steps > 1 or layer.plan.late:
                 layer.clock = self.clock
             if name != unit.name:
                 own[naming.place(unit.module, name.removeprefix(f"{unit.name}."))] = layer

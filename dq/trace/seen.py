@@ -54,6 +54,7 @@ class LayerSeen:
     gram     (columns, columns) fp32: mean of hat^T hat over sampled rows (patches for a convolution: columns as in
              LayerPlan.columns, channel-major)
     source   name of the first layer of the unit that has the very same input tensor (itself if none before)
+    phase    (n,) int64: phase of each row or crop by the plan's switches; None where nobody recorded it
     """
 
     x: torch.Tensor
@@ -65,6 +66,7 @@ class LayerSeen:
     high: torch.Tensor | None = None
     gram: torch.Tensor | None = None
     source: str = ""
+    phase: torch.Tensor | None = None
 
 
 @dataclass
@@ -93,6 +95,7 @@ class UnitCall:
     kwargs: dict[str, Any]
     output: Any
     bucket: int
+    phase: int = 0
 
 
 @dataclass

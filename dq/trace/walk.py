@@ -43,7 +43,7 @@ class Trace(Replay):
     unfit     planned layers outside of all units, and why
     edges     rising step-bucket edges in the model's timestep units
     finished  number of units walked through; a new Trace of the same folder goes on there
-    clock     shows the step bucket of the running call to layers with a table
+    clock     shows the step bucket and phase of the running call to layers with a table or later phases
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Trace(Replay):
         self._calls = self._store.keys("calls/")
         if not self._calls:
             raise DQError(f"{str(folder)!r} holds no recorded calls; record some with dq.Calibration first")
-        kinds = self._read_infos(most, between)
+        kinds = self._read_infos(most, between, plan)
         with self._evaluating():
             self._layout = units.find(model, plan, family, kinds)
         self.units, self.unfit = self._layout.units, self._layout.unfit
@@ -125,7 +125,8 @@ class Trace(Replay):
         """The calls of an observed unit: inputs under `stream`, output of the full-precision unit under `full`."""
         index = self.units.index(unit)
         for call, (args, kwargs) in self._inputs(index, stream):
-            yield UnitCall(args, kwargs, self._get("full", index, call), self._infos[call].bucket)
+            info = self._infos[call]
+            yield UnitCall(args, kwargs, self._get("full", index, call), info.bucket, info.phase)
 
     def inputs(self, unit: Unit, stream: str = "full") -> Iterator[tuple[tuple, dict]]:
         """(args, kwargs) of every call that reaches a unit; the units before it must be finished."""
@@ -153,7 +154,7 @@ class Trace(Replay):
 
     # where the walk stands
 
-    def _read_infos(self, most: int, between: bool) -> list[tuple[tuple, dict]]:
+    def _read_infos(self, most: int, between: bool, plan: Plan) -> list[tuple[tuple, dict]]:
         """Sets calls, edges, clock and what statistics know of every call; gives the first call of every kind."""
         kinds, infos = {}, []
         for key in self._calls:
@@ -170,9 +171,9 @@ class Trace(Replay):
         self._times = times
         self.edges = edges_between([time for time in times if time is not None], between)
         self._rising = _rise(infos)
-        self.clock = Clock(self.edges)
+        self.clock = Clock(self.edges, plan.switch, plan.rising)
         self._infos = [
-            CallInfo(index, rank, self._clocked(index), tuple(info.get("branches") or (0,)), 0)
+            CallInfo(index, rank, self._clocked(index), tuple(info.get("branches") or (0,)), 0, self.clock.now)
             for index, (info, rank) in enumerate(zip(infos, _shuffled(len(infos), self.seed), strict=True))
         ]
         return list(kinds.values())
@@ -187,6 +188,7 @@ class Trace(Replay):
         """Take up the state that an earlier walk left, if it was the same walk."""
         planned = {name: layer.to_dict() for name, layer in plan.layers.items()}
         identity |= {"units": [unit.name for unit in self.units], "layers": planned}
+        identity |= {"switch": plan.switch, "rising": plan.rising} if plan.switch else {}
         crc = zlib.crc32(json.dumps(identity).encode())
         self._state = {"identity": crc, "finished": 0, "observed": 0, "differs": []}
         found = self._store.read("state", kind="walk") if self._store.has("state") else None

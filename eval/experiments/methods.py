@@ -67,6 +67,7 @@ class Entry:
     formats      with `plain`: formats in place of others, by name, of weights and activations
     options      changes to the recipe's options
     act          format of all rounded activations, in place of the recipe's
+    fields       changes to the recipe's fields
     calibration  changes to the calibration
     against      the row it has to beat, by PSNR
     bits         a budget of so many bits a weight
@@ -84,10 +85,11 @@ class Entry:
     bits: float | None = None
     models: tuple[str, ...] = tiny.NAMES
     act: str = ""
+    fields: Mapping = field(default_factory=dict)
 
     def wanted(self) -> Recipe:
         """The recipe to quantize by; DQError or ImportError when this version has none."""
-        recipe = cookbook.get(self.recipe)
+        recipe = replace(cookbook.get(self.recipe), **self.fields)
         if self.baseline:
             recipe = importlib.import_module(f"dq.methods.{recipe.method}").BASELINE
         if self.act:
@@ -142,6 +144,8 @@ def _in_one_way(recipe: str) -> tuple[Entry, Entry]:
     return Entry(recipe, recipe, against=name), Entry(name, recipe, options={"choices": qua2sedimo.UNIFORM})
 
 
+# the 8-bit steps of a recipe whose late ones have them, as many, at the beginning of the run
+EARLY8 = {"linear": ("int4/group:64", "int8/token"), "late": ("int4/group:64",), "switch": (1 / 3,)}
 FROM_NEAREST = {"start": "nearest"}
 
 
@@ -160,6 +164,8 @@ ENTRIES = (
     *_with_plain("svdquant-int4"),
     Entry("svdquant-int4 with clipping", "svdquant-int4", options={"clip": True}, against="svdquant-int4"),
     Entry("svdquant-int4 for rounded inputs", "svdquant-int4", options={"noise": True}, against="svdquant-int4"),
+    Entry("svdquant-int4-late8", "svdquant-int4-late8", against="svdquant-int4-late8, early instead"),
+    Entry("svdquant-int4-late8, early instead", "svdquant-int4-late8", fields=EARLY8),
     Entry("plain of svdquant-int4, smaller groups", "svdquant-int4", plain=True, weights=INT4_MORE),
     Entry("plain of svdquant-int4, more bits", "svdquant-int4", plain=True, weights=INT_WIDER),
     *_with_plain("svdquant-nvfp4"),
@@ -446,8 +452,11 @@ def _plain(plan: LayerPlan, weight: str | None, formats: Mapping[str, str]) -> L
     plain = replace(plan, weight=form, smooth=False, rotate=0, rank=0, splits=(), steps=1, reason="")
     if plan.act is None:
         return plain
-    act = replace(plan.act, format=formats.get(plan.act.format, plan.act.format))
-    act = replace(act, scale="dynamic", shift=0.0, clip=1.0)
+    act, *late = [
+        replace(act, format=formats.get(act.format, act.format), scale="dynamic", shift=0.0, clip=1.0)
+        for act in (plan.act, *plan.late)
+    ]
+    plain = replace(plain, late=tuple(late))
     if plan.act.scale != "dynamic":
         act = replace(act, granularity="token" if plan.kind == "linear" else "tensor")
     return replace(plain, act=act)
@@ -472,7 +481,7 @@ def bits(plans: Mapping[str, LayerPlan]) -> str:
     """Bits of most weights and of their activations: W4A8, or W4 with activations in floating point; convs apart."""
     sizes: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
     for plan in plans.values():
-        act = f"A{plan.act.spec.bits}" if plan.act else ""
+        act = "A" + "-".join(str(each.spec.bits) for each in (plan.act, *plan.late)) if plan.act else ""
         sizes[plan.kind.startswith("conv")][f"W{plan.weight.spec.bits_per_weight:g}{act}"] += plan.rows * plan.columns
     linear, conv = (counter.most_common(1)[0][0] if counter else "" for counter in sizes.values())
     return linear if conv in ("", linear) else f"{linear}, convolutions {conv}"

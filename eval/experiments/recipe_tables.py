@@ -39,6 +39,9 @@ def _layers(recipe: Recipe, kind: str) -> str:
     """Formats of a kind of layer: weights, or those a method chooses among, and activations."""
     weight, act = getattr(recipe, kind)
     formats = " or ".join(recipe.options.get("choices", (weight,))) + (f" x {act}" if act else "")
+    if kind == "linear":
+        pairs = zip(recipe.late, recipe.switch, strict=True)
+        formats += "".join(f", after {share:.0%} of the steps {late}" for late, share in pairs)
     return formats + (", emulated" if matrix.emulated_on_cpu(recipe, kind) else "")
 
 

@@ -174,7 +174,7 @@ def test_a_class_of_rows_that_another_kernel_serves_reads_dqs_order_too(served):
     layer(inputs())
     served.ms["nunchaku"] = 5.0
     y = layer(inputs(300))
-    assert layer._met[torch.bfloat16, 2].backend == "dense" and layer.stored.dim() == 6
+    assert layer._met[torch.bfloat16, 2, 0].backend == "dense" and layer.stored.dim() == 6
     assert torch.equal(y, kernels.backends()["dense"].build("linear", layer.plan, None)(inputs(300), layer.tensors()))
 
 

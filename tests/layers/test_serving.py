@@ -109,7 +109,7 @@ def test_a_traced_call_uses_what_is_known_of_its_rows_and_ranks_else(monkeypatch
         assert [layer.serve(torch.randn(rows, 40)).backend for rows in (3,)] == ["late"]
         assert graph(X).graph_break_count == 0
     other = linear(seed=2)  # bound after that: knows what the first one found
-    assert other._known.keys() == {(torch.float32, 0)} and other._met == {}
+    assert other._known.keys() == {(torch.float32, 0, 0)} and other._met == {}
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert other.serve(X).backend == "late" and other.serve(torch.randn(400, 40)).backend == "dense"
 
