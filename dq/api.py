@@ -89,7 +89,7 @@ def _quantized(models: dict, job: _Job, start: float) -> Report:
     target, wanted, calibration, budget, progress = job.target, job.wanted, job.calibration, job.budget, job.progress
     search = adding.prepared(target, wanted, calibration)
     plans = _plan_all(models, job.keep, budget is not None, job.theirs)
-    _refuse_switches(target, plans)
+    ready.refuse_switches(target, plans)
     packed, errors, notes, candidates = {}, {}, [], None
     if budget is not None or (calibration is not None and not (search and not getattr(wanted, "method", ""))):
         from dq import stages
@@ -335,16 +335,6 @@ def _for_budget(target, name: str, calibration, budget):
 def _only_around(wanted: Recipe | Plan) -> bool:
     """Whether a recipe rounds without data, and takes it for what runs around the model alone."""
     return isinstance(wanted, Recipe) and wanted.needs_calibration and not wanted.method
-
-
-def _refuse_switches(target, plans: Mapping[str, Plan]) -> None:
-    """DQError for a plan that switches at a timestep which the pipeline's scheduler never reaches."""
-    most = getattr(getattr(getattr(target, "scheduler", None), "config", None), "num_train_timesteps", None)
-    for plan in plans.values():
-        beyond = [edge for edge in plan.switch if most is not None and edge > most]
-        if beyond:
-            got = f"plan: switch at {plan.timestep} {beyond[0]:g} is outside of the schedule"
-            raise DQError(f"{got}, expected a timestep of {type(target.scheduler).__name__}, at most {most}")
 
 
 def _plan_all(models: Mapping, keep, measured: bool = False, theirs: adopting.Opened | None = None) -> dict[str, Plan]:

@@ -101,3 +101,13 @@ def _weight(model: nn.Module, name: str) -> torch.Tensor:
     weight = layer._parameters.get("weight") if stack is None and layer is not None else stack
     assert weight is not None, f"layer {name!r} is planned and has no weight"
     return weight
+
+
+def refuse_switches(target, plans: Mapping[str, Plan]) -> None:
+    """DQError for a plan that switches at a timestep which the pipeline's scheduler never reaches."""
+    most = getattr(getattr(getattr(target, "scheduler", None), "config", None), "num_train_timesteps", None)
+    for plan in plans.values():
+        beyond = [edge for edge in plan.switch if most is not None and edge > most]
+        if beyond:
+            got = f"plan: switch at {plan.timestep} {beyond[0]:g} is outside of the schedule"
+            raise DQError(f"{got}, expected a timestep of {type(target.scheduler).__name__}, at most {most}")
