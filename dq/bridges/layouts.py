@@ -66,6 +66,15 @@ class Layout:
             found[name] = Home(self.prefix + home.file, home.how, home.place)
         return found
 
+    def joined(
+        self, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+    ) -> dict[str, tuple[list[str], bool]]:
+        """By a file's name the tensors of the model that it joins, in their order, and whether halves are exchanged."""
+        found: dict[str, tuple[list[str], bool]] = {}
+        for name, home in sorted(self.homes(shapes, config).items(), key=lambda row: row[1].place):
+            found.setdefault(home.file, ([], home.how == HALVES))[0].append(name)
+        return found
+
     def _home(self, rows: tuple[Row, ...], name: str, names: set[str], config: Mapping[str, Any]) -> Home | None:
         for row in rows:
             for place, pattern in enumerate(row.model):
@@ -303,6 +312,16 @@ def of(kind: str, config: Mapping[str, Any]) -> Layout | None:
     if len(found) < 2:
         return found[0] if found else None
     return found[0] if config.get("addition_embed_type") == "text_time" else found[1]
+
+
+def required(config: Mapping[str, Any], part: str, target: str) -> Layout:
+    """The layout of a model's config. DQError, for a target, where there is no table."""
+    kind = str(config.get("_class_name", ""))
+    found = of(kind, config)
+    if found is None:
+        known = ", ".join(dict.fromkeys(name for row in LAYOUTS for name in row.classes))
+        raise DQError(f"{part} is a {kind}, {target} files are known of {known}")
+    return found
 
 
 def pieces(homes: Mapping[str, Home], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:

@@ -115,12 +115,12 @@ def _turn_of(home: str, values: torch.Tensor, mark: dict[str, Any]) -> int:
     if mark.get("convrot") is not True:
         return 0
     order = mark.get("convrot_groupsize", 256)
-    if type(order) is not int or values.dim() != 2 or not _regular(order) or values.shape[1] % order:
+    if type(order) is not int or values.dim() != 2 or not is_regular(order) or values.shape[1] % order:
         raise DQError(f"layer {home!r}: ConvRot of {str(order)[:20]} for weights {tuple(values.shape)}")
     return order
 
 
-def _regular(order: int) -> bool:
+def is_regular(order: int) -> bool:
     """Whether an order is a power of 4, whose matrix is the one that ConvRot has."""
     return order >= 4 and order & (order - 1) == 0 and order.bit_length() % 2 == 1
 

@@ -33,6 +33,7 @@ def quantize(
     recipe: Annotated[str | None, Option(help="A recipe name, or a recipe JSON.", **MODEL)] = None,
     plan: Annotated[Path | None, Option(help="A plan JSON, in place of a recipe.", **MODEL)] = None,
     pipeline: options.Pipeline = None,
+    aim: options.For = None,
     dtype: options.Dtype = "bf16",
     keep: options.Keep = [],  # noqa: B006
     component: options.Component = [],  # noqa: B006
@@ -58,7 +59,7 @@ def quantize(
     parts, call = options.components(component), options.arguments(extra)
     known = sources.checked(model, pipeline)
     options.check_place(out, force)
-    wanted = known(recipe or str(plan))
+    wanted = sources.fitting(known(recipe or str(plan)), aim)
     fitted = wanted.needs_calibration or budget is not None
     if not fitted and (asked or extra):
         option = next(iter(asked), "set").replace("folder", "work")
@@ -150,7 +151,7 @@ def inspect(
 def export(
     folder: Annotated[Path, Argument(help="A saved quantized pipeline or denoiser.")],
     *,
-    to: Annotated[str, Option(help="Who reads it: nunchaku-lite (diffusers' quantizer).", **OUTPUT)],
+    to: Annotated[str, Option(help="Who reads it: gguf, nunchaku-lite (diffusers' quantizer).", **OUTPUT)],
     out: Annotated[Path, Option(help="Folder to write; must be new or empty.", **OUTPUT)],
     force: Annotated[bool, Option(help="Replace a model that stands in --out.", **OUTPUT)] = False,
 ) -> None:
@@ -163,8 +164,8 @@ def export(
     if not isinstance(source, Path):
         raise DQError(f"{str(folder)!r} is a Hub id, expected a folder that dq saved")
     with options.replacing(out, force) as place:
-        target.write(source, place)
-    print(f"exported to {out}")
+        notes = target.write(source, place)
+    print("\n".join([*(notes or ()), f"exported to {out}"]))
 
 
 @app.command()

@@ -58,6 +58,9 @@ Device = Annotated[
 Pipeline = Annotated[
     str | None, Option(help="Of a single file: the pipeline it belongs to, or the folder of its config.", **MODEL)
 ]
+For = Annotated[
+    str | None, Option("--for", help="Only what this target of `dq export` holds: gguf or comfyui.", **MODEL)
+]
 Keep = Annotated[list[str], Option(help="Layers left as they are: a pattern, may repeat.", **MODEL)]
 Component = Annotated[
     list[str],

@@ -21,6 +21,21 @@ def checked(model: str, pipeline: str | None) -> Callable:
     return cookbook.for_file
 
 
+def fitting(wanted, aim: str | None):
+    """The recipe with what a target of `dq export` holds alone. DQError for a target that holds no plain recipe."""
+    if aim is None:
+        return wanted
+    from dq import export
+    from dq.plan import Recipe
+
+    target = export.get(aim, "--for")
+    if not hasattr(target, "restrict"):
+        raise DQError(f"--for {aim} has recipes of its own: {target.RECIPE}")
+    if not isinstance(wanted, Recipe):
+        raise DQError(f"--for {aim} goes with a recipe, got {wanted.name!r}, in which every layer is decided")
+    return target.restrict(wanted)
+
+
 def opened(model: str, pipeline: str | None, dtype: str | None, rounded: tuple | None):
     """-> (pipeline or model, Report of what came quantized out of a single file, None where nothing did).
 
