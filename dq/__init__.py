@@ -18,6 +18,7 @@ _HOMES = {
     "recipes": "api",
     "Calibration": "trace.calibration",
     "Budget": "budget.limits",
+    "Tune": "fit.tune",
     "Report": "report",
     "set_backend": "api",
     "set_sampler": "around.adding",

@@ -25,6 +25,7 @@ from dq.around import adding
 from dq.bridges import adopting
 from dq.bridges.stored import Stored
 from dq.errors import DQError, nearest
+from dq.fit import tune as tuning
 from dq.host import mark, peft, ready, scheduling
 from dq.layers import PackedStack, naming, packed_layers, parameter_bytes, serving
 from dq.model import check_fit, install, to_dense
@@ -44,6 +45,7 @@ def quantize(
     budget=None,
     components: Mapping[str, str | Path | Recipe | Plan | None] | None = None,
     keep: Sequence[str] | str | None = None,
+    tune=None,
     progress: bool = True,
 ) -> Report:
     """Quantize a pipeline's denoisers, or one model, in place.
@@ -59,16 +61,19 @@ def quantize(
     components   further parts of a pipeline and their data-free recipes, e.g. {"text_encoder_2": "int8-weight"}; a
                  denoiser named here gets this recipe instead, or with None stays as it is: {"transformer_2": None}
     keep         patterns, matched from the start of layer names, left in full precision
+    tune         a dq.Tune: the quantized denoisers then learn from the full-precision ones, on the calibration's
+                 prompts or, for data-free recipes without one, on dq's own; bytes and kernels stay
     Raises DQError for wrong use; the target is then as it was.
     """
     start, target = time.perf_counter(), ready.unwrapped(target)
     wanted = cookbook.for_file(recipe)
     budget = _own_budget(wanted) if budget is None else budget
-    calibration = _resolve(target, wanted, calibration, budget)
+    tune = tuning.wished(wanted, tune)
+    calibration = _resolve(target, wanted, calibration, budget, tune)
     models = _chosen_parts(target, wanted, components or {})
     keep, runs = (keep,) if isinstance(keep, str) else tuple(keep or ()), calibration is not None or budget is not None
     with adopting.opened({part: model for part, (model, _) in models.items()}, runs) as theirs:
-        job = _Job(target, wanted, calibration, budget, keep, progress, theirs)
+        job = _Job(target, wanted, calibration, budget, tune, keep, progress, theirs)
         return _quantized(models, job, start)
 
 
@@ -80,6 +85,7 @@ class _Job:
     wanted: Recipe | Plan | Keeping
     calibration: Any
     budget: Any
+    tune: Any
     keep: tuple[str, ...]
     progress: bool
     theirs: adopting.Opened
@@ -88,27 +94,34 @@ class _Job:
 def _quantized(models: dict, job: _Job, start: float) -> Report:
     target, wanted, calibration, budget, progress = job.target, job.wanted, job.calibration, job.budget, job.progress
     search = adding.prepared(target, wanted, calibration)
-    plans = _plan_all(models, job.keep, budget is not None, job.theirs)
+    plans = _plan_all(models, job.keep, budget is not None or job.tune is not None, job.theirs)
     ready.refuse_switches(target, plans)
-    packed, errors, notes, candidates = {}, {}, [], None
-    if budget is not None or (calibration is not None and not (search and not getattr(wanted, "method", ""))):
-        from dq import stages
-
-        mine = {part: entry[0] for part, entry in models.items() if entry[1] is wanted}
-        work = stages.Stages(target, mine, plans, wanted, calibration, budget, progress)
-        with ready.eager():
-            (packed, errors, notes), candidates = work.done(), work.candidates
-        models = {part: entry for part, entry in models.items() if part in plans}
+    work = None if search and not getattr(wanted, "method", "") else _stages(models, plans, job)
+    with ready.eager():
+        packed, errors, notes = ({}, {}, []) if work is None else work.done()
+    models = {part: entry for part, entry in models.items() if part in plans}
     for part, (model, _) in models.items():
         if part not in packed:
             packed[part], errors[part] = _pack_all(part, model, plans[part], progress, job.theirs.get(part, {}))
+    tuned = {} if work is None or job.tune is None else work.tuned(job.tune, packed, errors, notes)
     before, rows = parameter_bytes(*(model for model, _ in models.values())), []
     for part, (model, _) in models.items():
         rows += explaining.planned_rows(part, model, plans[part], packed[part], errors)
     notes = notes + adding.added(target, search, models, partial(_put_all, models, plans, packed))
     after, rows = parameter_bytes(*(model for model, _ in models.values())), explaining.with_kernels(rows, models)
     seconds, notes = time.perf_counter() - start, notes + explaining.step_notes(plans)
-    return Report(rows, before, after, seconds, wanted.name, notes, candidates, ready.is_empty(models))
+    more = (getattr(work, "candidates", None), ready.is_empty(models), tuned)
+    return Report(rows, before, after, seconds, wanted.name, notes, *more)
+
+
+def _stages(models: Mapping, plans: dict[str, Plan], job: _Job):
+    """What runs on data, None where nothing does."""
+    if job.calibration is None and job.budget is None:
+        return None
+    from dq import stages
+
+    mine = {part: model for part, (model, recipe) in models.items() if recipe is job.wanted}
+    return stages.Stages(job.target, mine, plans, job.wanted, job.calibration, job.budget, job.progress)
 
 
 def explore(target, recipe: str | Recipe, calibration=None, *, wish=None, keep=(), progress: bool = True):
@@ -267,13 +280,15 @@ def _named_components(target, components: Mapping) -> dict[str, tuple[nn.Module,
     return found
 
 
-def _resolve(target, wanted: Recipe | Plan | Keeping, calibration, budget):
+def _resolve(target, wanted: Recipe | Plan | Keeping, calibration, budget, tune=None):
     """The Calibration a recipe is fitted with, None for a data-free one. DQError when the two do not go together."""
     name = wanted.name
     if budget is not None:
-        _check_budget(target, budget, wanted)
+        from dq.budget import limits
+
+        limits.check(budget, wanted, isinstance(target, nn.Module))
     if not wanted.needs_calibration:
-        return _for_budget(target, name, calibration, budget)
+        return _for_data_free(target, name, calibration, budget, tune)
     from dq import methods
     from dq.trace import calibration as capturing
 
@@ -297,25 +312,9 @@ def _own_budget(wanted: Recipe | Plan | Keeping):
     return Budget(bits=wanted.options["bits"], metric=wanted.options.get("metric", Budget.metric))
 
 
-def _check_budget(target, budget, wanted: Recipe | Plan | Keeping) -> None:
-    from dq.budget.limits import Budget
-
-    if isinstance(budget, Mapping) and isinstance(target, nn.Module):
-        raise DQError("budget: got limits by denoiser for a model, which has none; expected one dq.Budget")
-    for own in budget.values() if isinstance(budget, Mapping) else [budget]:
-        if not isinstance(own, Budget):
-            raise DQError(f"budget is {own!r}, expected dq.Budget(bytes=...), (ms_per_step=...) or (bits=...)")
-    if isinstance(wanted, Keeping):
-        raise DQError(f"budget: recipe {wanted.name!r} keeps the codes there are; expected one that rounds anew")
-    if isinstance(wanted, Plan):
-        raise DQError(
-            "budget: got a plan, in which every layer is decided; expected a recipe, which names the choices"
-        )
-
-
-def _for_budget(target, name: str, calibration, budget):
-    """The Calibration a data-free recipe's sensitivities are measured on; None without a budget or for bare models."""
-    if budget is None:
+def _for_data_free(target, name: str, calibration, budget, tune):
+    """The Calibration of a data-free recipe's budget or tuning; None without them, and for budgets of bare models."""
+    if budget is None and tune is None:
         if calibration is not None:
             raise DQError(f"recipe {name!r} is data-free; leave calibration=None")
         return None
@@ -325,6 +324,8 @@ def _for_budget(target, name: str, calibration, budget):
         return capturing.resolve(calibration)
     if not isinstance(target, nn.Module):
         return capturing.Calibration(samples=BUDGET_SAMPLES)
+    if tune is not None:
+        raise DQError("tune: a bare model needs runs to learn from; pass calibration=a function that runs it")
     if budget.ms_per_step is not None or budget.scope == "peak" or budget.metric not in ("trajectory", "prediction"):
         raise DQError(
             "budget: of a bare model only bytes and bits go without data; pass calibration=a function that runs it"

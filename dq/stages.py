@@ -16,9 +16,12 @@ from dq.budget import search, sensing
 from dq.budget.limits import Budget
 from dq.budget.search import Search
 from dq.errors import DQError
-from dq.fit import phases, walk
+from dq.fit import distill, phases, student, walk
+from dq.fit.tune import Tune
+from dq.host import ready
 from dq.plan import Plan, Recipe
 from dq.trace import capture as capturing
+from dq.trace import pairs
 from dq.trace.calibration import Calibration
 from dq.trace.walk import Trace
 from dq.version import __version__
@@ -46,6 +49,8 @@ class Stages:
         self._prepare()
         for part, budget in self._budgets().items():
             sensing.refuse_impossible(self._subject(part), budget)
+        if self.budget is None and not getattr(self.recipe, "method", ""):
+            return {}, {}, []  # there is data for what comes after
         if self.calibration is None:
             return {}, {}, self._chosen(None)
         with self._captured() as (folder, notes):
@@ -55,6 +60,32 @@ class Stages:
                 return {}, {}, notes
             packed, errors, more = self._fitted(folder)
             return packed, errors, notes + more
+
+    def tuned(self, wish: Tune, packed: dict[str, dict], errors: dict[str, dict], notes: list[str]) -> dict[str, dict]:
+        """Tune what the denoisers' layers were packed into, in place in `packed`, and note it; -> figures by part.
+
+        errors  of tuned layers are taken out: they were those of other weights
+        """
+        assert self.calibration is not None, "asked for with whatever is tuned"
+        begun, found = time.perf_counter(), {}
+        seconds, seed = 60 * wish.minutes, self.calibration.seed
+        with self.calibration.workplace() as folder, ready.eager():
+            named = {part or "model": model for part, model in self.models.items()}
+            length = pairs.Length(wish.runs, seconds / 6)
+            stores = pairs.record(self.target, named, self.calibration, folder, length, self.progress)
+            guidance = pairs.guidance(self.target, self.calibration)
+            for done, (part, model) in enumerate(self.models.items()):
+                store, several = stores[part or "model"], part if len(self.models) > 1 else None
+                if not store.keys(pairs.HEAD):
+                    notes += _named(several, ["not tuned, as no run called it"])
+                    continue
+                subject = student.Subject(part, model, self.plans[part], packed[part], guidance)
+                left = (seconds - (time.perf_counter() - begun)) / (len(self.models) - done)
+                outcome, said = distill.tune(subject, store, wish, seed, self.progress, left)
+                errors[part] |= dict.fromkeys(outcome.changed)
+                packed[part], found[part or "model"] = outcome.packed, outcome.figures()
+                notes += _named(several, [outcome.note(), said])
+        return found
 
     def explored(self, wish: sensing.Wish) -> Search:
         """What a budget would choose from; nothing is fitted."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 
 from dq.errors import DQError, nearest
+from dq.plan import Keeping, Plan, Recipe
 
 SCOPES = ("denoiser", "pipeline", "peak")
 METRICS = ("trajectory", "prediction", "output", "sampled")
@@ -59,3 +61,18 @@ class Budget:
         if self.bits is not None:
             texts.append(f"{self.bits:g} bits per weight")
         return ", ".join(texts)
+
+
+def check(budget, wanted: Recipe | Plan | Keeping, bare: bool) -> None:
+    """DQError for a budget that is none, or that a recipe or (`bare`) a model without parts cannot have."""
+    if isinstance(budget, Mapping) and bare:
+        raise DQError("budget: got limits by denoiser for a model, which has none; expected one dq.Budget")
+    for own in budget.values() if isinstance(budget, Mapping) else [budget]:
+        if not isinstance(own, Budget):
+            raise DQError(f"budget is {own!r}, expected dq.Budget(bytes=...), (ms_per_step=...) or (bits=...)")
+    if isinstance(wanted, Keeping):
+        raise DQError(f"budget: recipe {wanted.name!r} keeps the codes there are; expected one that rounds anew")
+    if isinstance(wanted, Plan):
+        raise DQError(
+            "budget: got a plan, in which every layer is decided; expected a recipe, which names the choices"
+        )

@@ -47,23 +47,23 @@ def quantize(
     budget_gib: options.BudgetGib = None,
     budget_bits: options.BudgetBits = None,
     budget_ms: options.BudgetMs = None,
+    tune_minutes: options.TuneMinutes = None,
     out: Annotated[Path, Option(help="Folder to save to; must be new or empty.", **OUTPUT)],
     force: Annotated[bool, Option(help="Replace a model that stands in --out.", **OUTPUT)] = False,
 ) -> None:
     """Quantize a pipeline or a denoiser and save it; diffusers' from_pretrained loads the result."""
     if (recipe is None) == (plan is None):
         raise DQError(f"got {'no recipe' if plan is None else 'two'}, expected either --recipe NAME or --plan FILE")
-    budget, kind = options.budget_of(budget_gib, budget_bits, budget_ms), options.dtype_of(dtype)
+    budget, tune = options.budget_of(budget_gib, budget_bits, budget_ms), options.tune_of(tune_minutes)
     asked = {"prompts": prompts, "steps": steps, "samples": samples, "seed": seed, "policy": policy, "folder": work}
     asked = {name: value for name, value in asked.items() if value is not None}
-    parts, call = options.components(component), options.arguments(extra)
+    parts, call, kind = options.components(component), options.arguments(extra), options.dtype_of(dtype)
     known = sources.checked(model, pipeline)
     options.check_place(out, force)
     wanted = sources.fitting(known(recipe or str(plan)), aim)
-    fitted = wanted.needs_calibration or budget is not None
+    fitted = wanted.needs_calibration or budget is not None or tune is not None
     if not fitted and (asked or extra):
-        option = next(iter(asked), "set").replace("folder", "work")
-        raise DQError(f"recipe {recipe or str(plan)!r} is data-free and runs nothing; leave --{option} out")
+        raise options.needless(recipe or str(plan), asked)
     given = Calibration(**asked) if fitted else None
     with options.replacing(out, force) as place:
         target, report = sources.opened(model, pipeline, kind, None if fitted else (wanted, keep, parts))
@@ -71,7 +71,8 @@ def quantize(
 
         given = given and replace(given, call_kwargs=drawing.plain_size(target) | call)
         if report is None:
-            report = dq.quantize(target, wanted, calibration=given, budget=budget, components=parts, keep=keep)
+            asked = {"calibration": given, "budget": budget, "tune": tune}
+            report = dq.quantize(target, wanted, components=parts, keep=keep, **asked)
         dq.save(target, place)
     print(report)
     print(f"saved to {out}")

@@ -13,6 +13,7 @@ from typer import Argument, Option
 from dq import disk
 from dq.budget.limits import METRICS, Budget
 from dq.errors import DQError, nearest
+from dq.fit.tune import Tune
 from dq.trace.calibration import POLICIES
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -97,6 +98,9 @@ Work = Annotated[Path | None, Option(help="Folder to work in, kept: a killed run
 BudgetGib = Annotated[float | None, Option(help="Most GiB of the denoiser; formats are mixed.", **BUDGET)]
 BudgetBits = Annotated[float | None, Option(help="Most bits per weight, on average.", **BUDGET)]
 BudgetMs = Annotated[float | None, Option(help="Most milliseconds per step, by measured layers.", **BUDGET)]
+TuneMinutes = Annotated[
+    float | None, Option(help="Then learn from the full-precision model for so long.", **CALIBRATION)
+]
 
 
 def check_place(out: Path, force: bool) -> None:
@@ -128,6 +132,17 @@ def budget_of(gib: float | None, bits: float | None, ms: float | None, metric: s
         return None
     most = None if gib is None else int(gib * 2**30)
     return Budget(bytes=most, ms_per_step=ms, bits=bits, metric=metric)
+
+
+def needless(recipe: str, asked: dict) -> DQError:
+    """For options of a calibration, by argument, beside a recipe that has none."""
+    option = next(iter(asked), "set").replace("folder", "work")
+    return DQError(f"recipe {recipe!r} is data-free and runs nothing; leave --{option} out")
+
+
+def tune_of(minutes: float | None) -> Tune | None:
+    """The Tune of the option, None without it."""
+    return None if minutes is None else Tune(minutes=minutes)
 
 
 def pair(text: str, option: str, example: str) -> tuple[str, str]:

@@ -70,3 +70,14 @@ def peak_bytes() -> int | None:
         return None
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else 1024 * size
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a device, None where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return psutil.virtual_memory().available if device.type == "cpu" else None

@@ -267,9 +267,9 @@ class PackedLinear(_Packed, nn.Linear):
 
     def forward(self, input: torch.Tensor, then_gelu: bool = False) -> torch.Tensor:
         y = self.run(input, then_gelu)
-        return y if self.start_in is None or input.dim() != 3 else self._started(input, y)
+        return y if self.start_in is None or input.dim() != 3 else self.started(input, y)
 
-    def _started(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def started(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y (batch, tokens, out) with the stored output where the first token is the stored one."""
         stored = self.start_in.float()
         near = (x[:, 0].float() - stored).square().sum(-1) < STARTS_ALIKE * stored.square().sum()

@@ -65,7 +65,7 @@ def capture(
     runner = None if bare else Runner(target, calibration)
     world = processes()
     if claim and world.is_main_process:
-        _claim(folder, identity.of(target, models, calibration))
+        claim_folder(folder, identity.of(target, models, calibration))
     world.wait_for_everyone()
     session = _Session(models, folder, world)
     with kept_modes(models), aligned(modules_of(target)), torch.no_grad():
@@ -259,12 +259,17 @@ def sketch(values: torch.Tensor) -> list[float]:
     return np.bincount(group, weights=flat * sign, minlength=SKETCH).tolist()
 
 
-def _claim(folder: Path, mine: dict[str, Any]) -> None:
-    """Write down whose records these are, or check that they are ours; what holds no finished run is taken over."""
-    path = folder / "calibration.json"
-    if not path.exists() or not any(any((folder / name).glob("*")) for name in ("runs", "pool")):
+def claim_folder(
+    folder: Path, mine: dict[str, Any], name: str = "calibration.json", done=("runs/*", "pool/*"), keys: str = ""
+) -> None:
+    """Write down whose records these are, or check that they are ours; what holds no finished run is taken over.
+
+    name  of the file that says it; done: what is there once a run is finished; keys: what the records begin with
+    """
+    path = folder / name
+    if not path.exists() or not any(any(folder.glob(each)) for each in done):
         for store in (Store(folder / part) for part in mine["models"] if path.exists()):
-            for key in store.keys():
+            for key in store.keys(keys):
                 store.drop(key)
         write_json(path, mine)
         return

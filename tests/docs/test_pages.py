@@ -194,6 +194,7 @@ def test_the_file_format_has_every_tensor():
     [
         (dq.Calibration, "guide/calibrate", set()),
         (dq.Budget, "guide/budget", set()),
+        (dq.Tune, "guide/tuning", set()),
         (Recipe, "guide/load_time", {"name", "method", "options", "status", "sampler"}),  # not DQConfig's to override
     ],
 )

@@ -221,12 +221,12 @@ def _head(store):
 def test_notes_of_a_calibration_are_read_or_refused(tmp_path, seed):
     identity = {"models": {"": "X 00000000"}, "seed": 0, "target": "X"}
     write_json(tmp_path / "calibration.json", identity)
-    capture._claim(tmp_path, identity)
+    capture.claim_folder(tmp_path, identity)
     content = (tmp_path / "calibration.json").read_bytes()
     for number in range(100):
         (tmp_path / "calibration.json").write_bytes(mutated.bytes_of(content, 100 * seed + number))
         try:
-            capture._claim(tmp_path, identity)
+            capture.claim_folder(tmp_path, identity)
         except DQError as error:
             assert "\n" not in str(error)
 
