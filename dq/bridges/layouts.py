@@ -69,7 +69,7 @@ class Layout:
     def joined(
         self, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
     ) -> dict[str, tuple[list[str], bool]]:
-        """By a file's name the tensors of the model that it joins, in their order, and whether halves are exchanged."""
+        """By name in the file the model's tensors that it joins, in order, and whether halves are exchanged."""
         found: dict[str, tuple[list[str], bool]] = {}
         for name, home in sorted(self.homes(shapes, config).items(), key=lambda row: row[1].place):
             found.setdefault(home.file, ([], home.how == HALVES))[0].append(name)

@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dq import cookbook, explaining, planning
-from dq.bridges import gguf, naming, safe
+from dq.bridges import gguf, naming, nunchaku, safe
 from dq.bridges.stored import Stored, joined
 from dq.disk import parse, read_json
 from dq.errors import DQError
@@ -30,6 +30,7 @@ from dq.model import aliases, check_fit, kept_in_fp32, pack_one, put
 from dq.plan import Keeping, LayerPlan, Plan, Recipe, compute_dtype
 from dq.report import Report
 
+File = gguf.File | safe.File | nunchaku.File
 COMPONENTS = ("transformer", "unet", "prior", "transformer_2")
 
 
@@ -44,7 +45,8 @@ def from_file(
 ) -> nn.Module:
     """A quantized diffusers denoiser out of a single file; weights are decoded one at a time.
 
-    path    a GGUF or safetensors file, in diffusers' names or those of the model's authors
+    path    a GGUF or safetensors file, also of ComfyUI's quantized layers, in diffusers' names or those of the model's
+            authors; or a folder that diffusers' nunchaku_lite quantizer loads
     recipe  "stored": the file's codes are kept where dq has their format, activations stay in floating point;
             "stored-int8": and activations are rounded to 8 bits; a data-free recipe or a plan, which rounds anew;
             None: every weight decoded, nothing quantized
@@ -117,9 +119,11 @@ def part_of(pipeline: str, kind: str) -> str | None:
     return found[0]
 
 
-def opened(path: str | Path) -> gguf.File | safe.File:
-    """A file of weights by what it begins with. DQError for one that is none, or is damaged."""
+def opened(path: str | Path) -> File:
+    """A file by what it begins with, or a folder of `nunchaku_lite`. DQError for others, and for damage."""
     path = Path(path).expanduser()
+    if path.is_dir() and nunchaku.is_one(path):
+        return nunchaku.File(path)
     try:
         with path.open("rb") as file:
             first = file.read(4)
@@ -128,7 +132,7 @@ def opened(path: str | Path) -> gguf.File | safe.File:
     return gguf.File(path) if first == gguf.MAGIC or path.suffix.lower() == ".gguf" else safe.File(path)
 
 
-def empty(file: gguf.File | safe.File, config) -> tuple[Any, dict[str, Any]]:
+def empty(file: File, config) -> tuple[Any, dict[str, Any]]:
     """-> (the model on the meta device, its config). DQError when there is no config or no such class."""
     entries = config_of(file, config)
     import diffusers
@@ -148,7 +152,7 @@ def empty(file: gguf.File | safe.File, config) -> tuple[Any, dict[str, Any]]:
     return model, entries
 
 
-def config_of(file: gguf.File | safe.File, config) -> dict[str, Any]:
+def config_of(file: File, config) -> dict[str, Any]:
     """The config of the denoiser in a file."""
     if isinstance(config, Mapping):
         return dict(config)
@@ -194,7 +198,7 @@ def _from_hub(place: str, part: str | None) -> dict[str, Any]:
         raise DQError(f"{place!r} gives no config: {reason[:200]}; name a folder that holds the pipeline") from None
 
 
-def _guessed(file: gguf.File | safe.File) -> dict[str, Any]:
+def _guessed(file: File) -> dict[str, Any]:
     """The config that diffusers has for a file's tensor names."""
     from diffusers.loaders import single_file_utils as theirs
 
@@ -210,7 +214,7 @@ def _guessed(file: gguf.File | safe.File) -> dict[str, Any]:
     return _from_hub(known["pretrained_model_name_or_path"], part)
 
 
-def stored_parts(file: gguf.File | safe.File, model: nn.Module, entries: Mapping[str, Any]) -> dict[str, Stored]:
+def stored_parts(file: File, model: nn.Module, entries: Mapping[str, Any]) -> dict[str, Stored]:
     """What the file has of each tensor of a model. DQError for the first one that is missing or has other sizes."""
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = naming.pieces(type(model), entries, wanted, file.names, f"file {str(file.path)!r}")

@@ -56,8 +56,8 @@ class File:
             data = parse(self.metadata.get(METADATA, "{}"))
             found = data["layers"] if isinstance(data, dict) and "layers" in data else {}
             for name in self._all:
-                if name.endswith(".comfy_quant") and 0 < self._tensor(name).numel() <= MOST_MARK:
-                    found[name.removesuffix(".comfy_quant")] = parse(bytes(self._tensor(name).flatten().tolist()))
+                if name.endswith(".comfy_quant") and 0 < self.tensor(name).numel() <= MOST_MARK:
+                    found[name.removesuffix(".comfy_quant")] = parse(bytes(self.tensor(name).flatten().tolist()))
             if not all(isinstance(mark, dict) for mark in found.values()):
                 raise ValueError("a layer is no object")
         except (ValueError, AttributeError, TypeError) as error:
@@ -66,12 +66,13 @@ class File:
             ) from None
         return found
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor as it is."""
         return self._file.get_tensor(name)
 
     def stored(self, name: str) -> Stored:
         """A tensor as it lies in the file. DQError for a quantization that is not read here."""
-        values, home = self._tensor(name), name.removesuffix(".weight")
+        values, home = self.tensor(name), name.removesuffix(".weight")
         mark = self._marks.get(home, {}) if name.endswith(".weight") else {}
         kind = mark.get("format", "")
         if kind not in READ:
@@ -79,7 +80,7 @@ class File:
             raise DQError(f"layer {home!r} is {str(kind)[:40]!r} of ComfyUI, expected one of {expected}")
         if values.dtype is torch.uint8 and kind.startswith("float8"):
             values = values.view(torch.float8_e4m3fn if kind.endswith("e4m3fn") else torch.float8_e5m2)
-        scale = next((self._tensor(f"{home}.{key}") for key in SCALES if f"{home}.{key}" in self._all), None)
+        scale = next((self.tensor(f"{home}.{key}") for key in SCALES if f"{home}.{key}" in self._all), None)
         if values.dtype in FORMS and name.endswith(".weight"):
             return Scaled(values, _scale_of(home, values, scale), _turn_of(home, values, mark))
         if not values.is_floating_point() or (scale is not None and name.endswith(".weight")):

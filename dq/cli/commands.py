@@ -152,7 +152,7 @@ def inspect(
 def export(
     folder: Annotated[Path, Argument(help="A saved quantized pipeline or denoiser.")],
     *,
-    to: Annotated[str, Option(help="Who reads it: gguf, nunchaku-lite (diffusers' quantizer).", **OUTPUT)],
+    to: Annotated[str, Option(help="Who reads it: gguf, comfyui, nunchaku-lite, diffusers-bf16.", **OUTPUT)],
     out: Annotated[Path, Option(help="Folder to write; must be new or empty.", **OUTPUT)],
     force: Annotated[bool, Option(help="Replace a model that stands in --out.", **OUTPUT)] = False,
 ) -> None:

@@ -149,7 +149,7 @@ def _jobs(model: SavedModel, layout: layouts.Layout) -> dict[str, _Job]:
 def _kind(model: SavedModel, names: list[str], shape: tuple[int, ...]) -> str:
     """The type of a tensor: the widest of those its parts ask for."""
     plans = [model.planned(name) for name in names]
-    if len(shape) == 1:
+    if len(shape) < 2:
         return "F32"
     if None in plans or len(shape) > 2 or shape[-1] % BLOCK:
         if len(shape) > 2:

@@ -26,8 +26,12 @@ KINDS = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
 
 
 def is_file(name: str) -> bool:
-    """Whether a name means a single file, which `dq.bridges` reads."""
-    return Path(name).suffix.lower() in ENDS and Path(name).expanduser().is_file()
+    """Whether a name means a single file, or a folder that another quantizer wrote, which `dq.bridges` reads."""
+    path = Path(name).expanduser()
+    if path.suffix.lower() in ENDS:
+        return path.is_file()
+    config = read_json(path / MODEL).get("quantization_config") if (path / MODEL).is_file() else None
+    return isinstance(config, dict) and config.get("quant_method") == "nunchaku_lite"
 
 
 def find(name: str) -> Path | str:
