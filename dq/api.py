@@ -309,7 +309,8 @@ def _own_budget(wanted: Recipe | Plan | Keeping):
         return None
     from dq.budget.limits import Budget
 
-    return Budget(bits=wanted.options["bits"], metric=wanted.options.get("metric", Budget.metric))
+    named = ("bits", "metric", "act_bits", "thirds")
+    return Budget(**{key: wanted.options[key] for key in named if key in wanted.options})
 
 
 def _for_data_free(target, name: str, calibration, budget, tune):
@@ -326,7 +327,8 @@ def _for_data_free(target, name: str, calibration, budget, tune):
         return capturing.Calibration(samples=BUDGET_SAMPLES)
     if tune is not None:
         raise DQError("tune: a bare model needs runs to learn from; pass calibration=a function that runs it")
-    if budget.ms_per_step is not None or budget.scope == "peak" or budget.metric not in ("trajectory", "prediction"):
+    needs = budget.ms_per_step is not None or budget.act_bits is not None or budget.thirds or budget.scope == "peak"
+    if needs or budget.metric not in ("trajectory", "prediction"):
         raise DQError(
             "budget: of a bare model only bytes and bits go without data; pass calibration=a function that runs it"
         )

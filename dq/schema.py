@@ -90,6 +90,9 @@ class Options(TypedDict, total=False):
     share: Annotated[Number, Field(ge=0, le=1)]
     bits: Annotated[Number, Field(ge=1, le=32)]
     choices: Annotated[list[Tensor], Field(min_length=1, max_length=32)]
+    acts: Annotated[list[Tensor], Field(min_length=1, max_length=8)]
+    act_bits: Annotated[Number, Field(ge=1, le=16)]
+    thirds: Flag
     steps: Annotated[int, Field(strict=True, ge=0, le=10**6)]
     sweeps: Annotated[int, Field(strict=True, ge=0, le=100)]
     multiple: Annotated[int, Field(strict=True, ge=1, le=1024)]

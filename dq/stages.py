@@ -26,6 +26,8 @@ from dq.trace.calibration import Calibration
 from dq.trace.walk import Trace
 from dq.version import __version__
 
+THIRDS = (1 / 3, 2 / 3)  # shares of the steps between the thirds that sensitivity is measured by
+
 
 @dataclass
 class Stages:
@@ -134,6 +136,8 @@ class Stages:
             raise DQError(f"budget: got limits of {got}, expected one for each of {names}, or one for all")
         if any(budget.scope != "denoiser" for budget in self.budget.values()):
             raise DQError("budget: limits by denoiser count its own parameters; expected scope='denoiser' in each")
+        if len({budget.thirds for budget in self.budget.values()}) > 1:
+            raise DQError("budget: thirds are of a whole run; expected them in the limits of each denoiser or of none")
         if len(metrics := {budget.metric for budget in self.budget.values()}) > 1:
             raise DQError(f"budget: got metrics {', '.join(sorted(metrics))}, expected the same in each")
 
@@ -145,14 +149,22 @@ class Stages:
         else:
             metric = next(iter(budgets.values())).metric
             timed = any(budget.ms_per_step is not None for budget in budgets.values())
-            found = sensing.find(self._subject(), folder, sensing.Wish(metric, timed), self.progress)
+            wish = sensing.Wish(metric, timed, thirds=any(budget.thirds for budget in budgets.values()))
+            found = sensing.find(self._subject(), folder, wish, self.progress)
         notes = []
         for part, budget in budgets.items():
             mine = found if part is None else self._alone(found, part)
             chosen = mine.choose(budget)
             self.plans.update(search.plans(mine, self.plans, chosen, str(budget)))
             notes += _named(part, search.summary(mine, chosen, budget))
+        if folder is not None and any(budget.thirds for budget in budgets.values()):
+            for part, schedule in phases.schedules(self._folders(folder), "budget of thirds", THIRDS).items():
+                self.plans[part] = phases.switched(self.plans[part], schedule)
         return [*notes, f"sensitivity and cost measured in {time.perf_counter() - begun:.0f} s"]
+
+    def _folders(self, folder: Path) -> dict[str, Path]:
+        """Where the calls of each denoiser are recorded."""
+        return {part: folder / (part or "model") for part in self.models}
 
     def _alone(self, found: Search, part: str) -> Search:
         """What was measured of one denoiser, with the bytes of that one."""
@@ -161,8 +173,8 @@ class Stages:
 
     def _fitted(self, folder: Path) -> tuple[dict, dict, list[str]]:
         packed, errors, notes, tried = {}, {}, [], 0
-        schedule = phases.schedules({part: folder / (part or "model") for part in self.models}, self.recipe)
         recipe = self.recipe if self.budget is None else methods.for_budget(self.recipe)
+        schedule = phases.schedules(self._folders(folder), f"recipe {recipe.name!r}", recipe.switch)
         identity = json.dumps([__version__, recipe.to_dict()], sort_keys=True)
         method = methods.files()[recipe.method]
         for part, model in self.models.items():

@@ -9,8 +9,9 @@ by a scale for each group there. A recipe's option "choices" names the weight fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
 
@@ -41,7 +42,7 @@ def menu(layer: LayerPlan, recipe: Recipe) -> tuple[Choice, ...]:
         return (layer,)
     found: list[Choice] = [None]
     for weight in _weights(layer, recipe):
-        for act in _acts(layer):
+        for act in _acts(layer, recipe):
             for rank in _ranks(layer, recipe):
                 choice = replace(layer, weight=TensorPlan.parse(weight), act=act, rank=rank)
                 if rank == 0 or _branch_share(choice) <= BRANCH_SHARE:
@@ -68,9 +69,30 @@ def _weights(layer: LayerPlan, recipe: Recipe) -> Iterator[str]:
         yield f"int{bits}{letter}/{grain}"
 
 
-def _acts(layer: LayerPlan) -> tuple[TensorPlan | None, ...]:
-    """4-bit activations may also have 8 bits."""
+def thirds(menu: Sequence[Choice]) -> tuple[Choice, ...]:
+    """The menu, and every way to round a layer's input to one of its formats in each third of the steps."""
+    found = list(menu)
+    for first in menu:
+        if first is not None and first.act is not None and first.act.scale == "dynamic":
+            like = [c for c in menu if c is not None and c.act is not None and replace(c, act=first.act) == first]
+            pairs = ((middle.act, last.act) for middle, last in product(like, like))
+            found += [replace(first, late=pair) for pair in pairs if any(act != first.act for act in pair)]
+    return tuple(found)
+
+
+def act_bits(choice: Choice) -> float:
+    """Bits of a layer's input, the mean over the phases; 16 where it is not rounded."""
+    if choice is None or choice.act is None:
+        return 16.0
+    acts = [choice.act, *choice.late]
+    return sum(act.spec.bits for act in acts) / len(acts)
+
+
+def _acts(layer: LayerPlan, recipe: Recipe) -> tuple[TensorPlan | None, ...]:
+    """Input formats of linears that the recipe lists; else 4-bit ones may also have 8 bits."""
     act = layer.act
+    if "acts" in recipe.options and act is not None and layer.kind == "linear":
+        return tuple(map(TensorPlan.parse, recipe.options["acts"]))
     if act is None or act.spec.bits >= 8 or layer.kind != "linear":
         return (act,)
     return (TensorPlan.parse("int8/token" if isinstance(act.spec, Integer) else "fp8/token"), act)
@@ -100,5 +122,5 @@ def label(choice: Choice) -> str:
     """A choice in few words: `int4/group:64 x int8/token + rank 16`."""
     if choice is None:
         return "kept"
-    act = "" if choice.act is None else f" x {choice.act}"
+    act = "" if choice.act is None else " x " + ", then ".join(map(str, (choice.act, *choice.late)))
     return f"{choice.weight}{act}" + (f" + rank {choice.rank}" if choice.rank else "")

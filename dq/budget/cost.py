@@ -129,6 +129,28 @@ def _inputs(model: nn.Module, menus: Mapping, args: tuple, kwargs: dict) -> dict
     return shapes
 
 
+@torch.inference_mode()
+def products(model: nn.Module, menus: Mapping[str, Sequence[Choice]], predictions: Predictions) -> dict[str, int]:
+    """Multiplications of every layer in one call of the model; layers that it does not reach are missing."""
+    counts: dict[str, int] = {}
+
+    def watch(name: str, each: int):
+        def count(module, given, output) -> None:
+            counts[name] = counts.get(name, 0) + output.numel() * each
+
+        return count
+
+    args, kwargs = predictions.call(len(predictions.keys) // 2)
+    found = {name: menu[-1] for name, menu in menus.items() if menu[-1] is not None and menu[-1].kind != "stack"}
+    hooks = [naming.at(model, name).register_forward_hook(watch(name, plan.columns)) for name, plan in found.items()]
+    try:
+        model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counts
+
+
 def _shape_key(module: nn.Module, shape: torch.Size) -> str:
     settings = [getattr(module, name, None) for name in ("stride", "padding", "dilation", "groups")]
     sizes = [list(module.weight.shape), list(shape), module.bias is not None]

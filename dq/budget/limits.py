@@ -12,15 +12,19 @@ from dq.plan import Keeping, Plan, Recipe
 SCOPES = ("denoiser", "pipeline", "peak")
 METRICS = ("trajectory", "prediction", "output", "sampled")
 TIES = ("", "kind")
+LIMITS = ("bytes", "ms_per_step", "bits", "act_bits")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits that mixed precision stays under; at least one of the first three. Raises DQError at once.
+    """Limits that mixed precision stays under; at least one of the first four. Raises DQError at once.
 
     bytes        of all parameters of the scope, or with scope "peak" of a whole call
     ms_per_step  milliseconds of all denoiser calls of one step, by times measured on this machine
     bits         mean bits per weight of the layers that can be quantized, scales and branches included
+    act_bits     mean bits of the inputs of layers that round them, over all multiplications and all steps of a run; an
+                 input that is not rounded counts 16
+    thirds       a layer may round its input to another format in each third of the steps
     scope        what `bytes` counts: "denoiser" (all denoisers of the pipeline), "pipeline", or "peak": parameters of
                  the pipeline and the most that one call of a denoiser holds beside them
     tie          "kind": layers of one name get one choice in all blocks; "": every layer its own
@@ -32,14 +36,16 @@ class Budget:
     bytes: int | None = None
     ms_per_step: float | None = None
     bits: float | None = None
+    act_bits: float | None = None
+    thirds: bool = False
     scope: str = "denoiser"
     metric: str = "trajectory"
     tie: str = ""
 
     def __post_init__(self):
-        given = {name: getattr(self, name) for name in ("bytes", "ms_per_step", "bits")}
+        given = {name: getattr(self, name) for name in LIMITS}
         if all(value is None for value in given.values()):
-            raise DQError("budget: got no limit, expected bytes=, ms_per_step= or bits=")
+            raise DQError("budget: got no limit, expected bytes=, ms_per_step=, bits= or act_bits=")
         for name, value in given.items():
             if value is not None and (
                 isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf
@@ -51,6 +57,8 @@ class Budget:
             raise DQError(f"budget: tie is {self.tie!r}, {nearest(str(self.tie), TIES)}")
         if self.metric not in METRICS:
             raise DQError(f"budget: metric is {self.metric!r}, {nearest(str(self.metric), METRICS)}")
+        if self.thirds and self.metric == "output":
+            raise DQError("budget: metric 'output' tells no thirds of a run apart; expected another one for thirds")
 
     def __str__(self) -> str:
         texts = []
@@ -60,6 +68,8 @@ class Budget:
             texts.append(f"{self.ms_per_step:g} ms per step")
         if self.bits is not None:
             texts.append(f"{self.bits:g} bits per weight")
+        if self.act_bits is not None:
+            texts.append(f"{self.act_bits:g} bits per input")
         return ", ".join(texts)
 
 
@@ -70,6 +80,9 @@ def check(budget, wanted: Recipe | Plan | Keeping, bare: bool) -> None:
     for own in budget.values() if isinstance(budget, Mapping) else [budget]:
         if not isinstance(own, Budget):
             raise DQError(f"budget is {own!r}, expected dq.Budget(bytes=...), (ms_per_step=...) or (bits=...)")
+        if own.thirds and getattr(wanted, "late", ()):
+            got = f"budget: thirds choose formats along the run, {wanted.name!r} has late ones of its own"
+            raise DQError(f"{got}; leave one of them out")
     if isinstance(wanted, Keeping):
         raise DQError(f"budget: recipe {wanted.name!r} keeps the codes there are; expected one that rounds anew")
     if isinstance(wanted, Plan):

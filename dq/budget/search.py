@@ -18,7 +18,7 @@ import torch
 
 from dq.budget import allocate
 from dq.budget.allocate import Item
-from dq.budget.choices import Choice, label, weight_bytes
+from dq.budget.choices import Choice, act_bits, label, thirds, weight_bytes
 from dq.budget.limits import Budget
 from dq.budget.predictions import BUCKETS
 from dq.errors import DQError
@@ -30,18 +30,43 @@ NEVER = 1e18  # a cost that no limit allows
 
 @dataclass
 class Measured:
-    """One layer: what it may become; errors (choices, thirds + 1), bytes and ms by choice; ms empty if untimed."""
+    """One layer: what it may become; errors (choices, thirds + 1), bytes and ms by choice; ms empty if untimed.
+
+    products  multiplications of a call with an input that is rounded, 0 where it is not, or where nobody counted
+    """
 
     choices: tuple[Choice, ...]
     errors: np.ndarray
     bytes: list[int]
     ms: list[float]
     weights: int
+    products: int = 0
 
     @property
     def harm(self) -> np.ndarray:
         """(choices,) over all steps together."""
         return self.errors[:, -1]
+
+    def by_thirds(self) -> Measured:
+        """The same with other input formats in each third of the steps.
+
+        Errors of an input are new in every step, so that those of the thirds add up; what they add to those of the
+        weight, which counts steps together, is told by choices that differ in the input's format alone.
+        """
+        place = {choice: index for index, choice in enumerate(self.choices)}
+        choices = thirds(self.choices)
+        rows = [[place[each] for each in (choice.phases if choice else [None])] for choice in choices]
+        rows = [row if len(row) == BUCKETS else row * BUCKETS for row in rows]
+        parts = np.array([[self.errors[each, third] for third, each in enumerate(row)] for row in rows])
+        firsts = self.errors[[row[0] for row in rows]]
+        whole = firsts[:, -1] + (parts - firsts[:, :-1]).sum(1)
+        return replace(
+            self,
+            choices=choices,
+            errors=np.concatenate([parts, np.maximum(whole, 0)[:, None]], 1),
+            bytes=[self.bytes[row[0]] for row in rows],
+            ms=[sum(self.ms[each] for each in row) / len(row) for row in rows] if self.ms else [],
+        )
 
 
 @dataclass
@@ -130,6 +155,11 @@ class Search:
         harm = sum(float(row.harm[chosen[part][name]]) for part, name, row in self.rows())
         return float("inf") if harm <= 0 else float(-10 * np.log10(harm))
 
+    def act_bits_of(self, chosen: Chosen) -> float:
+        """Mean bits of the inputs that are rounded, over all multiplications and steps."""
+        total = max(sum(row.products for *_, row in self.rows()), 1)
+        return sum(act_bits(row.choices[chosen[p][n]]) * row.products for p, n, row in self.rows()) / total
+
     @property
     def timed(self) -> bool:
         return all(row.ms for *_, row in self.rows())
@@ -149,6 +179,12 @@ class Search:
             limits["bits"] = budget.bits
             count = sum(row.weights for *_, row in self.rows())
             costs.append({key: 8 * value / count for key, value in self._costs("bytes", budget.scope).items()})
+            fixed.append(0.0)
+        if budget.act_bits is not None:
+            limits["act_bits"] = budget.act_bits
+            total = max(sum(row.products for *_, row in self.rows()), 1)
+            bits = {(p, n): np.array([act_bits(each) for each in row.choices]) for p, n, row in self.rows()}
+            costs.append({(p, n): bits[p, n] * row.products / total for p, n, row in self.rows()})
             fixed.append(0.0)
         if budget.ms_per_step is not None:
             for part, found in self.parts.items():
@@ -200,6 +236,7 @@ class Search:
                     "bytes": row.bytes,
                     "ms": row.ms,
                     "weights": row.weights,
+                    "products": row.products,
                 }
                 for name, row in found.layers.items()
             }
@@ -213,7 +250,8 @@ class Search:
             layers = {}
             for name, row in found["layers"].items():
                 choices = tuple(row and LayerPlan.from_dict(name, row) for row in row["choices"])
-                layers[name] = Measured(choices, np.array(row["errors"]), row["bytes"], row["ms"], row["weights"])
+                own = (np.array(row["errors"]), row["bytes"], row["ms"], row["weights"], row["products"])
+                layers[name] = Measured(choices, *own)
             parts[part] = Part(layers, found["fixed_ms"], found["calls"])
         return cls(**{**data, "parts": parts})
 
@@ -253,6 +291,7 @@ def summary(search: Search, chosen: Chosen, budget: Budget) -> list[str]:
         counts[text] = counts.get(text, 0) + 1
     used = [f"{search.bytes_of(chosen, budget.scope) / MIB:.2f} MiB of the {budget.scope}"]
     used += [f"{search.bits_of(chosen):.2f} bits per weight"]
+    used += [f"{search.act_bits_of(chosen):.2f} bits per input"] if budget.act_bits is not None else []
     used += [f"{search.ms_of(chosen):.1f} ms per step"] if search.timed else []
     trust = ", ".join(f"{metric} {value:.2f}" for metric, value in search.trust.items())
     lines = [f"budget {budget}: predicted {', '.join(used)}, SQNR {search.sqnr_db(chosen):.1f} dB"]
@@ -268,10 +307,11 @@ def measured(
     ms: Mapping[str, Sequence[float]],
     dtype: torch.dtype,
     extra: int = 0,
+    products: Mapping[str, int] | None = None,
 ) -> dict[str, Measured]:
     """Rows of one model. A layer without errors (never called) keeps its plan's own choice.
 
-    extra  bytes per input channel that fitting may add to a layer (smoothing)
+    extra  bytes per input channel that fitting may add to a layer (smoothing); products: multiplications of a call
     """
     rows = {}
     for name, choices in menus.items():
@@ -280,7 +320,9 @@ def measured(
             choices = (plan.layers[name],)
         found = errors.get(name, np.zeros((len(choices), BUCKETS + 1)))
         own = [weight_bytes(choice, dtype, weights) + extra * _inputs(choice) for choice in choices]
-        rows[name] = Measured(tuple(choices), found, own, list(ms.get(name, ()))[: len(choices)], weights)
+        spent = list(ms.get(name, ()))[: len(choices)]
+        count = (products or {}).get(name, 0) if plan.layers[name].act is not None else 0
+        rows[name] = Measured(tuple(choices), found, own, spent, weights, count)
     return rows
 
 

@@ -39,11 +39,12 @@ SMOOTH_BYTES = 4  # what fitting may add to a layer per input channel
 
 @dataclass(frozen=True)
 class Wish:
-    """How to measure: the metric (see dq.Budget), whether milliseconds are wanted, how many plans to check on."""
+    """How to measure: the metric and thirds (see dq.Budget), whether in milliseconds, how many plans to check on."""
 
     metric: str = "trajectory"
     timed: bool = False
     held_out: int = HELD_OUT
+    thirds: bool = False
 
 
 @dataclass
@@ -100,7 +101,7 @@ def refuse_impossible(subject: Subject, budget: Budget) -> None:
             search.measured(subject.plans[part], menus, nothing, {}, subject.dtype(part), subject.extra)
         )
     scope = "pipeline" if budget.scope == "peak" else budget.scope
-    least = replace(budget, ms_per_step=None, scope=scope)
+    least = replace(budget, ms_per_step=None, act_bits=None, scope=scope)
     Search(subject.recipe.name, budget.metric, parts, fixed_bytes(subject, parts, None)).choose(least)
 
 
@@ -124,11 +125,13 @@ def _measured(subject: Subject, folder: Path, wish: Wish, progress: bool) -> Sea
     metric, errors, trust, runs = _errors(subject, stores, Store(folder / "search"), wish, progress)
     parts = {}
     for part, model in subject.models.items():
-        costs, dtype = cost.Costs({}, 0.0, 1.0), subject.dtype(part)
+        costs, dtype, seen = cost.Costs({}, 0.0, 1.0), subject.dtype(part), Predictions(model, stores[part], 1)
         if wish.timed:
-            seen = Predictions(model, stores[part], 1)
             costs = cost.measure(model, subject.menus[part], seen, subject.plans[part], progress)
-        rows = search.measured(subject.plans[part], subject.menus[part], errors[part], costs.ms, dtype, subject.extra)
+        counts = cost.products(model, subject.menus[part], seen)
+        known = (subject.plans[part], subject.menus[part], errors[part], costs.ms, dtype, subject.extra, counts)
+        rows = search.measured(*known)
+        rows = {name: row.by_thirds() for name, row in rows.items()} if wish.thirds else rows
         parts[part] = Part(rows, costs.fixed, costs.calls)
     return Search(subject.recipe.name, metric, parts, fixed_bytes(subject, parts, stores), trust, runs)
 

@@ -8,7 +8,7 @@ phase and the first of the next, so that runs of more or fewer steps switch at t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import floor
@@ -33,17 +33,20 @@ class Schedule:
     rising: bool = False
 
 
-def schedules(folders: Mapping[str, Path], recipe: Recipe) -> dict[str, Schedule]:
-    """By denoiser, from the calls recorded in its folder. DQError when a run has too few steps for the recipe."""
-    if not recipe.late:
+def schedules(folders: Mapping[str, Path], name: str, switch: Sequence[float]) -> dict[str, Schedule]:
+    """By denoiser, from the calls recorded in its folder; `switch` are shares of the steps, `name` whose they are.
+
+    DQError when a run has too few steps for them.
+    """
+    if not switch:
         return {part: Schedule() for part in folders}
     seen = {part: _moments(Store(folder)) for part, folder in folders.items()}
     rising = _rise([moment for own in seen.values() for moment in own])
     numbered = _numbered(seen, rising)
     count = 1 + max(step for own in numbered.values() for step, _ in own)
-    firsts = [floor(share * count + 0.5) for share in recipe.switch]
+    firsts = [floor(share * count + 0.5) for share in switch]
     if not all(low < high for low, high in pairwise((0, *firsts, count))):
-        got = f"recipe {recipe.name!r}: switch {list(recipe.switch)} of a run of {count} steps"
+        got = f"{name}: switch {[round(share, 3) for share in switch]} of a run of {count} steps"
         raise DQError(f"{got} is outside of the schedule: expected a step in each phase; raise steps")
     return {part: _schedule(part, own, firsts, rising) for part, own in numbered.items()}
 
@@ -91,7 +94,16 @@ def planned(plan: Plan, recipe: Recipe, schedule: Schedule) -> Plan:
     """The plan with the recipe's late formats on its linears with rounded activations, and the switches they need."""
     if not recipe.late:
         return plan
-    layers = {name: _late(layer, recipe, schedule) for name, layer in plan.layers.items()}
+    return _placed(plan, lambda layer: (layer.act, *map(TensorPlan.parse, recipe.late)), schedule)
+
+
+def switched(plan: Plan, schedule: Schedule) -> Plan:
+    """A plan whose layers have formats of all phases of a run, with those and the switches of its own denoiser."""
+    return _placed(plan, lambda layer: (layer.act, *layer.late) if layer.late else (), schedule)
+
+
+def _placed(plan: Plan, formats: Callable[[LayerPlan], tuple], schedule: Schedule) -> Plan:
+    layers = {name: _late(layer, formats(layer), schedule) for name, layer in plan.layers.items()}
     switched = any(layer.late for layer in layers.values())
     return replace(
         plan,
@@ -101,9 +113,8 @@ def planned(plan: Plan, recipe: Recipe, schedule: Schedule) -> Plan:
     )
 
 
-def _late(layer: LayerPlan, recipe: Recipe, schedule: Schedule) -> LayerPlan:
-    if layer.kind != "linear" or layer.act is None:
+def _late(layer: LayerPlan, formats: tuple, schedule: Schedule) -> LayerPlan:
+    if layer.kind != "linear" or layer.act is None or not formats:
         return layer
-    formats = (layer.act, *map(TensorPlan.parse, recipe.late))
     first, *late = [formats[phase] for phase in schedule.phases]
     return replace(layer, act=first, late=tuple(late) if any(act != first for act in late) else ())

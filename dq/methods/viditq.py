@@ -8,8 +8,9 @@ steps, where the imbalance is worst. ViDiT-Q-MP gives each layer 8, 6 or 4 bits 
 Weights are symmetric, as in the newer released code: kernels for convolutions take no zero points.
 Deviations: alpha (the paper: one per model) and whether to smooth or rotate at all are chosen for each input by output
 error; rotation is in blocks of at most 128 channels; convolutions are smoothed only; bits are chosen by gradients
-through the whole run and an integer program (the paper: groups of layers, each sorted by a metric of its own), and are
-the same in all steps (the paper: in ranges of steps), for 8-bit activations only.
+through the whole run and an integer program (the paper: groups of layers, each sorted by a metric of its own).
+`viditq-mp-w4a6` also gives each layer's input 8, 6 or 4 bits in each third of the steps, under a mean of MEAN_ACT_BITS
+(the paper: in quarters of them; there the weights' bits change as well, which would take a second copy of them).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from dq.trace.seen import LayerSeen, Needs, Seen, Unit
 NEEDS = Needs(rows=2048, absmax=True, hat=False)
 FEW_CALLS = True
 MEAN_BITS = 5.5
+MEAN_ACT_BITS = 6.0
+WEIGHTS = ("int8/channel", "int6/channel", "int4/channel")
 EARLY = 0.25  # share of the steps whose maxima are used
 
 RECIPES = (
@@ -41,7 +44,21 @@ RECIPES = (
         ("int4/channel", "int8a/tensor"),
         method="viditq",
         status="experimental",
-        options={"bits": MEAN_BITS, "choices": ("int8/channel", "int6/channel", "int4/channel")},
+        options={"bits": MEAN_BITS, "choices": WEIGHTS},
+    ),
+    Recipe(
+        "viditq-mp-w4a6",
+        ("int4/channel", "int8/token"),
+        ("int4/channel", "int8a/tensor"),
+        method="viditq",
+        status="experimental",
+        options={
+            "bits": MEAN_BITS,
+            "choices": WEIGHTS,
+            "acts": ("int8/token", "int6/token", "int4/token"),
+            "act_bits": MEAN_ACT_BITS,
+            "thirds": True,
+        },
     ),
 )
 

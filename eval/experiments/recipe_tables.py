@@ -38,7 +38,8 @@ def _cells(recipe: Recipe) -> list[str]:
 def _layers(recipe: Recipe, kind: str) -> str:
     """Formats of a kind of layer: weights, or those a method chooses among, and activations."""
     weight, act = getattr(recipe, kind)
-    formats = " or ".join(recipe.options.get("choices", (weight,))) + (f" x {act}" if act else "")
+    acts = recipe.options.get("acts", (act,)) if kind == "linear" else (act,)
+    formats = " or ".join(recipe.options.get("choices", (weight,))) + (f" x {' or '.join(acts)}" if act else "")
     if kind == "linear":
         pairs = zip(recipe.late, recipe.switch, strict=True)
         formats += "".join(f", after {share:.0%} of the steps {late}" for late, share in pairs)

@@ -35,7 +35,8 @@ def recorded(folder, moments_: list[tuple[int, float | None]]):
 
 
 def schedule(tmp_path, recipe=LATE8, **parts) -> dict[str, Schedule]:
-    return phases.schedules({part: recorded(tmp_path / part, found) for part, found in parts.items()}, recipe)
+    folders = {part: recorded(tmp_path / part, found) for part, found in parts.items()}
+    return phases.schedules(folders, "recipe", recipe.switch)
 
 
 FALLING = [(step, 950.0 - 100 * step) for step in range(9)]
@@ -74,7 +75,7 @@ def test_of_two_experts_each_has_the_phases_of_the_run_that_it_sees(tmp_path):
 @pytest.mark.parametrize(
     ("calls", "message"),
     [
-        (FALLING[:1], r"switch \[0.66\d*\] of a run of 1 steps is outside of the schedule"),
+        (FALLING[:1], r"switch \[0.667\] of a run of 1 steps is outside of the schedule"),
         ([(0, None)], "called without one"),
         ([(0, 900.0), (1, 500.0), (2, 700.0)], "neither rise nor fall"),
     ],
