@@ -41,11 +41,12 @@ def restrict(recipe: Recipe) -> Recipe:
     return replace(recipe, linear=(weight, None), modulation=weight, edge=weight, attention="")
 
 
-def write(source: Path, out: Path) -> list[str]:
+def write(source: str | Path, out: str | Path) -> list[str]:
     """Write each denoiser of a saved quantized pipeline, or the lone one, as NAME.safetensors into an empty folder.
 
     -> lines for people. DQError, before anything is written, for models without a layout.
     """
+    source, out = Path(source), Path(out)
     found = saved.plans(source)
     if not found:
         raise DQError(f"{str(source)!r} holds no quantized model; {saved.MAKE_ONE}")

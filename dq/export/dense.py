@@ -23,8 +23,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 MOST = 5 * 2**30  # bytes of a shard, in memory while it is written
 
 
-def write(source: Path, out: Path) -> list[str]:
+def write(source: str | Path, out: str | Path) -> list[str]:
     """Write a saved quantized pipeline or denoiser in full precision, into an empty folder. DQError for others."""
+    source, out = Path(source), Path(out)
     found = saved.plans(source)
     if not found:
         raise DQError(f"{str(source)!r} holds no quantized model; {saved.MAKE_ONE}")

@@ -52,12 +52,13 @@ def restrict(recipe: Recipe) -> Recipe:
     return replace(recipe, linear=(weight, None), conv=(recipe.conv[0], None), attention="", options=options)
 
 
-def write(source: Path, out: Path) -> list[str]:
+def write(source: str | Path, out: str | Path) -> list[str]:
     """Write each denoiser of a saved quantized pipeline, or the lone one, as NAME.gguf into an empty folder.
 
     -> lines for people: what was kept and what was rounded anew. DQError, before anything is written, for models
     without a layout.
     """
+    source, out = Path(source), Path(out)
     found = saved.plans(source)
     if not found:
         raise DQError(f"{str(source)!r} holds no quantized model; {saved.MAKE_ONE}")
