@@ -83,9 +83,24 @@ class Plan(TypedDict):
 
 
 @closed
+class Tuning(TypedDict, total=False):
+    """The tuning that a recipe brings along; `dq.fit.tune.Tune` says what each means, and what it may be."""
+
+    minutes: Number
+    parts: list[Annotated[str, Field(strict=True, max_length=20)]]
+    layers: list[Annotated[str, Field(strict=True, max_length=1000)]]
+    rank: Annotated[int, Field(strict=True, ge=1, le=4096)]
+    aware: Flag
+    loss: Annotated[str, Field(strict=True, max_length=20)]
+    rate: Number
+    batch: Annotated[int, Field(strict=True, ge=1, le=4096)]
+
+
+@closed
 class Options(TypedDict, total=False):
     """Arguments of all methods; each says in its file which are its own."""
 
+    tune: Tuning
     rank: Annotated[int, Field(strict=True, ge=0, le=2**15)] | None
     share: Annotated[Number, Field(ge=0, le=1)]
     bits: Annotated[Number, Field(ge=1, le=32)]

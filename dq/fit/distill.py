@@ -39,7 +39,7 @@ from dq.trace.records import Store
 from dq.trace.world import processes
 
 REACH = 6.0  # sum of the rates of all updates: how far a parameter that is always pushed one way would go
-SHARES = {"weights": 1.0, "scales": 0.05, "branch": 0.1, "bias": 0.1, "smooth": 0.05, "act": 0.05}
+SHARES = {"weights": 1.0, "lowrank": 0.3, "scales": 0.05, "branch": 0.1, "bias": 0.1, "smooth": 0.05, "act": 0.05}
 MOST_RATE = 0.02  # of weights, in units of their step
 BETAS = (0.9, 0.99)
 JUDGED, MOST_HELD = 8, 48  # how often the held-out pairs are asked, and how many of them
@@ -130,12 +130,18 @@ def tune(
     """
     device = next(value.device for value in subject.model.parameters())
     keys, held = pairs.divided(store, wish.held)
-    held = held[:: -(-len(held) // MOST_HELD)]
+    held = _some(held, seed)
     student = Student(subject, wish)
     first = pairs.read(store, keys[0], device)
     said = _check_memory(student, wish, first, device)
     work = _Work(subject, student, store, wish, seed, keys, held, device)
     return work.run(progress, 60 * wish.minutes if seconds is None else seconds), said
+
+
+def _some(keys: list[str], seed: int) -> list[str]:
+    """At most MOST_HELD keys, drawn: every so many of a run would meet the same steps in all runs."""
+    order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [keys[i] for i in sorted(order[:MOST_HELD])]
 
 
 def _short(wish: Tune, device: torch.device, error: float) -> bool:

@@ -45,6 +45,7 @@ class Student:
 
     def __init__(self, subject: Subject, tune: Tune):
         self.subject, self.model = subject, subject.model
+        self.aware = tune.aware
         self.clock, self.again = Clock(subject.plan.edges, subject.plan.switch, subject.plan.rising), False
         self.stacks = {n: p for n, p in subject.packed.items() if isinstance(p, PackedStack)}
         self.layers: dict[str, Trainable] = {}
@@ -53,19 +54,23 @@ class Student:
             if name not in self.stacks:
                 packed.clock = self.clock if packed.plan.steps > 1 or packed.plan.late else packed.clock
                 parts = tune.parts if pattern is None or pattern.match(name) else ()
-                self.layers[name] = Trainable(naming.at(self.model, name), packed, parts)
+                self.layers[name] = Trainable(naming.at(self.model, name), packed, parts, tune.rank)
         if not any(layer.parameters for layer in self.layers.values()):
             raise DQError(f"tune: {_nothing(subject, tune)}")
 
     @property
     def groups(self) -> list[tuple[str, nn.Parameter, float]]:
         """(part, parameter, what a rate of 1 is) of all trained parameters, in a fixed order."""
-        return [
-            (part, value, size)
-            for layer in self.layers.values()
-            for part in layer.parameters
-            for value, size in zip(layer.parameters[part], layer.rates(part), strict=True)
-        ]
+        moved = [layer for layer in self.layers.values() if {"weights", "lowrank"} & layer.parameters.keys()]
+        mean = sum(layer.step for layer in moved) / max(len(moved), 1)
+        found = []
+        for layer in self.layers.values():
+            for part, values in layer.parameters.items():
+                alike = part in ("weights", "lowrank") and not self.aware
+                times = mean / max(layer.step, 1e-12) if alike else 1.0
+                sizes = layer.rates(part)
+                found += [(part, value, size * times) for value, size in zip(values, sizes, strict=True)]
+        return found
 
     @contextlib.contextmanager
     def running(self, instead: Mapping[str, Callable] | None = None) -> Iterator[None]:

@@ -8,6 +8,11 @@ stored as fp32 (of groups; of rows under two levels; of the tensor of nvfp4; of 
 
     dL/du = G s within the grid's limits, else 0,    dL/dtheta = sum over a scale's weights of G W,    G = dL/dW
 
+With "lowrank" u = u_0 + B A, A (r, columns) as nn.Linear begins, B (rows, r) zeros: an update of low rank, merged
+before rounding (EfficientDM, 2310.03270). u_0 is the full-precision weight in steps where that rounds to the codes,
+else the code. Counted in steps, one rate moves as many codes in every layer, which the paper has from rates in
+proportion to a layer's mean step.
+
 The first is the straight-through estimator; a step that moves carries its codes along, so that rounding and steps are
 learned apart. W is worked out once an update and G summed over all its calls. Smoothing and stored activation scales
 move by exp(theta) as well: a rate means the same share in every layer. Activations are rounded as at run time,
@@ -49,11 +54,14 @@ class Trainable:
     parts   which of PARTS to train; those that the layer has not are left out
     """
 
-    def __init__(self, module: nn.Module, packed: Any, parts: tuple[str, ...]):
+    def __init__(self, module: nn.Module, packed: Any, parts: tuple[str, ...], rank: int = 32):
         self.packed, self.plan, self._tensors = packed, packed.plan, packed.tensors()
         order = None if packed.permute is None else packed.permute.long()
-        self.draft = _bare(drafts.draft(module, self.plan, packed.smooth, order), packed)
+        draft = drafts.draft(module, self.plan, packed.smooth, order)
         self.weight = _Weight(self.plan, self._tensors)
+        if "lowrank" in parts:
+            self.weight.aim(_rest(draft, packed).reshape(self.plan.rows, -1), rank)
+        self.draft = _bare(draft, packed)
         self.parameters: dict[str, list[nn.Parameter]] = {}
         self._logs: list[tuple[nn.Parameter, nn.Parameter, torch.Tensor]] = []  # (theta, what it moves, from where)
         for part in parts:
@@ -70,8 +78,8 @@ class Trainable:
 
     def _of(self, part: str) -> list[nn.Parameter]:
         own = self.draft
-        if part == "weights":
-            return self.weight.units()
+        if part in ("weights", "lowrank"):
+            return self.weight.units() if part == "weights" else self.weight.factors()
         if part == "scales":
             return self.weight.logs()
         if part == "branch":
@@ -85,10 +93,18 @@ class Trainable:
         self._logs.append((theta, moved, moved.detach().clone()))
         return [theta]
 
+    @property
+    def step(self) -> float:
+        """The mean step of the weight's scales."""
+        return float(self.weight.steps().mean())
+
     def rates(self, part: str) -> list[float]:
         """By how much a rate of 1 moves each of a part's tensors: their own size, or 1 where they count in shares."""
+        sizes = [max(float(value.detach().square().mean().sqrt()), LEAST) for value in self.parameters[part]]
         if part in ("branch", "bias"):
-            return [max(float(value.detach().square().mean().sqrt()), LEAST) for value in self.parameters[part]]
+            return sizes
+        if part == "lowrank":
+            return [sizes[0], 1.0]
         return [1.0] * len(self.parameters[part])
 
     def _held(self) -> torch.Tensor:
@@ -100,7 +116,7 @@ class Trainable:
         """Work out the weight of this update; gradients gather in it until `gather`."""
         for theta, moved, start in self._logs:
             moved.data = start * theta.exp()
-        trains = "weights" in self.parameters or "scales" in self.parameters
+        trains = any(part in self.parameters for part in ("weights", "lowrank", "scales"))
         self.leaf = self.weight.rounded().reshape(self.plan.shape).requires_grad_(trains)
         for part, values in self.parameters.items():
             for value in values:
@@ -143,6 +159,15 @@ class Trainable:
         packed.bind(packed.stored.device)
         inherit.hooks(packed, self.draft.source[0])
         return packed.train(self.draft.source[0].training)
+
+
+@torch.no_grad()
+def _rest(draft: drafts.DraftLinear, packed: Any) -> torch.Tensor:
+    """The full-precision weight as it meets the transformed input, without what the branch has of it."""
+    if packed.proj_up is None:
+        return draft.weight.detach()
+    branch = packed.proj_up.float() @ packed.proj_down.float()
+    return draft.weight.detach() - branch.reshape(draft.weight.shape)
 
 
 def _bare(draft: drafts.DraftLinear, packed: Any) -> drafts.DraftLinear:
@@ -195,6 +220,37 @@ class _Weight:
             self.values -= self._wide(tensors.zero.float())
         self.log: nn.Parameter | None = None
         self.unit: nn.Parameter | None = None
+        self.start = self.values
+        self.low: tuple[nn.Parameter, nn.Parameter] | None = None
+
+    @torch.no_grad()
+    def aim(self, weight: torch.Tensor, rank: int) -> None:
+        """Let units begin at a weight (rows, columns) where it rounds to the codes, and move by updates of `rank`."""
+        if not self._free:
+            return
+        wide = self._wide(self.steps())
+        grid = self.spec.grid().to(wide.device)
+        wanted = weight.float() / wide.masked_fill(wide == 0, torch.inf)
+        zero = 0.0 if self.tensors.zero is None else self._wide(self.tensors.zero.float())
+        self.unit = nn.Parameter((wanted + zero).clamp(grid[0], grid[-1]) - zero)
+        same = self.codes() == self.spec.unpack(self.tensors.weight, self.plan.columns)
+        self.start = torch.where(same, self.unit.detach(), self.values)
+        rank = min(rank, *self.values.shape)
+        down = torch.empty(rank, self.values.shape[1])
+        bound = self.values.shape[1] ** -0.5
+        down.uniform_(
+            -bound, bound, generator=torch.Generator().manual_seed(rank * self.plan.rows + self.plan.columns)
+        )
+        down, up = down.to(self.values.device), self.values.new_zeros(self.plan.rows, rank)
+        self.low = nn.Parameter(down), nn.Parameter(up)
+
+    @property
+    def _free(self) -> bool:
+        """Whether codes may move: not those of several weights or of a stored table."""
+        return self.spec.span == 1 and not self.spec.tabled
+
+    def factors(self) -> list[nn.Parameter]:
+        return [] if self.low is None else list(self.low)
 
     @property
     def carrier(self) -> str | None:
@@ -205,7 +261,7 @@ class _Weight:
 
     def units(self) -> list[nn.Parameter]:
         """The trained weight; none for codes of several weights or of a stored table, which stay what they are."""
-        if self.spec.span > 1 or self.spec.tabled:
+        if not self._free:
             return []
         self.unit = nn.Parameter(self.values.clone())
         return [self.unit]
@@ -250,6 +306,9 @@ class _Weight:
 
     def rounded(self) -> torch.Tensor:
         """The weight (rows, columns) fp32."""
+        if self.low is not None and self.unit is not None:
+            down, up = self.low
+            self.unit.data = self.start + up.detach() @ down.detach()
         self._step = self._wide(self.steps())
         self._snapped = self.snapped()
         return self._snapped * self._step
@@ -265,6 +324,10 @@ class _Weight:
             zero = 0.0 if self.tensors.zero is None else self._wide(self.tensors.zero.float())
             at = self.unit.detach() + zero
             self.unit.grad = along.masked_fill_((at < low) | (at > high), 0.0)
+            if self.low is not None:
+                down, up = self.low
+                down.grad, up.grad = up.detach().t() @ self.unit.grad, self.unit.grad @ down.detach().t()
+                self.unit.grad = None
 
     def _summed(self, each: torch.Tensor) -> torch.Tensor:
         """(rows, columns) summed over the weights of every stored fp32 scale."""
@@ -288,7 +351,12 @@ class _Weight:
         if self.log is not None:
             found |= self.scales()
         if self.unit is not None:
-            units = self.unit.detach()
-            units = units if self.tensors.zero is None else units.round() + self._wide(self.tensors.zero.float())
-            found["weight"] = self.spec.pack(self.spec.codes_of(units.clone()))
+            found["weight"] = self.spec.pack(self.codes())
         return found
+
+    def codes(self) -> torch.Tensor:
+        """int8 (rows, columns): what the units round to."""
+        assert self.unit is not None, "asked of codes that move"
+        units = self.unit.detach()
+        units = units if self.tensors.zero is None else units.round() + self._wide(self.tensors.zero.float())
+        return self.spec.codes_of(units.clone())

@@ -10,6 +10,7 @@ from dq.errors import DQError, nearest
 from dq.plan import Plan, Recipe
 
 PARTS = ("weights", "scales", "branch", "bias", "smooth", "act")
+INSTEAD = ("lowrank",)  # ways to move rounding that stand in for "weights"
 LOSSES = ("guided", "plain")
 PRECISIONS = ("auto", "fp32", "bf16")
 MOST_UPDATES, MOST_RUNS = 1_000_000, 10_000
@@ -34,8 +35,11 @@ class Tune:
     batch      recorded calls an update
     runs       runs of the pipeline that are recorded to learn from; a sixth of the minutes bounds them, too
     held       share of the runs that is not learned from: by them the best state is chosen
-    parts      what moves: "weights" (their rounding), "scales" (of weights), "branch" (low rank), "bias", "smooth",
-               "act" (stored activation scales)
+    parts      what moves: "weights" (their rounding), or in its place "lowrank" (their rounding by an update of low
+               rank that is merged before it); "scales" (of weights), "branch" (low rank), "bias", "smooth", "act"
+               (stored activation scales)
+    rank       of the updates of "lowrank"
+    aware      rates of weights count in steps of each layer; False: in weights of all layers alike, as a control
     layers     patterns, matched from the start of layer names, of those that are tuned; none: all
     loss       "guided": of the prediction as guidance combines it, where one call holds both halves; "plain": of both
     rate       all learning rates times this
@@ -51,6 +55,8 @@ class Tune:
     runs: int = 512
     held: float = 0.125
     parts: tuple[str, ...] = PARTS
+    rank: int = 32
+    aware: bool = True
     layers: tuple[str, ...] = ()
     loss: str = "guided"
     rate: float = 1.0
@@ -63,18 +69,20 @@ class Tune:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
                 raise DQError(f"tune: {name} is {value!r}, expected a number above 0" + " and below 1" * (high == 1))
-        for name, most in (("updates", MOST_UPDATES), ("batch", 4096), ("runs", MOST_RUNS)):
+        for name, most in (("updates", MOST_UPDATES), ("batch", 4096), ("runs", MOST_RUNS), ("rank", 4096)):
             value = getattr(self, name)
             if value is not None or name != "updates":
                 if type(value) is not int or not 1 <= value <= most:
                     raise DQError(f"tune: {name} is {value!r}, expected an integer of 1 to {most}")
-        for name, known in (("parts", PARTS), ("loss", LOSSES), ("precision", PRECISIONS)):
+        for name, known in (("parts", (*PARTS, *INSTEAD)), ("loss", LOSSES), ("precision", PRECISIONS)):
             value = getattr(self, name)
             for each in value if name == "parts" else (value,):
                 if each not in known:
                     raise DQError(f"tune: {name} is {value!r}, {nearest(str(each), known)}")
         if isinstance(self.parts, str) or not self.parts:
             raise DQError(f"tune: parts is {self.parts!r}, expected a tuple of some of {', '.join(PARTS)}")
+        if {"weights", "lowrank"} <= set(self.parts):
+            raise DQError("tune: parts has weights and lowrank, expected one of them")
         if isinstance(self.layers, str):
             raise DQError(f"tune: layers is {self.layers!r}, expected a tuple of patterns")
 

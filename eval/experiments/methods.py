@@ -52,6 +52,8 @@ KEYS = ("model", "row", "prompts", "seed", "weights", "version")
 BATCH = REPLAYED = 16  # prompts a call, and prompts whose calls are replayed: larger batches leave the cache
 CALIBRATION = {"samples": 128, "steps": 20, "seed": 0}
 CALIBRATION_PROMPTS, CALIBRATION_SEED = 32, 7
+TUNING = [ROOT / "dq" / name for name in ("fit/distill.py", "fit/student.py", "fit/trainable.py", "trace/pairs.py")]
+CODES_KEPT = ("scales", "branch", "bias", "smooth", "act")
 INT4_MORE = ("int4/group:32", "int4/group:16", "int4/group:8")
 INT_WIDER = ("int5/group:64", "int6/group:64")
 
@@ -71,6 +73,7 @@ class Entry:
     calibration  changes to the calibration
     against      the row it has to beat, by PSNR
     bits         a budget of so many bits a weight
+    tune         fields of a dq.Tune that comes after
     """
 
     name: str
@@ -86,6 +89,7 @@ class Entry:
     models: tuple[str, ...] = tiny.NAMES
     act: str = ""
     fields: Mapping = field(default_factory=dict)
+    tune: Mapping = field(default_factory=dict)
 
     def wanted(self) -> Recipe:
         """The recipe to quantize by; DQError or ImportError when this version has none."""
@@ -156,6 +160,12 @@ def _with_learning_off(recipe: str, what: str, **options) -> tuple[Entry, ...]:
     return *_with_control(recipe, what, **options), Entry(near, recipe, options=FROM_NEAREST, against=off.name), off
 
 
+def _with_tuning_changed(recipe: str, what: str, **tune) -> tuple[Entry, Entry]:
+    """A recipe that brings a tuning along, and the same updates with its own idea off."""
+    name, own = f"{recipe} {what}", cookbook.get(recipe).options["tune"]
+    return Entry(recipe, recipe, against=name), Entry(name, recipe, options={"tune": {**own, **tune}})
+
+
 ENTRIES = (
     Entry("int8", "int8"),
     *_with_plain("gptq-int4-weight"),
@@ -166,6 +176,11 @@ ENTRIES = (
     Entry("svdquant-int4 for rounded inputs", "svdquant-int4", options={"noise": True}, against="svdquant-int4"),
     Entry("svdquant-int4-late8", "svdquant-int4-late8", against="svdquant-int4-late8, early instead"),
     Entry("svdquant-int4-late8, early instead", "svdquant-int4-late8", fields=EARLY8),
+    Entry("svdquant-int4 tuned", "svdquant-int4", tune={"minutes": 20}, against="svdquant-int4"),
+    Entry("svdquant-int4 tuned, codes kept", "svdquant-int4", tune={"minutes": 20, "parts": CODES_KEPT}),
+    Entry("svdquant-int4 tuned, plain loss", "svdquant-int4", tune={"minutes": 20, "loss": "plain"}),
+    *_with_tuning_changed("efficientdm-w4a4", "with one rate for all", aware=False),
+    *_with_tuning_changed("efficientdm-w4a8", "with one rate for all", aware=False),
     Entry("plain of svdquant-int4, smaller groups", "svdquant-int4", plain=True, weights=INT4_MORE),
     Entry("plain of svdquant-int4, more bits", "svdquant-int4", plain=True, weights=INT_WIDER),
     *_with_plain("svdquant-nvfp4"),
@@ -401,8 +416,9 @@ def recorded(model: str, count: int, seed: int) -> list[noise_sqnr.Call]:
 def calibrate(pipe, model: str, entry: Entry, options) -> dq.Report:
     """Quantize a pipeline by a recipe, with calibration if it needs any, and keep the plan for the baselines."""
     recipe, budget = entry.wanted(), dq.Budget(bits=entry.bits) if entry.bits else None
-    given = calibration(model, entry, options) if recipe.needs_calibration or budget else None
-    report = dq.quantize(pipe, recipe, calibration=given, budget=budget, progress=False)
+    tune = dq.Tune(**entry.tune) if entry.tune else None
+    given = calibration(model, entry, options) if recipe.needs_calibration or budget or tune else None
+    report = dq.quantize(pipe, recipe, calibration=given, budget=budget, tune=tune, progress=False)
     disk.write(plan_file(model, entry), mark.plan_of(getattr(pipe, denoiser(pipe))).save)
     return report
 
@@ -529,6 +545,9 @@ def version(entry: Entry) -> str:
     asked = [recipe.to_dict(), entry.plain, entry.weights, dict(entry.calibration), CALIBRATION, CALIBRATION_PROMPTS]
     asked += [dict(entry.formats)] if entry.formats else []
     code = _code(recipe.method)
+    if entry.tune or "tune" in recipe.options:
+        asked.append(dict(entry.tune))
+        code += versions.code(TUNING)
     if entry.bits:
         asked.append(entry.bits)
         code += versions.code((ROOT / "dq" / "budget").glob("*.py"))

@@ -143,6 +143,26 @@ def test_stored_activation_scales_learn_with_their_own_gradient():
     assert float(log.grad.abs().sum()) > 0 and made.leaf.grad is None
 
 
+@pytest.mark.parametrize("weight", ["int4/group:16", "int3a/group:16", "nvfp4"])
+def test_updates_of_low_rank_begin_at_nothing_and_are_merged_before_rounding(weight):  # EfficientDM P1
+    module, packed = packed_of(plan(weight, None, rank=3))
+    made, x = Trainable(module, packed, ("lowrank",), rank=2), torch.randn(2, 5, 40)
+    assert torch.equal(made.pack().dense_weight(), packed.dense_weight())  # of nvfp4 a minus zero may become zero
+    down, up = made.parameters["lowrank"]
+    assert down.shape == (2, 40) and up.shape == (24, 2)
+    made.hold()
+    made.forward(x).square().sum().backward()
+    through = made.leaf.grad * made.weight._step
+    made.gather()
+    inside = through @ down.detach().t()
+    assert float((up.grad - inside).abs().max()) <= 1e-4 * float(inside.abs().max())
+    up.data += 9.0
+    found = made.pack()
+    assert not torch.equal(found.stored, packed.stored) and torch.equal(found.scale, packed.scale)
+    found.backend = "reference"
+    torch.testing.assert_close(made.forward(x), found(x), rtol=1e-4, atol=1e-5)
+
+
 # --- whole denoisers ------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +257,27 @@ def test_only_the_layers_asked_for_change():
     before, after = state_of(plain), state_of(pipe)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all(name.startswith("blocks.1.") for name in moved)
+
+
+def moved_shares(aware: bool) -> torch.Tensor:
+    """Share of each layer's codes that a tuning by low rank changes, in a model whose layers differ in size."""
+    found = []
+    for wish in (None, replace(WISH, parts=("lowrank",), aware=aware, rank=4)):
+        pipe = pipeline()
+        with torch.no_grad():
+            for block, times in zip(pipe.transformer.blocks, (4.0, 0.25), strict=True):
+                block[0].weight *= times
+                block[2].weight /= times
+        dq.quantize(pipe, "int4-weight", calibration=wish and settings(), keep=KEEP, tune=wish, progress=False)
+        found.append([layer.plan.weight.spec.unpack(layer.stored, layer.plan.columns)
+                      for layer in packed_layers(pipe.transformer).values()])  # fmt: skip
+    return torch.stack([(a != b).float().mean() for a, b in zip(*found, strict=True)])
+
+
+def test_rates_in_steps_of_each_layer_move_codes_in_all_layers_alike():  # EfficientDM P3
+    aware, alike = moved_shares(True), moved_shares(False)
+    spread = [float(each.std() / each.mean()) for each in (aware, alike)]
+    assert float(aware.min()) > 0 and spread[0] < 0.7 * spread[1], (aware, alike)
 
 
 def test_it_saves_and_loads_as_any_model(tmp_path):

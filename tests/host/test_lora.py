@@ -458,3 +458,33 @@ def test_adapters_can_be_trained_on_a_quantized_model():
     grads = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
     assert grads and all(grad is not None and grad.abs().sum() > 0 for grad in grads)
     assert all(p.grad is None for name, p in model.named_parameters() if "lora" not in name)
+
+
+def test_an_adapter_that_learns_on_packed_weights_is_saved_and_loaded_as_any(tmp_path):
+    """QLoRA (2305.14314): the base is frozen bytes, gradients pass through what they stand for."""
+    inputs = zoo.ENTRIES[FLUX].inputs(torch.Generator().manual_seed(0), torch.float32)
+    model = quantized(recipe="int4-weight")
+    with torch.no_grad():
+        start = model(**inputs)[0]
+    wanted = start + 0.1 * torch.randn(start.shape, generator=torch.Generator().manual_seed(1))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(2)
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), adapter_name="a")
+    adam, losses = torch.optim.Adam([value for value in model.parameters() if value.requires_grad], lr=1e-2), []
+    for _ in range(12):
+        adam.zero_grad()
+        loss = (model(**inputs)[0] - wanted).square().mean()
+        loss.backward()
+        adam.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    kept = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items()}
+    assert all(torch.equal(value, kept[name]) for name, value in before.items())
+    model.save_lora_adapter(str(tmp_path), adapter_name="a", weight_name="a.safetensors")
+    other = quantized(recipe="int4-weight")
+    other.load_lora_adapter(str(tmp_path), prefix=None, adapter_name="a", weight_name="a.safetensors")
+    with torch.no_grad():
+        found = model(**inputs)[0]
+        torch.testing.assert_close(other(**inputs)[0], found)
+        other.fuse_lora()
+        assert distance(other(**inputs)[0], found) < 1e-5
