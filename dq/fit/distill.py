@@ -224,7 +224,8 @@ class _Work:
                     saved = time.perf_counter()
                 bar.set_postfix(loss=f"{self.losses[-1]:.3f}", best=f"{_decibels(self.least):.2f} dB", refresh=False)
                 bar.update()
-                if self.wish.updates is None and self.total and self.seconds > 1.2 * limit:
+                alone = self.world.num_processes == 1  # others would wait for the one that ended
+                if alone and self.wish.updates is None and self.total and self.seconds > 1.2 * limit:
                     self._end()
                     return f"the time was over after {self.update} of {self.total} updates"
         return ""

@@ -135,6 +135,8 @@ class Trainable:
         for theta, moved, _ in self._logs:
             theta.grad = torch.zeros_like(theta) if moved.grad is None else moved.grad * moved.detach()
             moved.grad = None
+        for value in (*self.parameters.get("branch", ()), *self.parameters.get("bias", ())):
+            value.grad = torch.zeros_like(value) if value.grad is None else value.grad
 
     def forward(self, input: torch.Tensor, then_gelu: bool = False) -> torch.Tensor:
         y = self.draft(input)

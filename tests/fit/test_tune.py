@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import socket
 import zlib
 from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import PartialState
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import nn
 
@@ -410,6 +414,41 @@ def test_a_bare_model_learns_from_the_loop_that_runs_it():
     report = dq.quantize(model, "int4-weight", calibration=loop, keep=KEEP, tune=WISH, progress=False)
     found = report.tuned["model"]
     assert found["after_db"] > found["before_db"] and len(packed_layers(model)) == 4
+
+
+def shared_work(rank: int, size: int, port: int, folder) -> None:
+    shared = {"WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    os.environ.update(shared | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    PartialState._reset_state()
+    asked, real = [], student.Student.answer
+    student.Student.answer = lambda self, pair, short=False: asked.append(pair.timestep) or real(self, pair, short)
+    pipe, report = tuned(replace(WISH, batch=3), folder=folder / "work")
+    found = {"state": pipe.transformer.state_dict(), "tuned": report.tuned["transformer"], "asked": len(asked)}
+    torch.save(found, folder / f"out{rank}")
+
+
+def ran(size: int, folder) -> list[dict]:
+    """-> what each of some processes had in the end."""
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    started = [context.Process(target=shared_work, args=(rank, size, port, folder)) for rank in range(size)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+    assert [process.exitcode for process in started] == [0] * size
+    return [torch.load(folder / f"out{rank}") for rank in range(size)]
+
+
+def test_two_processes_share_the_calls_and_end_with_equal_layers(tmp_path):
+    (alone,), (one, other) = ran(1, tmp_path / "1"), ran(2, tmp_path / "2")
+    assert equal(one["state"], other["state"]) and one["tuned"]["after_db"] == other["tuned"]["after_db"]
+    assert one["asked"] + other["asked"] == alone["asked"] and other["asked"] > 0.3 * alone["asked"]
+    assert one["tuned"]["after_db"] == pytest.approx(alone["tuned"]["after_db"], abs=0.3)
+    assert one["tuned"]["after_db"] > one["tuned"]["before_db"] + 1
 
 
 def refused(message: str, recipe="int4-weight", **given) -> None:
