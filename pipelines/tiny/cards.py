@@ -58,8 +58,8 @@ and 6 temporal blocks, 4 heads of 64, patch 2 on eight 16x16x4 latents, {denoise
 Spatial blocks start from tiny-pixart, temporal ones as the identity. The encoder is tiny-pixart's with the words of
 motion beside, trained on text alone and frozen. The pipeline wants `mask_feature=False`: so was the training.
 
-Two runs: 1300 steps, then those below from their weights. Objects are right and backgrounds hold still; an object keeps
-its place better than its outline, and moves as named in few clips. A longer training
+Two runs: 1300 steps, then those below from their weights. Objects are right; an object keeps its place better than its
+outline, and moves as named in few clips. A longer training
 (`python -m pipelines.tiny.train video`) goes on from these weights.""",
     "clip": """`transformers.CLIPModel` (vision: 4 layers, width 192, patch 8; text: 3 layers, width 128), contrastive,
 batch 128; `CLIPProcessor.from_pretrained` loads its tokenizer and image processor (64x64, no cropping).""",

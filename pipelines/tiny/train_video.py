@@ -226,7 +226,7 @@ def seeing(model: LatteTransformer3DModel, places: torch.Tensor, frames: torch.T
 
 
 def v_loss(model, clean: torch.Tensor, states: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
-    """Squared error of v at one step a clip, in bf16 arithmetic (see the top); steps t / T are distributed as u^0.4."""
+    """Loss of v at one step a clip, in bf16 arithmetic (see the top); steps t / T are distributed as u^0.4."""
     t = (torch.rand(len(clean)) ** 0.4 * len(alphas)).long()
     a, s = alphas[t].sqrt()[:, None, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None, None]
     noise = torch.randn_like(clean)
