@@ -22,6 +22,7 @@ _HOMES = {
     "Report": "report",
     "set_backend": "api",
     "set_sampler": "around.adding",
+    "set_cache": "around.adding",
     "correct": "around.adding",
     "save": "host.store",
     "load": "host.store",

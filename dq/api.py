@@ -171,7 +171,7 @@ def explain(target) -> Report:
     report = Report(explaining.with_kernels(rows, models), before, parameter_bytes(*models.values()), 0.0, recipe)
     report.notes += explaining.step_notes(plans) + scheduling.lines(target, scheduling.found_in(plans.values()))
     for part, model in models.items():
-        lines = [*fusions.notes(model), *explaining.speed_notes(model)]
+        lines = [*scheduling.cache_lines(model, plans[part]), *fusions.notes(model), *explaining.speed_notes(model)]
         report.notes += [f"{part or 'model'}: {line}" for line in lines]
     return report
 

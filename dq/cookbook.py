@@ -39,7 +39,19 @@ DATA_FREE = (
 KEEPING = {wish.name: wish for wish in (Keeping("stored"), Keeping("stored-int8", "int8/token"))}
 RECIPES = {recipe.name: recipe for recipe in DATA_FREE}
 # what `a+b` adds to a recipe: fields of Recipe
-ADDED: dict[str, dict] = {"qsched": {"sampler": "qsched"}}
+ADDED: dict[str, dict] = {
+    "qsched": {"sampler": "qsched"},
+    "qandc": {"sampler": "qandc"},
+    "interval": {"cache": "interval"},
+    "firstblock": {"cache": "firstblock"},
+    "taylorseer": {"cache": "taylorseer"},
+}
+NAMED = {
+    "qsched-w8a8": "int8+qsched",
+    "qsched-w4a8": "gptq-w4a8+qsched",
+    "qandc-w8a8": "ptq4dm-w8a8+interval:2+qandc",
+    "qandc-w4a8": "qdiffusion-w4a8+interval:2+qandc",
+}
 WIDTH = re.compile(r"[a-z]*[-_ ]?(\d)(?:[-_ ]?bits?)?")  # a format or a width in place of a recipe: int4, w4, 4-bit
 
 
@@ -85,6 +97,7 @@ def get(recipe: str | Path | Recipe | Plan) -> Recipe | Plan:
     text = str(recipe)
     if text in RECIPES:
         return RECIPES[text]
+    text = NAMED.get(text, text)
     if "+" in text and not Path(text).is_file():
         return _combined(*text.split("+"))
     if text.endswith(".json") or Path(text).is_file():
@@ -106,9 +119,11 @@ def _combined(first: str, *more: str) -> Recipe:
     if isinstance(found, Plan):
         raise DQError(f"recipe {first!r} is a plan, in which all is decided; expected a recipe before the '+'")
     for name in more:
-        if name not in ADDED:
+        head, _, value = name.partition(":")
+        fields = ADDED.get(head)
+        if fields is None or (value and "cache" not in fields):
             raise DQError(f"recipe: {name[:100]!r} cannot be added to another, {nearest(name[:100], ADDED)}")
-        fields = ADDED[name]
+        fields = {key: f"{kind}:{value}" if value else kind for key, kind in fields.items()}
         if taken := next((key for key in fields if getattr(found, key)), None):
             raise DQError(f"recipe: {name!r} sets {taken}, which {found.name!r} has already; leave one out")
         found = replace(found, name=f"{found.name}+{name}", **fields)

@@ -18,6 +18,8 @@ from dq.errors import DQError
 from dq.layers import PACKED, PLAIN, PackedStack, clock, hadamard, inherit, kind_of, naming, packed_layers
 from dq.layers.memory import align, page_out
 from dq.plan import LayerPlan, Plan
+from dq.sampler import caches
+from dq.sampler.caches import branches
 
 WIDEST_GROUP = 1024  # of a layer with fewer columns: its one group is padded to that
 IN_FP32 = (".scale", ".smooth", ".act_scale")  # ends of the names of packed tensors that are fp32 in any model
@@ -36,6 +38,8 @@ def check_fit(model: nn.Module, plan: Plan) -> None:
             raise DQError(f"layer {name!r}: the plan is for {wanted}, {model_name} has {kind} {shape}; plan it anew")
         _check_sizes(name, layer)
     plan.check()
+    if plan.cache:
+        caches.check(model, plan.cache)
     if plan.edges or plan.switch:
         clock.argument_position(model, plan.timestep)
 
@@ -156,6 +160,9 @@ def start(model: nn.Module, plan: Plan) -> None:
             layer.wide = layer.compute_dtype is torch.float16 and in_fp32(name)
             layer.bind(layer.weight.device)
     fusions.attach(model, plan)
+    branches.detach(model)
+    if plan.cache:
+        branches.attach(model, plan.cache, plan.timestep)
     if isinstance(model, ModelMixin):  # tells diffusers that these do not say what dtype the model has
         kept = type(model)._keep_in_fp32_modules or ()
         model._keep_in_fp32_modules = [*([kept] if isinstance(kept, str) else kept), *IN_FP32]
@@ -182,6 +189,7 @@ def put_back(model: nn.Module, parts: Mapping[str, nn.Module | nn.Parameter]) ->
 
 
 def _undo(model: nn.Module) -> None:
+    branches.detach(model)
     fusions.detach(model)
     clock.detach(model)
     model.__dict__.pop("_keep_in_fp32_modules", None)

@@ -202,6 +202,7 @@ class Plan:
     rising    timesteps rise along a run: of a switch 0.7 all steps with t >= 0.7 are late
     attention "int8": products of attention in bytes where a kernel has them; "": as exact as the compute dtype
     sampler   corrections of the scheduler's steps, at most one of a kind for a scheduler and number of steps
+    cache     `kind:value` of dq/sampler/caches: what of a step serves the next ones, "" for nothing
     """
 
     layers: dict[str, LayerPlan]
@@ -215,6 +216,7 @@ class Plan:
     sampler: tuple[Correction, ...] = ()
     switch: tuple[float, ...] = ()
     rising: bool = False
+    cache: str = ""
     needs_calibration: ClassVar[bool] = False  # as of a Recipe: every layer is decided
 
     @property
@@ -236,6 +238,7 @@ class Plan:
             "timestep": self.timestep,
             "edges": list(self.edges),
             **({"attention": self.attention} if self.attention else {}),
+            **({"cache": self.cache} if self.cache else {}),
             **({"sampler": [each.to_dict() for each in self.sampler]} if self.sampler else {}),
             **({"switch": list(self.switch)} if self.switch else {}),
             **({"rising": True} if self.rising else {}),
@@ -319,6 +322,7 @@ class Recipe:
     edge               weight of embedders and final layers that are too big to keep; weight-only
     keep               anchored regular expressions of layers left in full precision, added to the family's
     attention          as in Plan
+    cache              as in Plan
     sampler            file of dq/around that finds corrections of the scheduler's steps, "" for none
     late               activation formats of linears that round activations, for later phases of a run
     switch             shares of a run's steps, rising, after which each of them begins
@@ -335,6 +339,7 @@ class Recipe:
     edge: str = "int8/channel"
     keep: tuple[str, ...] = ()
     attention: str = ""
+    cache: str = ""
     sampler: str = ""
     late: tuple[str, ...] = ()
     switch: tuple[float, ...] = ()
@@ -348,7 +353,8 @@ class Recipe:
 
     def to_dict(self) -> dict:
         """JSON form, without the status."""
-        wish = {key: value for key, value in vars(self).items() if key != "status" and (value or key != "sampler")}
+        left = {"status", *(key for key in ("sampler", "cache") if not getattr(self, key))}
+        wish = {key: value for key, value in vars(self).items() if key not in left}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in wish.items()}
 
     @classmethod

@@ -63,7 +63,9 @@ def make_plan(model: nn.Module, recipe: Recipe, keep: Sequence[str] = ()) -> Pla
         if name not in kept:
             decided = _layer_plan(recipe, roles[name], weights[name])
             (kept if isinstance(decided, str) else layers)[name] = decided
-    return Plan(layers, kept, recipe.name, family.name, family.timestep, attention=recipe.attention)
+    return Plan(
+        layers, kept, recipe.name, family.name, family.timestep, attention=recipe.attention, cache=recipe.cache
+    )
 
 
 def keeping_plan(model: nn.Module, recipe: Keeping, found: Mapping[str, LayerPlan], keep: Sequence[str] = ()) -> Plan:
@@ -86,7 +88,8 @@ def keeping_plan(model: nn.Module, recipe: Keeping, found: Mapping[str, LayerPla
         rounded = act if role == "block" and found[name].act is None else found[name].act
         stands = {"modulation": "time", "time": "time", "edge": "edge"}.get(role, "block")
         layers[name] = replace(found[name], shape=weight.shape, act=rounded, role=stands)
-    return Plan(layers, kept, recipe.name, family.name, family.timestep)
+    around = {"attention": recipe.attention, "cache": recipe.cache}
+    return Plan(layers, kept, recipe.name, family.name, family.timestep, **around)
 
 
 def _replaced(model: nn.Module) -> dict[str, str]:

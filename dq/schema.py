@@ -31,6 +31,7 @@ Attention, Status = Literal[ATTENTION], Literal[STATUS]  # pyright: ignore[repor
 Crc32 = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{8}\z")]
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Channels = Annotated[list[Number], Field(max_length=4096)]
+Cache = Annotated[str, Field(strict=True, pattern=r"^(\w{1,60}(:[0-9.]{1,20})?)?\z")]
 QUOTED = re.compile("'([^']*)'")
 closed = with_config(ConfigDict(extra="forbid"))
 
@@ -77,6 +78,7 @@ class Plan(TypedDict):
     edges: NotRequired[Annotated[list[Number], Field(max_length=MOST_STEPS)]]
     compute_dtype: NotRequired[Literal[COMPUTE] | None]  # pyright: ignore[reportInvalidTypeForm]
     attention: NotRequired[Attention]  # pyright: ignore[reportInvalidTypeForm]
+    cache: NotRequired[Cache]
     sampler: NotRequired[Annotated[list[Correction], Field(max_length=100)]]
     switch: NotRequired[Annotated[list[Number], Field(max_length=MOST_PHASES)]]
     rising: NotRequired[Flag]
@@ -143,6 +145,7 @@ class Recipe(TypedDict):
     edge: NotRequired[Tensor]
     keep: NotRequired[Annotated[list[Name], Field(max_length=1000)]]
     attention: NotRequired[Attention]  # pyright: ignore[reportInvalidTypeForm]
+    cache: NotRequired[Cache]
     sampler: NotRequired[Annotated[str, Field(strict=True, pattern=r"^\w{0,60}\z")]]
     late: NotRequired[Annotated[list[Tensor], Field(max_length=MOST_PHASES)]]
     switch: NotRequired[Annotated[list[Number], Field(max_length=MOST_PHASES)]]

@@ -20,6 +20,7 @@ from dq.fit import distill, phases, student, walk
 from dq.fit.tune import Tune
 from dq.host import ready
 from dq.plan import Plan, Recipe
+from dq.sampler.caches import branches
 from dq.trace import capture as capturing
 from dq.trace import pairs
 from dq.trace.calibration import Calibration
@@ -109,7 +110,9 @@ class Stages:
             begun = time.perf_counter()
             named = {part or "model": model for part, model in self.models.items()}
             claim = self.calibration.folder is not None
-            silent = capturing.capture(self.target, named, self.calibration, folder, self.progress, claim)
+            with branches.during(self.models, self.recipe.cache, {k: plan.timestep for k, plan in self.plans.items()}):
+                given = (self.target, named, self.calibration, folder)
+                silent = capturing.capture(*given, self.progress, claim, self.recipe.cache)
             for part in silent:
                 del self.models[part], self.plans[part]
             notes = [f"{part}: {reason}" for part, reason in silent.items()]

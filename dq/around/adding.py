@@ -14,6 +14,7 @@ from dq.host import mark, ready, scheduling
 from dq.model import put_back
 from dq.plan import Recipe
 from dq.sampler import steps
+from dq.sampler.caches import branches
 from dq.surroundings import Correction
 from dq.trace.calibration import Calibration
 
@@ -91,6 +92,18 @@ def correct(target: Any, name: str, calibration: Calibration) -> Correction | No
     else:
         steps.attach(scheduling.scheduler_of(target), [found])
     return found
+
+
+def set_cache(target: Any, on: bool) -> None:
+    """Turn the caches that a target's plans bring along off, or on again; they stay in the plan.
+
+    Raises DQError for a target without any.
+    """
+    found = scheduling.cached(target)
+    if not found:
+        raise DQError(f"cache: {type(target).__name__} has none in its plan; quantize it by a recipe with +interval")
+    for model in found:
+        branches.switch(model, on)
 
 
 def set_sampler(target: Any, on: bool) -> None:

@@ -21,6 +21,7 @@ from dq.trace.running import Runner, drawing, spare_schedulers, telling, tensors
 
 BATCH = 16
 MOST_RUNS = 64
+MOST_DB = 120.0
 
 
 @dataclass
@@ -74,22 +75,27 @@ class Search:
             return
         self.wanted = [self.run(index) for index in range(len(self.batches))]
 
-    def run(self, index: int, found: Sequence[Correction] = (), pictures: bool = False) -> Run:
-        """One batch of runs under some corrections in place of the scheduler's own."""
+    def run(
+        self, index: int, found: Sequence[Correction] = (), pictures: bool = False, until: int | None = None
+    ) -> Run:
+        """One batch of runs under some corrections in place of the scheduler's own, to its end or `until` a step."""
         given, latents = self._arguments(index), []
         given |= {"return_dict": False} | ({"output_type": "pt"} if pictures else {})
-        name, seed = type(self.pipe).__name__, self.calibration.seed
+        name, seed, output = type(self.pipe).__name__, self.calibration.seed, None
         with torch.no_grad(), drawing(seed, index), spare_schedulers(self.pipe), telling(f"{name} (run {index})"):
             steps.detach(self.pipe.scheduler)
             steps.attach(self.pipe.scheduler, found)
-            with _watched(self.pipe.scheduler, latents):
+            with _watched(self.pipe.scheduler, latents, until), contextlib.suppress(_Enough):
                 output = self.pipe(**given)
             self.distinct = len(dict.fromkeys(torch.as_tensor(self.pipe.scheduler.timesteps).tolist()))
-        end = next(value for value in tensors_in(output) if value.is_floating_point())
+        end = next((value for value in tensors_in(output) if value.is_floating_point()), latents[-1])
         return Run(latents, end)
 
     def score(self, found: Sequence[Correction], held_out: bool = False) -> float:
-        """Mean score of half of the runs, higher is better: the user's, else minus the squared error to `wanted`."""
+        """Mean score of half of the runs, higher is better: the user's, else dB to `wanted`, a run at a time.
+
+        A few runs that go another way have most of the squared error of all; their decibels say little.
+        """
         span = range(self.half, len(self.batches)) if held_out else range(self.half)
         return sum(self._score(index, found) * len(self.batches[index]) for index in span) / sum(
             len(self.batches[index]) for index in span
@@ -98,7 +104,7 @@ class Search:
     def _score(self, index: int, found: Sequence[Correction]) -> float:
         run = self.run(index, found, pictures=self.scored)
         if self.calibration.score is None:
-            return -float((run.end.float() - self.wanted[index].end.float()).square().mean())
+            return _decibels(run.end, self.wanted[index].end)
         texts = [self._text(number) for number in self.batches[index]]
         value = float(self.calibration.score(run.end.float().clamp(0, 1), texts))
         if value != value or abs(value) == float("inf"):
@@ -127,15 +133,28 @@ class Search:
         return texts and isinstance(first.get("prompt"), str) and "generator" in first and not alone
 
 
+def _decibels(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """10 log10(sum y^2 / sum (x - y)^2), the mean over runs; at most MOST_DB."""
+    x, y = (each.float().flatten(1) for each in (got, wanted))
+    power, noise = y.square().sum(1), (x - y).square().sum(1)
+    return float((10 * torch.log10(power / noise.clamp_min(1e-30))).clamp(max=MOST_DB).mean())
+
+
+class _Enough(BaseException):
+    """A run has come as far as it is wanted."""
+
+
 @contextlib.contextmanager
-def _watched(scheduler: Any, sink: list[torch.Tensor]) -> Iterator[None]:
-    """Collect the sample that every step returns."""
+def _watched(scheduler: Any, sink: list[torch.Tensor], until: int | None) -> Iterator[None]:
+    """Collect the sample that every step returns; _Enough after step `until`."""
     own = vars(scheduler).get("step")
     step = scheduler.step
 
     def watched(*args, **kwargs):
         result = step(*args, **kwargs)
         sink.append(result[0].detach().clone())
+        if until is not None and len(sink) > until:
+            raise _Enough
         return result
 
     watched.__signature__ = inspect.signature(step)

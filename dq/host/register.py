@@ -11,6 +11,7 @@ diffusers                `DiffusionPipeline.to` refuses a cast before it changes
 diffusers                a pipeline that is given a scheduler, or a model with corrections of its steps, corrects them
 peft                     `dispatch_default` makes adapters that fuse into the low-rank branch of packed layers
 diffusers                a pipeline's balanced device map counts parts that were saved quantized by their packed bytes
+diffusers                `DiffusionPipeline.progress_bar` tells the caches of models of dq that a run begins
 diffusers                `FluxLoraLoaderMixin._calculate_module_shape` is told the shape a packed layer stands for
 The wrapped functions keep what they wrap as `before_dq`. None of this imports torch: see `dq.host.later`.
 """
@@ -72,6 +73,7 @@ def _host_pipelines(home: ModuleType) -> None:
     _whole(home.DiffusionPipeline)
     _cast_none_or_all(home)
     _correct_schedulers(home)
+    _begin_runs(home)
 
 
 def _host_model(base: type) -> None:
@@ -263,6 +265,24 @@ def _correct_schedulers(home: ModuleType) -> None:
 
     __setattr__.before_dq = original  # pyright: ignore[reportAttributeAccessIssue]
     home.DiffusionPipeline.__setattr__ = __setattr__
+
+
+def _begin_runs(home: ModuleType) -> None:
+    """Let a pipeline that begins its steps say so to the caches of its models."""
+    original = home.DiffusionPipeline.progress_bar
+    if hasattr(original, "before_dq"):
+        return
+
+    @functools.wraps(original)
+    def progress_bar(self, *args, **kwargs):
+        if "dq.sampler.caches.branches" in sys.modules:
+            from dq.host import scheduling
+
+            scheduling.begin(self)
+        return original(self, *args, **kwargs)
+
+    progress_bar.before_dq = original  # pyright: ignore[reportAttributeAccessIssue]
+    home.DiffusionPipeline.progress_bar = progress_bar
 
 
 def _measure_parts(home: ModuleType) -> None:

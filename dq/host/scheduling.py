@@ -9,10 +9,11 @@ from diffusers import SchedulerMixin
 from torch import nn
 
 from dq.errors import DQError
-from dq.host import base
+from dq.host import base, ready
 from dq.layers import notes
 from dq.plan import Plan
-from dq.sampler import corrections, steps
+from dq.sampler import caches, corrections, steps
+from dq.sampler.caches import branches
 from dq.surroundings import Correction
 
 
@@ -62,6 +63,26 @@ def switch(pipe: Any, on: bool) -> None:
     own.on = on
 
 
+def begin(pipe: Any) -> None:
+    """Tell the caches of a pipeline's models that a run begins."""
+    for part in vars(pipe).values():
+        if isinstance(part, nn.Module):
+            branches.forget(part)
+
+
+def cached(pipe: Any) -> list[nn.Module]:
+    """Models of a pipeline, or the one bare model, that have a cache of their plan."""
+    return [part for part in ready.parts_of(pipe).values() if branches.of(part) is not None]
+
+
+def cache_lines(model: nn.Module, plan: Plan | None) -> list[str]:
+    """Lines for `dq.explain` on the cache of one model."""
+    if plan is None or not plan.cache:
+        return []
+    role, said = branches.of(model), f"cache {plan.cache}: {caches.line(plan.cache)}"
+    return [said if role is not None and role.on else f"{said}; switched off"]
+
+
 def lines(pipe: Any, found: list[Correction]) -> list[str]:
     """Lines for `dq.explain`: every correction, and whether it applies now."""
     said = [
@@ -70,6 +91,8 @@ def lines(pipe: Any, found: list[Correction]) -> list[str]:
     ]
     if not found or isinstance(pipe, nn.Module):
         return said
+    if cached(pipe):
+        said.append("order: layers are rounded, then blocks are cached, and what is left corrected last, in the steps")
     own, scheduler = steps.of(scheduler_of(pipe)), type(scheduler_of(pipe)).__name__
     if own is not None and not own.on:
         said.append("sampler: switched off, the scheduler's own steps run")

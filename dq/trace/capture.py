@@ -46,10 +46,12 @@ def capture(
     folder: str | Path,
     progress: bool = True,
     claim: bool = True,
+    cache: str = "",
 ) -> dict[str, str]:
     """Record calls of `models` (by component name) while `target` runs, below `folder/<name>/calls`.
 
     target   the pipeline, or the one bare model, which the calibration's forward loop runs
+    cache    what is on the models, as their plan says it: other calls come from under another cache
     claim    write down whose records these are, or check that they are ours: of no use in a folder that nobody keeps
     Each record is {"info": {run, step (-1: unknown), timestep (largest value or None), branches (one a batch row, 1
     unconditional)}, "args", "kwargs"}; keys sort by run and call. A finished run is not done again. Under accelerate
@@ -65,7 +67,7 @@ def capture(
     runner = None if bare else Runner(target, calibration)
     world = processes()
     if claim and world.is_main_process:
-        claim_folder(folder, identity.of(target, models, calibration))
+        claim_folder(folder, identity.of(target, models, calibration) | ({"cache": cache} if cache else {}))
     world.wait_for_everyone()
     session = _Session(models, folder, world)
     with kept_modes(models), aligned(modules_of(target)), torch.no_grad():
