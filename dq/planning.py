@@ -88,8 +88,7 @@ def keeping_plan(model: nn.Module, recipe: Keeping, found: Mapping[str, LayerPla
         rounded = act if role == "block" and found[name].act is None else found[name].act
         stands = {"modulation": "time", "time": "time", "edge": "edge"}.get(role, "block")
         layers[name] = replace(found[name], shape=weight.shape, act=rounded, role=stands)
-    around = {"attention": recipe.attention, "cache": recipe.cache}
-    return Plan(layers, kept, recipe.name, family.name, family.timestep, **around)
+    return Plan(layers, kept, recipe.name, family.name, family.timestep)
 
 
 def _replaced(model: nn.Module) -> dict[str, str]:

@@ -42,7 +42,7 @@ class Cached:
         if not self.on:
             return inner(*args, **kwargs)
         named = _context(module)
-        self._move(module, args, kwargs)
+        self._move(module, args, kwargs)  # pyright: ignore[reportCallIssue]
         _set_cache_context(module, named or CacheContext(f"call {self.calls}"))
         try:
             return inner(*args, **kwargs)
