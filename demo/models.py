@@ -74,7 +74,7 @@ class Shelf:
         return [*embedded(), *dict.fromkeys(found)]
 
     def choices(self, name: str) -> list[str]:
-        """What a model can be quantized with at once: data-free recipes, its results, and others of its class."""
+        """What a model can be quantized with at once: data-free recipes, its results, others of its class, files."""
         place = self.place(name)
         wanted = _class(place) if isinstance(place, Path) else None
         mine = [form for form, folder in _pipelines(self.made) if _made_from(folder) == str(name).strip()]
@@ -84,7 +84,8 @@ class Shelf:
             for form, folder in _pipelines(root)
             if saved.plans(folder) and wanted in (None, _class(folder))
         ]
-        return [*cookbook.RECIPES, *mine, *dict.fromkeys(given)]
+        files = [form for root in self.roots for form, _ in _files(root)]
+        return [*cookbook.RECIPES, *mine, *dict.fromkeys(given), *dict.fromkeys(files)]
 
     def place(self, name: str) -> Path | str:
         """The folder or Hub id of a name that may be opened; DQError, the same for all others, for any other name."""
@@ -133,6 +134,9 @@ class Shelf:
         if folder is not None:
             made = (folder / saved.PIPELINE).stat().st_mtime_ns  # names of results that went are given again
             return model.quantized(f"{folder} {made}", lambda pipe: _saved(pipe, folder))
+        file = _file_below(self.roots, recipe)
+        if file is not None:
+            return model.quantized(f"{file} {file.stat().st_mtime_ns}", lambda pipe: _of_file(pipe, file))
         if recipe in cookbook.names():
             raise DQError(f"recipe {recipe!r} needs calibration: run it in the Quantize tab, then choose its result")
         raise DQError(f"recipe {recipe[:80]!r} is unknown, {nearest(recipe[:80], self.choices(model.name))}")
@@ -204,6 +208,28 @@ def _saved(pipe, folder: Path):
         raise DQError(f"{folder.name!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
     form.set_progress_bar_config(disable=True)
     return form.to(DEVICE)
+
+
+def _of_file(pipe, file: Path):
+    """A pipeline whose denoiser comes out of a single file, with the codes it has. DQError when it is of another."""
+    name, model = next(iter(api.find_denoisers(pipe).items()))
+    form = copy.copy(pipe)
+    config = {**model.config, "_class_name": type(model).__name__}
+    setattr(form, name, dq.from_file(file, config=config, dtype=DTYPE, progress=False).to(DEVICE))
+    return form
+
+
+def _files(root: Path) -> Iterator[tuple[str, Path]]:
+    """GGUF files at most DEPTH folders below a root: name relative to it, path."""
+    for depth in range(DEPTH + 1):
+        for path in sorted(root.glob("/".join(["*"] * depth + ["*.gguf"]))):
+            if path.is_file() and path.resolve().is_relative_to(root):
+                yield str(path.relative_to(root)), path
+
+
+def _file_below(roots: Sequence[Path], name: str) -> Path | None:
+    """The GGUF file of that name inside one of the roots, else None."""
+    return next((path for root in roots for found, path in _files(root) if found == name), None)
 
 
 def _below(roots: Sequence[Path], name: str) -> Path | None:

@@ -36,6 +36,7 @@ class Blocks(NamedTuple):
 
 
 NAN = 255  # of an exponent byte
+MOST_BYTES = 2**22  # of blocks that are sorted at once
 KEPT = {
     "Q8_0": "int8/group:32",
     "Q4_0": "int4a/group:32",
@@ -52,7 +53,20 @@ KEPT = {
 
 
 def packed(name: str, kind: str, blocks: torch.Tensor, rows: int) -> dict[str, torch.Tensor]:
-    """Packed tensors of a layer from the bytes uint8 (blocks, size) of its rows. DQError as `Stored.packed`."""
+    """Packed tensors of a layer from the bytes uint8 (blocks, size) of its rows. DQError as `Stored.packed`.
+
+    Some rows at a time: codes take ten times their bytes while they are sorted.
+    """
+    each = len(blocks) // rows
+    step = max(1, MOST_BYTES // (each * blocks.shape[1]))
+    parts = [
+        _packed(name, kind, blocks[at * each : (at + step) * each], min(step, rows - at))
+        for at in range(0, rows, step)
+    ]
+    return parts[0] if len(parts) == 1 else {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def _packed(name: str, kind: str, blocks: torch.Tensor, rows: int) -> dict[str, torch.Tensor]:
     plan = TensorPlan.parse(KEPT[kind])
     if kind == "MXFP4":
         return _micro(name, blocks, rows)

@@ -22,6 +22,7 @@ from dq.errors import DQError
 from eval import metrics
 from pipelines import tiny
 from tests.app import app_folders
+from tests.bridges import written
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,23 @@ def test_a_quantized_pipeline_is_refused_as_an_original(places, tmp_path):
         assert form.vae is model.pipe.vae and models.layers.packed_layers(form.unet)
     with shelf.borrow("tiny-pixart") as model, pytest.raises(DQError, match="has a unet"):
         shelf.form(model, "small")
+
+
+def test_a_gguf_file_below_the_roots_is_a_form_of_its_model(places, tmp_path):
+    pipe = tiny.load("tiny-pixart")
+    state = written.named(pipe.transformer, False)
+    written.file(tmp_path / "pixart.gguf", state, "Q8_0", "pixart")
+    (tmp_path / "theirs.gguf").symlink_to(places["secret"] / "nobody.gguf")
+    shelf = models.Shelf([tmp_path], places["made"])
+    assert "pixart.gguf" in shelf.choices("tiny-pixart") and "theirs.gguf" not in shelf.choices("tiny-pixart")
+    with shelf.borrow("tiny-pixart") as model:
+        form = shelf.form(model, "pixart.gguf")
+        layers = models.layers.packed_layers(form.transformer)
+        assert form.vae is model.pipe.vae and {str(layer.plan.weight) for layer in layers.values()} == {
+            "int8/group:32"
+        }
+    with shelf.borrow("tiny-sd") as model, pytest.raises(DQError, match=r"pixart.gguf' lacks tensor"):
+        shelf.form(model, "pixart.gguf")
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,15 @@ def test_every_code_decodes_to_the_bits_of_the_library(kind, seed):
     assert torch.equal(packed(kind, raw), truth) and truth.std() > 0
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K"])
+def test_rows_are_sorted_some_at_a_time(kind, monkeypatch):
+    raw = raw_blocks(kind)
+    whole = blocks.packed("layer", kind, torch.from_numpy(raw), ROWS)
+    monkeypatch.setattr(blocks, "MOST_BYTES", 2500)
+    parts = blocks.packed("layer", kind, torch.from_numpy(raw), ROWS)
+    assert all(torch.equal(parts[key], whole[key]) for key in whole)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in blocks.KEPT if kind != "MXFP4"])
 def test_blocks_of_scale_zero_are_the_smallest_value_or_zero(kind):
     raw = raw_blocks(kind)
