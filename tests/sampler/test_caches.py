@@ -140,6 +140,37 @@ def test_a_cached_model_compiles_block_by_block():
     torch._dynamo.reset()
 
 
+def test_an_offloaded_model_has_its_cache():
+    wanted, model = run(quantized("int8+interval:2")), quantized("int8+interval:2")
+    here = torch.device("cpu")
+    model.enable_group_offload(onload_device=here, offload_device=here, offload_type="leaf_level")
+    assert all(same(run(model), wanted))
+
+
+def test_an_interval_has_no_mates_in_its_batch():
+    model, entry = quantized("int8+interval:2"), zoo.ENTRIES[PIXART]
+
+    def rows(keep):
+        outputs = []
+        for step in STEPS[:2]:
+            inputs = entry.inputs(torch.Generator().manual_seed(0), model.dtype) | {"timestep": torch.full((2,), step)}
+            inputs = zoo.moved(inputs, torch.device("cpu"))
+            cut = {k: _rows(v, keep) for k, v in inputs.items()}
+            with torch.no_grad():
+                outputs.append(zoo.tensors_in(model(**cut))[0])
+        model._reset_stateful_cache()
+        return outputs
+
+    for both, alone in zip(rows(slice(0, 2)), rows(slice(0, 1)), strict=True):
+        torch.testing.assert_close(both[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+def _rows(value, keep):
+    if isinstance(value, torch.Tensor):
+        return value[keep]
+    return {k: _rows(v, keep) for k, v in value.items()} if isinstance(value, dict) else value
+
+
 def test_lora_and_a_cache_go_together():
     peft = pytest.importorskip("peft")
     model = quantized("int8+interval:2", FLUX)
