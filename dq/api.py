@@ -120,8 +120,9 @@ def _stages(models: Mapping, plans: dict[str, Plan], job: _Job):
         return None
     from dq import stages
 
-    mine = {part: model for part, (model, recipe) in models.items() if recipe is job.wanted}
-    return stages.Stages(job.target, mine, plans, job.wanted, job.calibration, job.budget, job.progress)
+    wanted: Any = job.wanted
+    mine = {part: model for part, (model, recipe) in models.items() if recipe is wanted}
+    return stages.Stages(job.target, mine, plans, wanted, job.calibration, job.budget, job.progress)
 
 
 def explore(target, recipe: str | Recipe, calibration=None, *, wish=None, keep=(), progress: bool = True):
@@ -327,6 +328,7 @@ def _for_data_free(target, name: str, calibration, budget, tune):
         return capturing.Calibration(samples=BUDGET_SAMPLES)
     if tune is not None:
         raise DQError("tune: a bare model needs runs to learn from; pass calibration=a function that runs it")
+    assert budget is not None, "one of them was given"
     needs = budget.ms_per_step is not None or budget.act_bits is not None or budget.thirds or budget.scope == "peak"
     if needs or budget.metric not in ("trajectory", "prediction"):
         raise DQError(

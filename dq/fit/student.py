@@ -50,7 +50,8 @@ class Student:
         self.stacks = {n: p for n, p in subject.packed.items() if isinstance(p, PackedStack)}
         self.layers: dict[str, Trainable] = {}
         pattern = re.compile("|".join(f"(?:{each})" for each in tune.layers)) if tune.layers else None
-        for name, packed in subject.packed.items():
+        layers: Mapping[str, Any] = subject.packed
+        for name, packed in layers.items():
             if name not in self.stacks:
                 packed.clock = self.clock if packed.plan.steps > 1 or packed.plan.late else packed.clock
                 parts = tune.parts if pattern is None or pattern.match(name) else ()

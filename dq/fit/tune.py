@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
+from typing import Any
 
 from dq.errors import DQError, nearest
 from dq.plan import Plan, Recipe
 
 PARTS = ("weights", "scales", "branch", "bias", "smooth", "act")
 INSTEAD = ("lowrank",)  # ways to move rounding that stand in for "weights"
-LOSSES = ("guided", "plain")
+LOSSES = ("plain", "guided")
 PRECISIONS = ("auto", "fp32", "bf16")
 MOST_UPDATES, MOST_RUNS = 1_000_000, 10_000
 
@@ -41,7 +42,7 @@ class Tune:
     rank       of the updates of "lowrank"
     aware      rates of weights count in steps of each layer; False: in weights of all layers alike, as a control
     layers     patterns, matched from the start of layer names, of those that are tuned; none: all
-    loss       "guided": of the prediction as guidance combines it, where one call holds both halves; "plain": of both
+    loss       "plain": of the prediction; "guided": as guidance combines it, where one call holds both halves
     rate       all learning rates times this
     precision  of the products: "bf16", "fp32", or "auto": bf16 on GPUs that have it
     checkpoint activations of a block are computed again on the way back: None where memory asks for it
@@ -58,7 +59,7 @@ class Tune:
     rank: int = 32
     aware: bool = True
     layers: tuple[str, ...] = ()
-    loss: str = "guided"
+    loss: str = "plain"
     rate: float = 1.0
     precision: str = "auto"
     checkpoint: bool | None = None
@@ -94,7 +95,9 @@ class Tune:
     @classmethod
     def of(cls, fields: Mapping, given: Tune | None = None) -> Tune:
         """The tuning of a recipe; with one that the user gave, for as long, from as much, and stopped by the same."""
-        own = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+        own: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
+        }
         made = cls(**own)
         if given is None:
             return made

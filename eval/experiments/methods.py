@@ -178,7 +178,7 @@ ENTRIES = (
     Entry("svdquant-int4-late8, early instead", "svdquant-int4-late8", fields=EARLY8),
     Entry("svdquant-int4 tuned", "svdquant-int4", tune={"minutes": 20}, against="svdquant-int4"),
     Entry("svdquant-int4 tuned, codes kept", "svdquant-int4", tune={"minutes": 20, "parts": CODES_KEPT}),
-    Entry("svdquant-int4 tuned, plain loss", "svdquant-int4", tune={"minutes": 20, "loss": "plain"}),
+    Entry("svdquant-int4 tuned, guided loss", "svdquant-int4", tune={"minutes": 20, "loss": "guided"}),
     *_with_tuning_changed("efficientdm-w4a4", "with one rate for all", aware=False),
     *_with_tuning_changed("efficientdm-w4a8", "with one rate for all", aware=False),
     Entry("plain of svdquant-int4, smaller groups", "svdquant-int4", plain=True, weights=INT4_MORE),

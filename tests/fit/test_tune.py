@@ -232,7 +232,7 @@ def untuned(recipe="int4-weight"):
 def test_a_tuned_recipe_is_nearer_at_the_same_bytes_and_kernels(recipe):
     (untuned_pipe, plain), (pipe, report) = untuned(recipe), tuned(recipe=recipe)
     found = report.tuned["transformer"]
-    gain = {"int4-weight": 1.0, "svdquant-int4": 0.1}[recipe]  # rounded activations of random weights leave no more
+    gain = {"int4-weight": 1.0, "svdquant-int4": 0.05}[recipe]  # rounded activations of random weights leave no more
     assert found["after_db"] > found["before_db"] + gain and found["updates"] == 40
     assert report.bytes_after == plain.bytes_after
     kept = [(row.name, row.weight, row.act, row.rank, row.bytes, row.kernel) for row in report.layers]
