@@ -3,9 +3,9 @@
 `svdquant-int4` under a budget of mean input bits, 4 or 8 for each layer: in one format for all steps, and in one for
 each third of them; weights of both have 4 bits, and the budget BITS. Beside it formats of the steps alone, the same in
 all layers: those that a beam search over the steps finds (as AdaTSQ, arXiv 2602.09883, searches timesteps: the state
-is kept along the run, candidates are the widths of the next step, and those whose latents are nearest to those of the
-full-precision run go on), and 8 bits in the last or first steps. All are fitted alike. Figures are noise SQNR by thirds
-of the steps and PSNR of the held-out prompts; printed.
+is kept along the run, candidates are the widths of the next step, those whose latents are nearest to those of the
+full-precision run go on), and 8 bits in the last or first steps. All are fitted alike. Printed: noise SQNR by thirds,
+and PSNR of the held-out prompts.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ WAYS = ("one format", "by thirds", "beam", "late", "early")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=["tiny-pixart"], choices=tiny.NAMES)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--prompts", type=int, default=64)
@@ -59,13 +60,13 @@ def measure(model: str, way: str, options) -> dict:
     seen = methods.calibration(model, entry, options)
     if way in ("one format", "by thirds"):
         limits = {"bits": BITS, "act_bits": options.act_bits, "metric": options.metric}
-        recipe = cookbook.get(RECIPE)
+        recipe = _recipe()
         recipe = replace(recipe, options={**recipe.options, "choices": (recipe.linear[0],)})
         budget = Budget(**limits, thirds=way == "by thirds")
         report = dq.quantize(pipe, recipe, calibration=seen, budget=budget, progress=False)
     else:
         report = dq.quantize(pipe, _of_steps(model, way, options, seen), calibration=seen, progress=False)
-    plan = mark.plan_of(getattr(pipe, denoiser(pipe)))
+    plan: Any = mark.plan_of(getattr(pipe, denoiser(pipe)))
     figures = methods.compare(pipe, model, options) | {"bytes": report.bytes_after, "switch": plan.switch}
     return methods.rounded(figures | {"formats": _formats(plan), "notes": report.notes})
 
@@ -85,9 +86,15 @@ def _of_steps(model: str, way: str, options, seen) -> dq.Recipe:
     return recipe_of(found_by_beam(model, wide, seen) if way == "beam" else pattern)
 
 
+def _recipe() -> dq.Recipe:
+    found = cookbook.get(RECIPE)
+    assert isinstance(found, dq.Recipe)
+    return found
+
+
 def recipe_of(pattern: Sequence[bool]) -> dq.Recipe:
     """`svdquant-int4` with 8-bit inputs in the steps of a pattern."""
-    recipe, steps = cookbook.get(RECIPE), len(pattern)
+    recipe, steps = _recipe(), len(pattern)
     narrow = recipe.linear[1]
     starts = [step for step in range(1, steps) if pattern[step] != pattern[step - 1]]
     formats = [WIDE if pattern[step] else narrow for step in (0, *starts)]
@@ -113,7 +120,9 @@ def found_by_beam(model: str, wide: int, seen) -> tuple[bool, ...]:
     def choose(found: torch.Tensor) -> torch.Tensor:
         rows = found.reshape(2 * slots, len(prompts), *found.shape[1:])
         errors = (rows - truth[len(kept[0])]).flatten(1).square().sum(1).tolist()
-        paths = {(*kept[slot % slots], slot >= slots): slot for slot in reversed(range(2 * slots))}
+        paths: dict[tuple[bool, ...], int] = {
+            (*kept[slot % slots], slot >= slots): slot for slot in reversed(range(2 * slots))
+        }
         best: dict[int, tuple[bool, ...]] = {}
         for path in sorted(paths, key=lambda path: errors[paths[path]]):
             if sum(path) <= wide <= sum(path) + steps - len(path):
@@ -159,8 +168,9 @@ def _stepping(pipe, choose: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[
 @contextmanager
 def _in_both_widths(model, half: int) -> Iterator[None]:
     """The first `half` rows of each guidance branch in the first phase's formats, the others in the last's."""
-    layers = [layer for layer in packed_layers(model).values() if getattr(layer.plan, "late", ())]
-    ticking, plain = layers[0].clock, type(model).forward
+    layers: list[Any] = [layer for layer in packed_layers(model).values() if layer.plan.late]
+    ticking, plain, plan = layers[0].clock, type(model).forward, mark.plan_of(model)
+    assert plan is not None
 
     def forward(*args, **kwargs):
         found = []
@@ -176,7 +186,7 @@ def _in_both_widths(model, half: int) -> Iterator[None]:
         yield
     finally:
         del model.forward
-        clock.attach(model, ticking, mark.plan_of(model).timestep)
+        clock.attach(model, ticking, plan.timestep)
 
 
 if __name__ == "__main__":
