@@ -189,13 +189,17 @@ def test_the_file_format_has_every_tensor():
     assert named == {"weight", "scale", "bias", *packed.OPTIONAL}
 
 
+# not DQConfig's to override: names, and what takes data
+_NOT_CONFIGS = {"name", "method", "options", "status", "sampler", "late", "switch"}
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "elsewhere"),
     [
         (dq.Calibration, "guide/calibrate", set()),
         (dq.Budget, "guide/budget", set()),
         (dq.Tune, "guide/tuning", set()),
-        (Recipe, "guide/load_time", {"name", "method", "options", "status", "sampler"}),  # not DQConfig's to override
+        (Recipe, "guide/load_time", _NOT_CONFIGS),
     ],
 )
 def test_a_page_has_every_argument_of_what_users_make(kind, name, elsewhere):
