@@ -18,6 +18,7 @@ CACHED = "ptq4dm-w8a8+interval:2"
 ROWS = (  # recipe, policy of its calibration
     ("int8", ""),
     ("int8+interval:2", ""),
+    ("int8+interval:2+qandc", "stratified"),
     ("int8+firstblock:0.08", ""),
     ("int8+taylorseer:2", ""),
     ("ptq4dm-w8a8", "stratified"),
