@@ -170,7 +170,8 @@ def explain(target) -> Report:
     recipe = ", ".join(dict.fromkeys(mark.plan_of(model).recipe for model in models.values()))
     plans = {part: mark.plan_of(model) for part, model in models.items()}
     report = Report(explaining.with_kernels(rows, models), before, parameter_bytes(*models.values()), 0.0, recipe)
-    report.notes += explaining.step_notes(plans) + scheduling.lines(target, scheduling.found_in(plans.values()))
+    known = {part: plan for part, plan in plans.items() if plan is not None}
+    report.notes += explaining.step_notes(known) + scheduling.lines(target, scheduling.found_in(plans.values()))
     for part, model in models.items():
         lines = [*scheduling.cache_lines(model, plans[part]), *fusions.notes(model), *explaining.speed_notes(model)]
         report.notes += [f"{part or 'model'}: {line}" for line in lines]

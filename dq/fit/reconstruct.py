@@ -124,7 +124,9 @@ def load(seen: Seen, settings: Settings, device: torch.device) -> list[UnitCall]
             picked.append(call)
         if len(picked) > settings.most:
             picked, stride = picked[::2], 2 * stride
-    return [UnitCall(*send_to_device((c.args, c.kwargs, c.output), device), c.bucket, c.phase) for c in picked]
+    moved = [send_to_device((call.args, call.kwargs, call.output), device) for call in picked]
+    pairs = zip(moved, picked, strict=True)
+    return [UnitCall(args, kwargs, output, call.bucket, call.phase) for (args, kwargs, output), call in pairs]
 
 
 def divide(calls: Sequence[UnitCall], held: float, seed: int) -> tuple[list[UnitCall], list[UnitCall]]:

@@ -122,7 +122,8 @@ class Replay:
                 raise DQError(
                     f"unit {unit.name!r} has no planned layer {name!r}, expected some of {list(unit.layers)}"
                 )
-            if layer.plan.steps > 1 or layer.plan.late:
+            plan: Any = layer.plan
+            if plan.steps > 1 or plan.late:
                 layer.clock = self.clock
             if name != unit.name:
                 own[naming.place(unit.module, name.removeprefix(f"{unit.name}."))] = layer
