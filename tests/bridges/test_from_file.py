@@ -241,3 +241,21 @@ def test_the_command_line_takes_a_file_with_the_pipeline_it_belongs_to(tmp_path,
     assert "--pipeline goes with a single file" in line
     assert "does not say what model it is of" in refused(monkeypatch, capsys, "quantize", file, *fresh)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_fitted_recipe_takes_a_file_as_it_takes_its_decoded_model(tmp_path, monkeypatch):
+    source, short = "pipelines/tiny/tiny-pixart", ("--steps", 1, "--samples", 2, "--dtype", "fp32")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(source)
+    file = written.file(tmp_path / "pix.gguf", written.named(pipe.transformer, False), "Q8_0", "pixart")
+    words = ("quantize", file, "--recipe", "gptq-int4-weight", "--pipeline", source, *short, "--out", tmp_path / "out")
+    assert run(monkeypatch, *words) == 0
+    pipe.transformer = dq.from_file(file, None, config=pipe.transformer.config, progress=False)
+    pipe.save_pretrained(tmp_path / "plain")
+    words = ("quantize", tmp_path / "plain", "--recipe", "gptq-int4-weight", *short, "--out", tmp_path / "same")
+    assert run(monkeypatch, *words) == 0
+    made, same = (diffusers.DiffusionPipeline.from_pretrained(tmp_path / name).transformer for name in ("out", "same"))
+    layers = packed_layers(made)
+    assert {str(layer.plan.weight) for layer in layers.values()} >= {
+        "int4/group:64"
+    } and layers.keys() == packed_layers(same).keys()
+    assert all(torch.equal(value, same.state_dict()[name]) for name, value in made.state_dict().items())
