@@ -12,8 +12,7 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +28,7 @@ from dq.budget.predictions import BUCKETS, Predictions
 from dq.fit import lowrank, rounding
 from dq.fit.drafts import draft
 from dq.fit.smooth import put_branch
+from dq.fit.student import frozen
 from dq.layers import naming, pack
 from dq.plan import LayerPlan
 from dq.trace.records import Store
@@ -95,19 +95,6 @@ def backward(value: torch.Tensor, signs: torch.Generator) -> None:
     """Backpropagate from the sum of a tensor's entries under random signs."""
     drawn = torch.randint(0, 2, value.shape, generator=signs).to(value) * 2 - 1
     (value * drawn).sum().backward()
-
-
-@contextmanager
-def frozen(models: Sequence[nn.Module]) -> Iterator[None]:
-    """No parameter asks for a gradient while the block runs."""
-    wanted = {value: value.requires_grad for model in models for value in model.parameters()}
-    for value in wanted:
-        value.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for value, before in wanted.items():
-            value.requires_grad_(before)
 
 
 @dataclass

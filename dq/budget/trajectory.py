@@ -26,6 +26,7 @@ from dq.budget.margins import Listener
 from dq.budget.predictions import BUCKETS
 from dq.budget.sensitivity import Errors
 from dq.errors import DQError
+from dq.fit.student import frozen
 from dq.trace.records import Store
 from dq.trace.running import Runner, Steps, timestep_reader
 from dq.trace.units import replaced
@@ -80,7 +81,7 @@ def _walk(runner: Runner, run: int, models: Mapping, listeners: Mapping, signs: 
     """One run forward and back."""
     parts = [part for part in runner.pipe.components.values() if isinstance(part, nn.Module)]
     with ExitStack() as stack:
-        stack.enter_context(sensitivity.frozen(parts))
+        stack.enter_context(frozen(parts))
         steps = Steps()  # of all denoisers: two may take turns in a run
         calls = {part: _Again(part, model, listeners[part], steps) for part, model in models.items()}
         stack.enter_context(replaced({models[part]: call for part, call in calls.items()}))

@@ -26,6 +26,7 @@ from dq.layers.clock import Clock
 from dq.plan import Plan
 from dq.trace import units
 from dq.trace.pairs import Pair
+from dq.trace.running import kept_modes
 from dq.trace.units import replaced, tensors_in
 
 
@@ -83,12 +84,12 @@ class Student:
         if self.again:
             blocks = [self.model.get_submodule(n) for n in units.candidates(self.model, families.of(self.model))]
             forwards |= {block: _again(block.forward) for block in blocks if block not in forwards}
-        with _evaluating(self.model), _decoded(self.model, self.stacks), replaced(forwards), _frozen(self.model):
+        with self.evaluating(), _decoded(self.model, self.stacks), replaced(forwards), frozen([self.model]):
             yield
 
     def evaluating(self) -> contextlib.AbstractContextManager:
         """The model in evaluation mode inside."""
-        return _evaluating(self.model)
+        return kept_modes({self.subject.name: self.model})
 
     def answer(self, pair: Pair, short: bool = False) -> Any:
         """What the student answers; `short`: with products in bf16."""
@@ -112,26 +113,16 @@ def _again(forward: Callable) -> Callable:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def frozen(models: Sequence[nn.Module]) -> Iterator[None]:
+    """No parameter asks for a gradient while the block runs."""
+    wanted = {value: value.requires_grad for model in models for value in model.parameters()}
+    for value in wanted:
+        value.requires_grad_(False)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    flags = [(value, value.requires_grad) for value in model.parameters()]
-    try:
-        for value, _ in flags:
-            value.requires_grad_(False)
-        yield
-    finally:
-        for value, flag in flags:
-            value.requires_grad_(flag)
+        for value, before in wanted.items():
+            value.requires_grad_(before)
 
 
 @contextlib.contextmanager

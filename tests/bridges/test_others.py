@@ -20,6 +20,7 @@ from pipelines import tiny
 from tests import models
 from tests.bridges import written
 from tests.bridges.test_from_file import decibels
+from tests.export.test_nunchaku_lite import call
 from tests.test_cli import run
 
 
@@ -33,14 +34,6 @@ def lite(tmp_path_factory):
     (home / "lite").mkdir()
     nunchaku_lite.write(home / "dq", home / "lite")
     return pipe.transformer, home / "lite" / "transformer"
-
-
-def call(model) -> torch.Tensor:
-    dice = torch.Generator().manual_seed(3)
-    latents = torch.randn(2, 4, 16, 16, generator=dice).to(torch.bfloat16)
-    text = torch.randn(2, 8, 128, generator=dice).to(torch.bfloat16)
-    with torch.no_grad():
-        return model(latents, text, timestep=torch.tensor([300, 700]), return_dict=False)[0].float()
 
 
 def test_a_nunchaku_lite_checkpoint_keeps_its_codes_scales_and_branch(lite, tmp_path, monkeypatch):

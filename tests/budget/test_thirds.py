@@ -19,6 +19,7 @@ from dq.fit import phases
 from dq.fit.phases import Schedule
 from dq.host import mark
 from dq.plan import LayerPlan, Plan, TensorPlan
+from tests.fit.test_phases import Denoiser, loop
 
 INT4, INT8 = TensorPlan.parse("int4/group:64"), TensorPlan.parse("int8/token")
 LAYER = LayerPlan("linear", (48, 64), TensorPlan.parse("int4/group:64"), INT4)
@@ -121,30 +122,11 @@ def test_budgets_that_cannot_be_kept_are_refused(limits, recipe, message):
         dq.quantize(nn.Sequential(nn.Linear(64, 64)), recipe, budget=Budget(**limits), calibration=calibration)
 
 
-class Denoiser(nn.Module):
-    """sample (batch, tokens, 64), timestep -> the same; inputs of the last steps have loud channels."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.blocks = nn.Linear(64, 64), nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
-
-    def forward(self, sample, timestep):
-        loud = torch.ones(64).index_fill(0, torch.arange(0, 64, 16), 30.0)
-        x = self.first(sample) * torch.where(timestep.reshape(-1, 1, 1) < 300, loud, torch.ones(64))
-        for block in self.blocks:
-            x = x + block(x)
-        return x
-
-
-def loop(model) -> None:
-    draw = torch.Generator().manual_seed(1)
-    for time in range(950, 0, -100):
-        model(torch.randn(2, 16, 64, generator=draw), torch.full((2,), float(time)))
+LOUD = {"width": 64, "blocks": 3, "channels": tuple(range(0, 64, 16)), "gain": 30.0}
 
 
 def test_a_budget_of_thirds_gives_a_fitted_model_that_switches(tmp_path):
-    model, budget = Denoiser(), Budget(act_bits=5.5, thirds=True, metric="prediction")
+    model, budget = Denoiser(**LOUD), Budget(act_bits=5.5, thirds=True, metric="prediction")
     report = dq.quantize(model, "svdquant-int4", calibration=loop, budget=budget, progress=False)
     plan = mark.plan_of(model)
     assert plan.switch == (700.0, 300.0)  # 10 steps: 3, 4 and 3
@@ -153,6 +135,6 @@ def test_a_budget_of_thirds_gives_a_fitted_model_that_switches(tmp_path):
     assert any("bits per input" in note for note in report.notes)
     x = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(2))
     dq.save(model, tmp_path)
-    again = dq.load(tmp_path, Denoiser())
+    again = dq.load(tmp_path, Denoiser(**LOUD))
     for time in (900.0, 450.0, 50.0):
         assert torch.equal(again(x, torch.full((2,), time)), model(x, torch.full((2,), time)))

@@ -144,16 +144,17 @@ def test_a_search_changes_the_format_of_its_own_bits_in_whatever_phase():
 
 
 class Denoiser(nn.Module):
-    """sample (batch, tokens, 32), t -> the same; late inputs have one loud channel."""
+    """sample (batch, tokens, width), t -> the same; late inputs have loud channels."""
 
-    def __init__(self):
+    def __init__(self, width: int = 32, blocks: int = 2, channels: tuple[int, ...] = (3,), gain: float = 40.0):
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.blocks = nn.Linear(32, 32), nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+        self.first = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.loud = torch.ones(width).index_fill(0, torch.tensor(channels), gain)
 
     def forward(self, sample, timestep):
-        loud = torch.ones(32).index_fill(0, torch.tensor(3), 40.0)
-        x = self.first(sample) * torch.where(timestep.reshape(-1, 1, 1) < 300, loud, torch.ones(32))
+        x = self.first(sample) * torch.where(timestep.reshape(-1, 1, 1) < 300, self.loud, torch.ones_like(self.loud))
         for block in self.blocks:
             x = x + block(x)
         return x
@@ -162,7 +163,7 @@ class Denoiser(nn.Module):
 def loop(model) -> None:
     draw = torch.Generator().manual_seed(1)
     for time in range(950, 0, -100):
-        model(torch.randn(2, 16, 32, generator=draw), torch.full((2,), float(time)))
+        model(torch.randn(2, 16, len(model.loud), generator=draw), torch.full((2,), float(time)))
 
 
 def test_a_fitted_model_switches_after_its_calibrated_steps_and_comes_back_from_disk(tmp_path):

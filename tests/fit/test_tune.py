@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
 import zlib
 from dataclasses import replace
 
@@ -26,6 +24,7 @@ from dq.trace import pairs
 from dq.trace.calibration import Calibration
 from dq.trace.pairs import Pair
 from tests.models import same_state
+from tests.shared import ran
 
 WEIGHTS = (
     "int4/group:16",
@@ -427,24 +426,8 @@ def shared_work(rank: int, size: int, port: int, folder) -> None:
     torch.save(found, folder / f"out{rank}")
 
 
-def ran(size: int, folder) -> list[dict]:
-    """-> what each of some processes had in the end."""
-    folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    started = [context.Process(target=shared_work, args=(rank, size, port, folder)) for rank in range(size)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(120)
-    assert [process.exitcode for process in started] == [0] * size
-    return [torch.load(folder / f"out{rank}") for rank in range(size)]
-
-
 def test_two_processes_share_the_calls_and_end_with_equal_layers(tmp_path):
-    (alone,), (one, other) = ran(1, tmp_path / "1"), ran(2, tmp_path / "2")
+    (alone,), (one, other) = ran(shared_work, 1, tmp_path / "1"), ran(shared_work, 2, tmp_path / "2")
     assert equal(one["state"], other["state"]) and one["tuned"]["after_db"] == other["tuned"]["after_db"]
     assert one["asked"] + other["asked"] == alone["asked"] and other["asked"] > 0.3 * alone["asked"]
     assert one["tuned"]["after_db"] == pytest.approx(alone["tuned"]["after_db"], abs=0.3)

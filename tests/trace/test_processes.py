@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
 from dataclasses import replace
 
 import pytest
@@ -19,6 +17,7 @@ from dq.layers.memory import ALIGNMENT, aligned
 from dq.trace.calibration import Calibration
 from dq.trace.seen import Needs
 from dq.trace.units import tensors_in
+from tests.shared import ran
 
 RECIPE = "svdquant-int4"
 EVERYTHING = Needs(rows=64, gram=True, absmax=True, calls=True, hat=True)
@@ -109,26 +108,10 @@ def work(rank, size, port, folder):
     torch.save({"state": pipe.transformer.state_dict(), "seen": kept}, folder / f"out{rank}")
 
 
-def ran(size, folder):
-    """-> what each process had in the end."""
-    folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    started = [context.Process(target=work, args=(rank, size, port, folder)) for rank in range(size)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(120)
-    assert [process.exitcode for process in started] == [0] * size
-    return [torch.load(folder / f"out{rank}") for rank in range(size)]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
-    return {size: ran(size, folder / str(size)) for size in ODD}
+    return {size: ran(work, size, folder / str(size)) for size in ODD}
 
 
 @pytest.mark.parametrize("size", [2, 3])

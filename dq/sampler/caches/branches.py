@@ -64,7 +64,8 @@ class Cached:
     def _moment(self, args: tuple, kwargs: dict) -> float | None:
         if self.position is None:
             return None
-        value = kwargs.get(self.timestep) if self.timestep in kwargs else (*args, *[None] * 99)[self.position]
+        given = args[self.position] if self.position < len(args) else None
+        value = kwargs.get(self.timestep, given)
         return None if value is None else float(torch.as_tensor(value).detach().float().amax())
 
 
