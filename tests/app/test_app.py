@@ -252,6 +252,14 @@ class Page:
     def all(self, selector):
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
 
+    def one(self, selector):
+        """The first such element, as soon as it can be used: parts of a page come and fold open late."""
+        return self.wait(lambda: next((found for found in self.all(selector) if found.is_displayed()), None))
+
+    def named(self, selector, name):
+        """The first such element with this text."""
+        return self.wait(lambda: next((found for found in self.all(selector) if found.text.startswith(name)), None))
+
     def text(self, selector="body"):
         return " ".join(found.text for found in self.all(selector))
 
@@ -264,25 +272,25 @@ class Page:
 
     def type(self, selector, text):
         """Replace what a field holds."""
-        field = self.all(selector)[0]
+        field = self.one(selector)
         field.send_keys(Keys.CONTROL, "a")
         field.send_keys(text)
 
     def choose(self, selector, name):
         """Type a name into a list and take it."""
-        field = self.all(f"{selector} input")[0]
+        field = self.one(f"{selector} input")
         self.type(f"{selector} input", name)
         time.sleep(0.3)  # the list is filtered
         field.send_keys(Keys.ENTER)
         self.wait(lambda: field.get_attribute("value") == name)
 
     def press(self, selector):
-        button = self.all(selector)[0]
+        button = self.one(selector)
         self.run("window.scrollTo(0, 0)")
         button.click()
 
     def open(self, tab):
-        next(found for found in self.all("button[role=tab]") if found.text == tab).click()
+        self.named("button[role=tab]", tab).click()
 
     def shown(self, selector):
         """Sizes of the pictures that have arrived there."""
@@ -337,8 +345,7 @@ def test_both_tabs_have_their_buttons_alike(browser, address):
     page = Page(browser, address)
     for tab in ("Compare", "Quantize"):
         page.open(tab)
-        go, stop = (page.all(f"#{tab.lower()}-{name}")[0] for name in ("go", "stop"))
-        page.wait(go.is_displayed)
+        go, stop = (page.one(f"#{tab.lower()}-{name}") for name in ("go", "stop"))
         assert all(abs(go.rect[key] - stop.rect[key]) < 1 for key in ("y", "width", "height")), tab
     page.keep("quantize-tab")
 
@@ -373,7 +380,7 @@ def test_two_users_at_once_each_see_their_own(browser, address):
         browser.switch_to.window(window)
         page.wait(lambda seed=seed: f"seed {seed}" in page.text(".what"))
         page.wait(lambda: len(page.shown("#pair img")) == 2)
-        pictures.add(page.all("#pair img")[0].get_attribute("src"))
+        pictures.add(page.one("#pair img").get_attribute("src"))
         browser.close()
     browser.switch_to.window(first)
     assert len(pictures) == 2
@@ -386,8 +393,7 @@ def test_clips_keep_to_one_clock(browser, address):
     page.choose("#compare-recipe", "int4-weight")
     for label, value in {"Steps": 2, "Width": 32, "Height": 32, "Frames": 9}.items():
         if label == "Width":
-            next(found for found in page.all("button.label-wrap") if found.text.startswith("Size")).click()
-            page.wait(lambda: page.all("input[aria-label='Width']")[0].is_displayed())
+            page.named("button.label-wrap", "Size").click()
         page.type(f"input[aria-label='{label}']", str(value))
     page.press("#compare-go")
     page.wait(lambda: len(page.shown("#clips img")) == 3)
@@ -424,7 +430,7 @@ def test_quantize_in_a_browser(browser, address, downloads):
     page.wait(lambda: "is done" in page.text("#progress"), 120)
     assert "int8/channel" in page.text("#layers")
     for name in ("Plan (JSON)", "Report (JSON)"):
-        next(found for found in page.all("button") if found.text == name).click()
+        page.named("button", name).click()
     page.wait(lambda: {"plan.json", "report.json"} <= {path.name for path in downloads.iterdir()})
     assert len(dq.Plan.load(downloads / "plan.json").layers) == 62
     page.keep("quantize")
