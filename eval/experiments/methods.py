@@ -260,8 +260,16 @@ REASONS: dict[tuple[str, str], str] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--models", nargs="+", default=list(tiny.NAMES), choices=tiny.NAMES)
+    command(__doc__, tiny.NAMES, ENTRIES, FILE, measure)
+
+
+Measure = Callable[[str, Entry, argparse.Namespace], dict]
+
+
+def command(doc: str, models: Sequence[str], entries: Sequence[Entry], file: Path, measured: Measure) -> None:
+    """The command line of a file of such rows; exits with 1 when one could not be measured."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", default=list(models), choices=models)
     parser.add_argument("--rows", nargs="+", default=None, help="names of ENTRIES, all by default")
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--seed", type=int, default=1)
@@ -269,19 +277,22 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="say which rows there are and which are measured")
     options = parser.parse_args()
     kernels_by_rank()
-    known = [entry.name for entry in ENTRIES]
+    known = [entry.name for entry in entries]
     for name in options.rows or []:
         if name not in known:
             parser.error(f"row {name!r} is unknown, expected one of {', '.join(known)}")
-    failed = run(options)
+    for name in options.models:
+        if not tiny.shipped((name,)):
+            parser.error(f"the files of {name} are not in {str(tiny.folder(name))!r}")
+    failed = run(options, entries, file, measured)
     for reason in dict.fromkeys(failed.values()):
         print(f"no row {', '.join(name for name, why in failed.items() if why == reason)}: {reason}", file=sys.stderr)
     sys.exit(1 if failed else 0)
 
 
-def run(options) -> dict[str, str]:
+def run(options, entries: Sequence[Entry], file: Path, measured: Measure) -> dict[str, str]:
     """Measure every row asked for that is neither there nor taken by another process; -> reasons by failed row."""
-    asked = [entry for entry in ENTRIES if entry.name in (options.rows or [entry.name])]
+    asked = [entry for entry in entries if entry.name in (options.rows or [entry.name])]
     asked.sort(key=lambda entry: entry.plain)  # a derived plan waits for the calibrated one
     todo, failed = [], {}
     for model, entry in ((model, entry) for model in options.models for entry in asked if model in entry.models):
@@ -291,24 +302,24 @@ def run(options) -> dict[str, str]:
             failed[f"{model} {entry.name}"] = str(error)
     for row, entry in tqdm(todo, desc="rows", disable=options.list):
         if options.list:
-            print(f"{row['model']:12} {entry.name:44} {'measured' if _there(row) else 'to do'}")
-        elif options.again or not _there(row):
-            _take(row, entry, options, failed)
+            print(f"{row['model']:12} {entry.name:44} {'measured' if _there(row, file) else 'to do'}")
+        elif options.again or not _there(row, file):
+            with claimed(f"{row['model']} {row['row']}", wait=False) as mine:
+                if mine and (options.again or not _there(row, file)):
+                    failed |= _added(row, entry, options, file, measured)
     return failed
 
 
-def _take(row: dict, entry: Entry, options, failed: dict[str, str]) -> None:
-    with claimed(f"{row['model']} {row['row']}", wait=False) as mine:
-        if not mine or (_there(row) and not options.again):
-            return
-        try:
-            row |= measure(row["model"], entry, options) | rows.stamp()
-        except dq.DQError as error:
-            failed[f"{row['model']} {row['row']}"] = str(error)
-            return
-        with claimed("rows"):
-            rows.add(FILE, row, ("model", "row"))
-        tqdm.write(f"{row['model']} {row['row']}: {row['psnr_db']:.2f} dB, accuracy {row['caption_accuracy']:.3f}")
+def _added(row: dict, entry: Entry, options, file: Path, measured: Measure) -> dict[str, str]:
+    try:
+        row |= measured(row["model"], entry, options) | rows.stamp()
+    except dq.DQError as error:
+        return {f"{row['model']} {row['row']}": str(error)}
+    with claimed("rows"):
+        rows.add(file, row, ("model", "row"))
+    shown = "caption_accuracy" if "caption_accuracy" in row else "motion_accuracy"
+    tqdm.write(f"{row['model']} {row['row']}: {row['psnr_db']:.2f} dB, {shown.replace('_', ' ')} {row[shown]:.3f}")
+    return {}
 
 
 def identity(model: str, entry: Entry, options) -> dict:
@@ -317,8 +328,8 @@ def identity(model: str, entry: Entry, options) -> dict:
     return row | {"weights": fingerprint(model), "version": version(entry)}
 
 
-def _there(row: dict) -> bool:
-    return any(all(old.get(key) == row[key] for key in KEYS) for old in rows.read(FILE))
+def _there(row: dict, file: Path) -> bool:
+    return any(all(old.get(key) == row[key] for key in KEYS) for old in rows.read(file))
 
 
 def measure(model: str, entry: Entry, options) -> dict:

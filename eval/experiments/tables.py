@@ -67,9 +67,22 @@ def speed(found: list[dict]) -> list[str]:
 def methods(found: list[dict]) -> list[str]:
     """Markdown lines of the table of methods, and why a row does not beat what it is set against."""
     # imported here: only this table needs the recipes
-    from eval.experiments.methods import ENTRIES, REASONS, version
+    from eval.experiments.methods import ENTRIES, REASONS
 
-    entries = {entry.name: entry for entry in ENTRIES}
+    return _against(found, ENTRIES, REASONS)
+
+
+def few_steps(found: list[dict]) -> list[str]:
+    """The same of the students of few steps."""
+    from eval.experiments.few_steps import ENTRIES, REASONS
+
+    return _against(found, ENTRIES, REASONS)
+
+
+def _against(found: list[dict], rivals, reasons: Mapping[tuple[str, str], str]) -> list[str]:
+    from eval.experiments.methods import version
+
+    entries = {entry.name: entry for entry in rivals}
     order = list(entries)
     known = [row for row in found if row["row"] in entries]
     values = {(row["model"], row["row"], row["prompts"]): row["psnr_db"] for row in known}
@@ -80,7 +93,7 @@ def methods(found: list[dict]) -> list[str]:
         gain = None if rival is None else row["psnr_db"] - rival
         cells.append(_method_cells(row, gain, row["version"] != version(entry)))
         if gain is not None and gain <= 0:
-            reason = REASONS.get((row["model"], row["row"]), "no reason known")
+            reason = reasons.get((row["model"], row["row"]), "no reason known")
             below.append(f"- `{row['row']}` on {row['model']} does not beat {entry.against}: {reason}")
     head = ["model", "row", "bits", "PSNR to fp32, dB (gain)", "feature distance", "caption accuracy"]
     head += ["noise SQNR early / middle / late, dB", "size", "branch", "seconds", "kernel"]
@@ -259,6 +272,16 @@ def _methods() -> str:
     return _with(methods(found), asked, _where(found))
 
 
+def _few_steps() -> str:
+    found = _read("few_steps")
+    if not found:
+        return NOT_YET
+    asked = (
+        f"{found[0]['prompts']} held-out prompts, seed {found[0]['seed']}, 4 steps, 32 other prompts to calibrate on."
+    )
+    return _with(few_steps(found), asked, _where(found))
+
+
 def _budgets() -> str:
     found = [row for row in _read("mixed") if "psnr_db" in row]
     return _with(budgets(found), f"{found[0]['prompts']} held-out prompts, 20 steps.", _where(found))
@@ -334,6 +357,7 @@ def tables() -> dict[str, tuple[Path, Callable[[], str]]]:
             "quality": {"quality": _quality},
             "methods": {"methods": _methods, "insights": _insights},
             "video": {"video": _video},
+            "few_steps": {"few_steps": _few_steps},
             "budgets": {"budgets": _budgets},
             "speed": {"speed": _speed, "pipelines": _pipelines, "layers": _layers, "peers": _peers},
             "memory": {"memory": _memory, "calibration": _calibration},

@@ -7,17 +7,12 @@ what the recipe's own plan quantizes; that of the budget gives all weights 5 bit
 one by one, and are kept while weights, code, prompts and seed are the same, so that a stopped run goes on.
 """
 
-import argparse
-import sys
-
 import torch
-from tqdm import tqdm
 
 import dq
 from eval import timing
 from eval.experiments import methods, rows
 from eval.experiments.methods import Entry
-from eval.static import kernels_by_rank
 from pipelines import tiny
 
 FILE = rows.FOLDER / "video.json"
@@ -46,43 +41,17 @@ ENTRIES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", nargs="+", default=None, choices=[entry.name for entry in ENTRIES])
-    parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    if not tiny.shipped((MODEL,)):
-        parser.error(f"the files of {MODEL} are not in {str(tiny.folder(MODEL))!r}")
-    kernels_by_rank()
-    sys.exit(1 if run(options) else 0)
+    methods.command(__doc__, tiny.VIDEOS, ENTRIES, FILE, measure)
 
 
-def run(options) -> list[str]:
-    """Measure the rows asked for that are not there; -> those that could not be."""
-    failed = []
-    for entry in tqdm([entry for entry in ENTRIES if entry.name in (options.rows or [entry.name])], desc="rows"):
-        row = methods.identity(MODEL, entry, options)
-        if any(all(old.get(key) == value for key, value in row.items()) for old in rows.read(FILE)):
-            continue
-        try:
-            row |= measure(entry, options) | rows.stamp()
-        except dq.DQError as error:
-            failed.append(entry.name)
-            tqdm.write(f"no row {entry.name}: {error}")
-            continue
-        rows.add(FILE, row, ("model", "row"))
-        tqdm.write(f"{entry.name}: {row['psnr_db']:.2f} dB, motion accuracy {row['motion_accuracy']:.3f}")
-    return failed
-
-
-def measure(entry: Entry, options) -> dict:
+def measure(model: str, entry: Entry, options) -> dict:
     """The figures of one row."""
-    plan = methods.plain_plan(MODEL, entry, options) if entry.plain else None
-    pipe = tiny.load(MODEL)
-    figures = {"fp32_ms_per_step": ms_per_step(pipe)} | methods.quantized(pipe, MODEL, entry, options, plan)
+    plan = methods.plain_plan(model, entry, options) if entry.plain else None
+    pipe = tiny.load(model)
+    figures = {"fp32_ms_per_step": ms_per_step(pipe)} | methods.quantized(pipe, model, entry, options, plan)
     emulated = any(row.emulated for row in dq.explain(pipe).layers)
     figures["ms_per_step"] = None if emulated else ms_per_step(pipe)
-    return methods.rounded(figures | methods.compare(pipe, MODEL, options))
+    return methods.rounded(figures | methods.compare(pipe, model, options))
 
 
 def ms_per_step(pipe) -> float:

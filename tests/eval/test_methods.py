@@ -38,8 +38,12 @@ def options(**changes):
     return argparse.Namespace(**(given | changes))
 
 
+def run():
+    return methods.run(options(), methods.ENTRIES, methods.FILE, methods.measure)
+
+
 def test_rows_are_measured_once_and_say_everything(place, monkeypatch):
-    assert methods.run(options()) == {}
+    assert run() == {}
     found = {row["row"]: row for row in rows.read(methods.FILE)}
     assert list(found) == [W4A4.name, "plain of stand-in", "more"]
     row = found[W4A4.name]
@@ -59,7 +63,7 @@ def test_rows_are_measured_once_and_say_everything(place, monkeypatch):
     }
     assert wanted <= set(row)
     monkeypatch.setattr(methods, "measure", None)
-    assert methods.run(options()) == {}, "nothing is left to measure"
+    assert run() == {}, "nothing is left to measure"
     lines = tables.methods(list(found.values()))
     assert "does not beat plain of stand-in: no reason known" in lines[-1]
 
@@ -68,7 +72,7 @@ def test_an_entry_that_fails_leaves_the_others(place, monkeypatch):
     broken = methods.Entry("broken", "no-such-recipe")
     monkeypatch.setattr(methods, "ENTRIES", (broken, *methods.ENTRIES))
     monkeypatch.setattr(methods, "measure", lambda *args: {"psnr_db": 0.0, "caption_accuracy": 0.0})
-    failed = methods.run(options())
+    failed = run()
     assert list(failed) == ["tiny-pixart broken"] and "no-such-recipe" in failed["tiny-pixart broken"]
     assert len(rows.read(methods.FILE)) == 3
 

@@ -38,16 +38,16 @@ def place(tmp_path, started, monkeypatch):
 
 
 def test_rows_say_everything_once_and_become_the_table(place, monkeypatch):
-    asked = argparse.Namespace(rows=["int8", video.ONE_FORMAT], prompts=2, seed=1)
-    assert video.run(asked) == []
+    given = {"models": ["tiny-video"], "prompts": 2, "seed": 1, "again": False, "list": False}
+    asked = argparse.Namespace(rows=["int8", video.ONE_FORMAT], **given)
+    assert methods.run(asked, video.ENTRIES, video.FILE, video.measure) == {}
     found = {row["row"]: row for row in rows.read(video.FILE)}
     assert list(found) == asked.rows and not methods.FILE.exists()
     eight, five = found.values()
     assert eight["psnr_db"] > five["psnr_db"] + 5 > 20 and eight["noise_sqnr_late_db"] > five["noise_sqnr_late_db"]
     assert eight["flicker"] < five["flicker"] and five["bits"] == "W5" and eight["bytes"] > five["bytes"]
     assert eight["motion_accuracy_fp32"] == five["motion_accuracy_fp32"] and eight["fp32_ms_per_step"] > 0
-    monkeypatch.setattr(video, "measure", None)
-    assert video.run(asked) == [], "nothing is left to measure"
+    assert methods.run(asked, video.ENTRIES, video.FILE, None) == {}, "nothing is left to measure"
     lines = tables.video(list(found.values()))
     assert len(lines) == 4 and "| int8 | W8A8 |" in lines[2] and f"({100 * eight['objects_right']:.0f}" not in lines[1]
     worse = found["int8"] | {"row": "viditq-w8a8", "psnr_db": 1.0}
