@@ -1,15 +1,17 @@
 """DGQ: activation scales for groups of alike channels, or for positions, whichever differ more. ICLR 2025, 2501.04304.
 
     D_d = (max_i a_i - min_i a_i) + (max_i b_i - min_i b_i),   a_i, b_i: least and largest value at index i of axis d
-    y^ = sum_g q(W_g) q(z_g; s_g) + bias,   z = x permuted,  g = K-means cluster of the channels' (a_i, b_i)
+    y^ = sum_g q(W_g) q(z_g; s_g) + bias,   z = x permuted,  g = K-means cluster of the channels' max(|a_i|, |b_i|)
 
 x (tokens, in) or (batch, in, ...), W (out, in, ...). Where channels differ more than positions, channels of a cluster
 are put next to each other and have a stored scale, and weight scales, of their own; where positions do, each token has
 a scale that is found in every call, which is a group for each position. A text's start token is stored as MixDQ stores
-it, and does not count in ranges. Deviations: ranges are symmetric and searched by squared error (the paper: minimum
-and maximum with zero points); position groups of convolutions are one scale and zero point a sample; weights are
-rounded by GPTQ (the paper: AdaRound, or nearest); attention's scores stay in floating point, where the paper has
-logarithmic ones. Options: `groups` clusters of channels, 1 for none; `permute` False cuts channels in their own order.
+it, and does not count in ranges. A quiet group's range is that of the prompts it was fitted to: where a layer sees the
+text, some tens of them are needed. Deviations: ranges are symmetric and searched by squared error, and clusters are of
+magnitudes (the paper: minimum and maximum with zero points, clusters of both); position groups of convolutions are
+one scale and zero point a sample; weights are rounded by GPTQ (the paper: AdaRound, or nearest); attention's scores
+stay in floating point, where the paper has logarithmic ones. Options: `groups` clusters of channels, 1 for none;
+`permute` False makes as many groups of equal size of channels in their own order.
 """
 
 from __future__ import annotations
@@ -76,9 +78,11 @@ def _fitted(module, plan: LayerPlan, layer: LayerSeen, found: Ends, seen: Seen, 
         grain, form = ("token", plan.act.format) if plan.kind == "linear" else ("tensor", f"{plan.act.format}a")
         plan = replace(plan, act=TensorPlan(form, grain, "dynamic"), reason="a scale for each position")
         return qdiffusion.rounded(module, plan, layer, seen, {})[0]
-    labels = clusters(found.channels, options["groups"], seen.seed)
-    sizes = torch.bincount(labels)
-    order = labels.argsort(stable=True) if options.get("permute", True) else torch.arange(len(labels))
+    channels, groups = len(found.channels), options["groups"]
+    labels = torch.arange(channels) * min(groups, channels) // channels
+    if options.get("permute", True):
+        labels = clusters(found.channels.abs().amax(1, keepdim=True), groups, seen.seed)
+    sizes, order = torch.bincount(labels), labels.argsort(stable=True)
     splits = tuple(accumulate(sizes.tolist()))[:-1]
     permute = bool((order.diff() < 0).any())
     plan = replace(plan, permute=permute, splits=splits, reason=f"a scale for each of {len(sizes)} groups of channels")
@@ -91,7 +95,7 @@ def spread(found: torch.Tensor) -> float:
 
 
 def clusters(found: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """(n,) the K-means cluster of each of (n, 2) ends, at most `count`, numbered without gaps."""
+    """(n,) the K-means cluster of each of (n, d) points, at most `count`, numbered without gaps."""
     points = found.double().numpy()
     count = min(count, len(np.unique(points, axis=0)))
     labels = kmeans2(points, count, minit="++", rng=np.random.default_rng(seed))[1]
