@@ -84,15 +84,28 @@ class Plan(TypedDict):
     rising: NotRequired[Flag]
 
 
+Part = Annotated[str, Field(strict=True, max_length=20)]
+
+
+@closed
+class Stage(TypedDict):
+    """A share of a tuning's updates and the parts that move in it, by pattern of layer names."""
+
+    share: Annotated[Number, Field(gt=0, le=1)]
+    moves: Annotated[dict[Annotated[str, Field(strict=True, max_length=1000)], list[Part]], Field(max_length=100)]
+
+
 @closed
 class Tuning(TypedDict, total=False):
     """The tuning that a recipe brings along; `dq.fit.tune.Tune` says what each means, and what it may be."""
 
     minutes: Number
-    parts: list[Annotated[str, Field(strict=True, max_length=20)]]
+    parts: list[Part]
     layers: list[Annotated[str, Field(strict=True, max_length=1000)]]
     rank: Annotated[int, Field(strict=True, ge=1, le=4096)]
     aware: Flag
+    stages: Annotated[list[Stage], Field(max_length=100)]
+    local: Annotated[Number, Field(ge=0)]
     loss: Annotated[str, Field(strict=True, max_length=20)]
     rate: Number
     batch: Annotated[int, Field(strict=True, ge=1, le=4096)]

@@ -16,7 +16,7 @@ from dq.budget import search, sensing
 from dq.budget.limits import Budget
 from dq.budget.search import Search
 from dq.errors import DQError
-from dq.fit import distill, phases, student, walk
+from dq.fit import distill, phases, steps, student, walk
 from dq.fit.tune import Tune
 from dq.host import ready
 from dq.plan import Plan, Recipe
@@ -77,12 +77,16 @@ class Stages:
             length = pairs.Length(wish.runs, seconds / 6)
             stores = pairs.record(self.target, named, self.calibration, folder, length, self.progress)
             guidance = pairs.guidance(self.target, self.calibration)
+            follows: list[float] = []
+            if wish.loss == "ends":
+                follows = steps.kept(next(iter(stores.values())), self.target, named, self.calibration)
+                notes += [] if follows else ["tuned with all steps alike: no gradient passes through a run"]
             for done, (part, model) in enumerate(self.models.items()):
                 store, several = stores[part or "model"], part if len(self.models) > 1 else None
                 if not store.keys(pairs.HEAD):
                     notes += _named(several, ["not tuned, as no run called it"])
                     continue
-                subject = student.Subject(part, model, self.plans[part], packed[part], guidance)
+                subject = student.Subject(part, model, self.plans[part], packed[part], guidance, follows)
                 left = (seconds - (time.perf_counter() - begun)) / (len(self.models) - done)
                 outcome, said = distill.tune(subject, store, wish, seed, self.progress, left)
                 errors[part] |= dict.fromkeys(outcome.changed)

@@ -20,31 +20,27 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from dq import families
-from dq.errors import DQError
-from dq.fit.student import Student, Subject, latents, share
+from dq.fit import auxiliary, course, room
+from dq.fit.course import TIMED
+from dq.fit.student import Student, Subject, share, within
 from dq.fit.tune import Tune
 from dq.kernels.dense import HAS_BF16
-from dq.layers import naming
-from dq.layers.memory import free_bytes
-from dq.trace import pairs, units
+from dq.trace import pairs
 from dq.trace.pairs import Pair
 from dq.trace.records import Store
 from dq.trace.world import processes
 
-REACH = 6.0  # sum of the rates of all updates: how far a parameter that is always pushed one way would go
 SHARES = {"weights": 1.0, "lowrank": 0.3, "scales": 0.05, "branch": 0.1, "bias": 0.1, "smooth": 0.05, "act": 0.05}
-MOST_RATE = 0.012  # of weights, in units of their step
+SHARES["aux"] = SHARES["branch"]
 BETAS = (0.9, 0.99)
 JUDGED, MOST_HELD = 8, 48  # how often the held-out pairs are asked, and how many of them
-TIMED = 4  # updates that are timed before it is decided how many there are
 LOUD = 3e-4  # error as a share of the power, beside which the rounding of bf16 products is nothing
 SAVED_S = 60.0  # between states on disk
 STATE = "tune/state"
@@ -58,6 +54,7 @@ class Outcome:
     before, after  error on the held-out pairs as a share of the answers' power, of the packed layers
     updates   done, of `total`, on `learned` pairs
     losses    mean loss of each eighth, in units of the error before
+    norms     mean norm of the gradient of each eighth, of what packed layers hold, in units of their rates
     """
 
     packed: dict[str, nn.Module]
@@ -69,6 +66,7 @@ class Outcome:
     seconds: float
     learned: int
     losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
     ended: str = ""
 
     def figures(self) -> dict[str, float]:
@@ -80,44 +78,19 @@ class Outcome:
         gained = f"held-out prediction {_decibels(self.before):.2f} -> {_decibels(self.after):.2f} dB"
         kept = "" if self.after < self.before else "; no state was better, layers are as the recipe left them"
         what = f"tuned in {self.seconds:.0f} s, {self.updates} updates on {self.learned} calls"
-        return f"{what}: {gained}{kept}{self.ended and f'; {self.ended}'}"
+        norms = " ".join(f"{each / self.norms[0]:.2f}" for each in self.norms if self.norms[0])
+        curve = norms and f"; gradient norm by eighths, of the first: {norms}"
+        return f"{what}: {gained}{kept}{self.ended and f'; {self.ended}'}{curve}"
+
+
+def _eighths(values: list[float]) -> list[float]:
+    """The mean of each eighth."""
+    size = max(1, len(values) // 8)
+    return [sum(part) / len(part) for i in range(0, len(values), size) if (part := values[i : i + size])]
 
 
 def _decibels(share: float) -> float:
     return -10 * math.log10(max(share, 1e-20))
-
-
-def needed_bytes(student: Student, pair: Pair) -> tuple[int, int]:
-    """Estimate of what training holds beside the model: (with all activations kept, with those of one block at once).
-
-    Parameters count five times (value, gradient, two moments, best state) and rounded weights three times in fp32; of
-    activations, every layer keeps its input twice (rounded and not) and its output twice (what follows keeps it).
-    """
-    fixed = 20 * sum(value.numel() for _, value, _ in student.groups)
-    fixed += 12 * sum(layer.plan.rows * layer.plan.columns for layer in student.layers.values())
-    sizes: dict[str, int] = {}
-
-    def counting(name: str) -> Callable:
-        def hook(module, args, output):
-            sizes[name] = sizes.get(name, 0) + 8 * (args[0].numel() + output.numel())
-
-        return hook
-
-    hooks = [naming.at(student.model, n).register_forward_hook(counting(n)) for n in student.layers]
-    try:
-        with torch.no_grad(), student.evaluating():
-            student.model(*pair.args, **pair.kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    blocks: dict[str, int] = {}
-    names = list(units.candidates(student.model, families.of(student.model)))
-    for name, size in sizes.items():
-        owner = next((block for block in names if name == block or name.startswith(f"{block}.")), "")
-        blocks[owner] = blocks.get(owner, 0) + size
-    given = latents(pair)
-    borders = len(names) * 4 * (0 if given is None else given.numel() * 16)
-    return fixed + sum(sizes.values()), fixed + blocks.pop("", 0) + max(blocks.values(), default=0) + borders
 
 
 def tune(
@@ -134,7 +107,7 @@ def tune(
     held = _some(held, seed)
     student = Student(subject, wish)
     first = pairs.read(store, keys[0], device)
-    said = _check_memory(student, wish, first, device)
+    said = room.check(student, wish, first, device)
     work = _Work(subject, student, store, wish, seed, keys, held, device)
     return work.run(progress, 60 * wish.minutes if seconds is None else seconds), said
 
@@ -153,18 +126,6 @@ def _short(wish: Tune, device: torch.device, error: float) -> bool:
     return fast and error > LOUD
 
 
-def _check_memory(student: Student, wish: Tune, pair: Pair, device: torch.device) -> str:
-    """Choose whether blocks run again on the way back; DQError where that will not do either. -> what is needed."""
-    whole, least = needed_bytes(student, pair)
-    free = free_bytes(device)
-    student.again = wish.checkpoint if wish.checkpoint is not None else free is not None and whole > free
-    need = least if student.again else whole
-    if free is not None and need > free:
-        what = f"tune: training needs about {need / 2**30:.1f} GiB beside the model, {free / 2**30:.1f} GiB are free"
-        raise DQError(f"{what}; tune fewer layers (layers=...) or parts (parts=...), or on a larger machine")
-    return f"training needs about {need / 2**30:.2f} GiB beside the model" + (", blocks run twice" * student.again)
-
-
 class _Work:
     """The updates of one tuning, and its state."""
 
@@ -173,17 +134,20 @@ class _Work:
         self.keys, self.held, self.device, self.world = keys, held, device, processes()
         self.guidance = subject.guidance if wish.loss == "guided" else None
         groups = student.groups
-        self.values = [value for _, value, _ in groups]
+        self.values = [value for _, _, value, _ in groups]
+        self.owners = [(name, part, size) for name, part, _, size in groups]
+        self.helps = [layer.weight.help for layer in student.layers.values() if layer.weight.help is not None]
         alike: dict[tuple[str, float], list[nn.Parameter]] = {}  # sizes as powers of two, so that groups are few
-        for part, value, size in groups:
+        for _, part, value, size in groups:
             alike.setdefault((part, 2.0 ** round(math.log2(size))), []).append(value)
         self.sizes = list(alike)
         grouped = [{"params": values, "lr": 0.0} for values in alike.values()]
         self.adam = torch.optim.Adam(grouped, betas=BETAS, eps=1e-16, fused=True)
-        self.update, self.total, self.seconds = 0, wish.updates or 0, 0.0
+        self.update, self.total, self.seconds, self.phase = 0, wish.updates or 0, 0.0, 0
         self.best: list[torch.Tensor] | None = None
         self.least = self.before = math.inf
         self.losses: list[float] = []
+        self.norms: list[float] = []
 
     def run(self, progress: bool, limit: float) -> Outcome:
         self._resume()
@@ -195,7 +159,8 @@ class _Work:
         packed, after = self._packed()
         better = after < self.before
         changed = tuple(n for n, each in self.student.layers.items() if each.parameters) if better else ()
-        made = (self.update, self.total, self.seconds, len(self.keys), self._eighths(), ended)
+        eighths = _eighths(self.losses), _eighths(self.norms)
+        made = (self.update, self.total, self.seconds, len(self.keys), *eighths, ended)
         outcome = Outcome(packed, changed, self.before, after, *made)
         self._save()
         return outcome
@@ -248,25 +213,34 @@ class _Work:
             self.total = int(count)
         bar.total = self.total
 
-    def _rate(self) -> float:
-        """Cosine decay from what lets a parameter reach REACH; constant while nobody knows how many updates come."""
-        total = self.total or 4 * TIMED * 100
-        top = min(MOST_RATE, 2 * REACH / total) * self.wish.rate
-        warm = min(1.0, (self.update + 1) / max(1.0, 0.02 * total))
-        return top * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, self.update / total)))
+    def _fade(self) -> None:
+        """Take what helps the layers to its place in the schedule."""
+        if not self.helps or not self.total:
+            return
+        phase, factor = auxiliary.place(self.update / self.total, self.wish.rank)
+        for done in range(self.phase, phase):
+            for help in self.helps:
+                help.halve(done)
+                for value in (help.down, help.up):
+                    self.adam.state.pop(value, None)  # moments along directions that are no longer these
+        self.phase = phase
+        for help in self.helps:
+            help.fade(phase, factor)
 
     def _step(self) -> str:
         """One update. -> where the loss was not a number, "" if it was."""
+        self._fade()
+        stage, done, of = course.place(self.wish.course, self.update, self.total)
+        moving = self.student.stages[stage]
         for layer in self.student.layers.values():
-            layer.hold()
+            layer.hold(helped=True)
         loss, where = torch.zeros((), device=self.device), ""
         for i, key in enumerate(self._batch()):
             if i % self.world.num_processes != self.world.process_index:
                 continue
             pair = pairs.read(self.store, key, self.device)
             with torch.enable_grad():
-                noise, _ = share(pair, self.student.answer(pair, self.short), self.guidance)
-                each = noise / (self.power * self.wish.batch)
+                each = self._error(pair, moving) / self.wish.batch
                 each.backward()
             if not math.isfinite(float(each.detach())):
                 where = f"timestep {pair.timestep} of {key.removeprefix(pairs.HEAD)}"
@@ -278,12 +252,40 @@ class _Work:
                 torch.distributed.all_reduce(value)
         if not math.isfinite(float(loss)):
             return where or "another process"
-        rate = self._rate()
+        self.norms.append(self._norm(moving))
+        rate = course.rate(done, of, self.wish.rate)
         for group, (part, size) in zip(self.adam.param_groups, self.sizes, strict=True):
             group["lr"] = rate * SHARES[part] * size
         self.adam.step()
         self.losses.append(float(loss) / max(self.before, 1e-20))
         return ""
+
+    def _error(self, pair: Pair, moving: Mapping[str, set[str]]) -> torch.Tensor:
+        """What is brought down, of one call: the error of the answer, and of the layers whose weights move."""
+        names = [n for n, parts in moving.items() if {"weights", "lowrank"} & parts] if self.wish.local else []
+        truths: dict[str, list[torch.Tensor]] = {}
+        if names:
+            with torch.no_grad(), self.student.told(names, teacher=True) as truths:
+                self.student.answer(pair, self.short)
+        with self.student.told(names) as mine:
+            output = self.student.answer(pair, self.short)
+        noise, _ = share(pair, output, self.guidance)
+        error = self._counts(pair) * noise / self.power
+        return error + self.wish.local * within(mine, truths) if names else error
+
+    def _norm(self, moving: Mapping[str, set[str]]) -> float:
+        """Norm of the gradient of what packed layers hold and what moves, in units of rates; others lose theirs."""
+        total = torch.zeros((), device=self.device)
+        for value, (name, part, size) in zip(self.values, self.owners, strict=True):
+            if part not in moving[name]:
+                value.grad = None  # Adam leaves it alone
+            elif part != "aux" and value.grad is not None:
+                total += (value.grad.float() * (size * SHARES[part])).square().sum()
+        return float(total.sqrt())
+
+    def _counts(self, pair: Pair) -> float:
+        """By how much the errors of a call count: 1 on average over the steps."""
+        return self.subject.follows[pair.step] if self.subject.follows and pair.step >= 0 else 1.0
 
     def _batch(self) -> list[str]:
         """Keys of the pairs of this update: every pair once a round, in an order that only the seed decides."""
@@ -304,7 +306,7 @@ class _Work:
             if i % self.world.num_processes == self.world.process_index:
                 pair = pairs.read(self.store, key, self.device)
                 found = share(pair, self.student.answer(pair), self.guidance)
-                sums += torch.stack(found).cpu().double()
+                sums += self._counts(pair) * torch.stack(found).cpu().double()
         if self.world.num_processes > 1:
             torch.distributed.all_reduce(sums)
         self.power = float(sums[1]) / len(self.held)
@@ -330,14 +332,14 @@ class _Work:
             after = self._judge()
         return (as_given[0] | packed, after) if after < self.before else as_given
 
-    def _eighths(self) -> list[float]:
-        size = max(1, len(self.losses) // 8)
-        return [sum(part) / len(part) for i in range(0, len(self.losses), size) if (part := self.losses[i : i + size])]
-
     # the state on disk
 
     def _identity(self) -> int:
-        crc = zlib.crc32(json.dumps([self.wish.identity(), self.seed, self.keys, self.held], default=str).encode())
+        crc = zlib.crc32(
+            json.dumps(
+                [self.wish.identity(), self.seed, self.keys, self.held, *self.subject.follows], default=str
+            ).encode()
+        )
         for layer in self.subject.packed.values():
             for value in layer.parameters():
                 crc = zlib.crc32(value.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
@@ -348,6 +350,7 @@ class _Work:
             return
         state = {"identity": self._identity(), "update": self.update, "total": self.total, "seconds": self.seconds}
         state |= {"before": self.before, "least": self.least, "power": self.power, "losses": self.losses}
+        state |= {"phase": self.phase, "norms": self.norms}
         state |= {"values": [value.detach() for value in self.values], "best": self.best}
         state |= {"adam": [self.adam.state[value] for value in self.values]}
         self.store.write(STATE, state, share=False)
@@ -358,7 +361,7 @@ class _Work:
         kept = self.store.read(STATE)
         if kept["identity"] != self._identity():
             return
-        for name in ("update", "total", "seconds", "before", "least", "power", "losses", "best"):
+        for name in ("update", "total", "seconds", "before", "least", "power", "losses", "norms", "phase", "best"):
             setattr(self, name, kept[name])
         with torch.no_grad():
             for value, found, state in zip(self.values, kept["values"], kept["adam"], strict=True):

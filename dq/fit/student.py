@@ -8,7 +8,6 @@ y: what the full-precision model answered to the same call (dq/trace/pairs.py); 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from dq import families
 from dq.errors import DQError
 from dq.fit.trainable import Trainable
-from dq.fit.tune import Tune
+from dq.fit.tune import KNOWN, Tune
 from dq.layers import PackedStack, naming
 from dq.layers.clock import Clock
 from dq.plan import Plan
@@ -32,13 +31,17 @@ from dq.trace.units import replaced, tensors_in
 
 @dataclass
 class Subject:
-    """One denoiser to tune: its full-precision model, its plan, and what its layers were packed into."""
+    """One denoiser to tune: its full-precision model, its plan, and what its layers were packed into.
+
+    follows  by how much the errors of each step count, 1 on average; none: all alike
+    """
 
     name: str
     model: nn.Module
     plan: Plan
     packed: Mapping[str, nn.Module]
     guidance: float | None = None
+    follows: Sequence[float] = ()
 
 
 class Student:
@@ -47,31 +50,34 @@ class Student:
     def __init__(self, subject: Subject, tune: Tune):
         self.subject, self.model = subject, subject.model
         self.aware = tune.aware
+        self._teacher: dict[nn.Module, Callable] = {}
         self.clock, self.again = Clock(subject.plan.edges, subject.plan.switch, subject.plan.rising), False
         self.stacks = {n: p for n, p in subject.packed.items() if isinstance(p, PackedStack)}
         self.layers: dict[str, Trainable] = {}
-        pattern = re.compile("|".join(f"(?:{each})" for each in tune.layers)) if tune.layers else None
+        self.stages: list[dict[str, set[str]]] = [{} for _ in tune.course]
         layers: Mapping[str, Any] = subject.packed
         for name, packed in layers.items():
             if name not in self.stacks:
                 packed.clock = self.clock if packed.plan.steps > 1 or packed.plan.late else packed.clock
-                parts = tune.parts if pattern is None or pattern.match(name) else ()
+                for stage, wanted in zip(self.stages, tune.course, strict=True):
+                    stage[name] = wanted.of(name, packed.plan.role)
+                parts = tuple(part for part in KNOWN if any(part in stage[name] for stage in self.stages))
                 self.layers[name] = Trainable(naming.at(self.model, name), packed, parts, tune.rank)
         if not any(layer.parameters for layer in self.layers.values()):
             raise DQError(f"tune: {_nothing(subject, tune)}")
 
     @property
-    def groups(self) -> list[tuple[str, nn.Parameter, float]]:
-        """(part, parameter, what a rate of 1 is) of all trained parameters, in a fixed order."""
+    def groups(self) -> list[tuple[str, str, nn.Parameter, float]]:
+        """(layer, part, parameter, what a rate of 1 is) of all trained parameters, in a fixed order."""
         moved = [layer for layer in self.layers.values() if {"weights", "lowrank"} & layer.parameters.keys()]
         mean = sum(layer.step for layer in moved) / max(len(moved), 1)
         found = []
-        for layer in self.layers.values():
+        for name, layer in self.layers.items():
             for part, values in layer.parameters.items():
                 alike = part in ("weights", "lowrank") and not self.aware
                 times = mean / max(layer.step, 1e-12) if alike else 1.0
                 sizes = layer.rates(part)
-                found += [(part, value, size * times) for value, size in zip(values, sizes, strict=True)]
+                found += [(name, part, value, size * times) for value, size in zip(values, sizes, strict=True)]
         return found
 
     @contextlib.contextmanager
@@ -81,11 +87,28 @@ class Student:
         forwards: dict[nn.Module, Callable] = {
             naming.at(self.model, name): forward for name, forward in (instead or own).items()
         }
+        self._teacher = {module: module.forward for module in forwards}
         if self.again:
             blocks = [self.model.get_submodule(n) for n in units.candidates(self.model, families.of(self.model))]
             forwards |= {block: _again(block.forward) for block in blocks if block not in forwards}
         with self.evaluating(), _decoded(self.model, self.stacks), replaced(forwards), frozen([self.model]):
             yield
+
+    @contextlib.contextmanager
+    def told(self, names: Sequence[str], teacher: bool = False) -> Iterator[dict[str, list[torch.Tensor]]]:
+        """Outputs of layers by name, call after call, of answers given inside; `teacher`: in full precision."""
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+
+        def telling(name: str) -> Callable:
+            return lambda module, args, output: found[name].append(output)
+
+        hooks = [naming.at(self.model, name).register_forward_hook(telling(name)) for name in names]
+        try:
+            with replaced(self._teacher if teacher else {}):
+                yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def evaluating(self) -> contextlib.AbstractContextManager:
         """The model in evaluation mode inside."""
@@ -98,6 +121,16 @@ class Student:
         device = next(self.model.parameters()).device.type
         with torch.autocast(device, torch.bfloat16, enabled=short):
             return self.model(*pair.args, **pair.kwargs)
+
+
+def within(mine: Mapping[str, list[torch.Tensor]], truth: Mapping[str, list[torch.Tensor]]) -> torch.Tensor:
+    """Squared error at the outputs of layers as a share of their power, averaged over the layers."""
+    shares = []
+    for name, outputs in mine.items():
+        pairs = [(own.float(), full.float()) for own, full in zip(outputs, truth[name], strict=True)]
+        noise = sum((own - full).square().sum() for own, full in pairs)
+        shares.append(noise / sum(full.square().sum() for _, full in pairs))
+    return torch.stack(shares).mean()
 
 
 def _nothing(subject: Subject, tune: Tune) -> str:

@@ -13,6 +13,8 @@ before rounding (EfficientDM, 2310.03270). u_0 is the full-precision weight in s
 else the code. Counted in steps, one rate moves as many codes in every layer, which the paper has from rates in
 proportion to a layer's mean step.
 
+With "aux" a low-rank help stands beside the rounded weight while it is trained, and fades (dq/fit/auxiliary.py).
+
 The first is the straight-through estimator; a step that moves carries its codes along, so that rounding and steps are
 learned apart. W is worked out once an update and G summed over all its calls. Smoothing and stored activation scales
 move by exp(theta) as well: a rate means the same share in every layer. Activations are rounded as at run time,
@@ -22,28 +24,16 @@ straight through where their scales come from the call itself, with LSQ's gradie
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from dq.fit import drafts
-from dq.formats.base import block_view
-from dq.kernels import Tensors, reference
+from dq.fit.rounded import Weight
 from dq.layers import PACKED, inherit
 
 LEAST = 1e-3  # rates of tensors that are zeros are those of tensors of this size
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Columns of a weight that were rounded as a matrix of their own, and the scales that are theirs."""
-
-    form: Any
-    columns: slice
-    blocks: slice
-    of: torch.Tensor  # (columns,) which of its blocks a column belongs to
 
 
 class Trainable:
@@ -58,14 +48,15 @@ class Trainable:
         self.packed, self.plan, self._tensors = packed, packed.plan, packed.tensors()
         order = None if packed.permute is None else packed.permute.long()
         draft = drafts.draft(module, self.plan, packed.smooth, order)
-        self.weight = _Weight(self.plan, self._tensors)
-        if "lowrank" in parts:
-            self.weight.aim(_rest(draft, packed).reshape(self.plan.rows, -1), rank)
+        self.weight = Weight(self.plan, self._tensors)
+        rest = _rest(draft, packed).reshape(self.plan.rows, -1) if {"lowrank", "aux"} & set(parts) else None
+        if rest is not None:
+            self.weight.aim(rest)
         self.draft = _bare(draft, packed)
         self.parameters: dict[str, list[nn.Parameter]] = {}
         self._logs: list[tuple[nn.Parameter, nn.Parameter, torch.Tensor]] = []  # (theta, what it moves, from where)
         for part in parts:
-            found = self._of(part)
+            found = self.weight.helped(rest, rank) if part == "aux" and rest is not None else self._of(part, rank)
             if found:
                 self.parameters[part] = found
         self.draft.soft = self._held
@@ -76,10 +67,10 @@ class Trainable:
     def _stored(self) -> bool:
         return self.plan.act is not None and (self.plan.act.scale != "dynamic" or self.plan.act.clip != 1)
 
-    def _of(self, part: str) -> list[nn.Parameter]:
+    def _of(self, part: str, rank: int) -> list[nn.Parameter]:
         own = self.draft
         if part in ("weights", "lowrank"):
-            return self.weight.units() if part == "weights" else self.weight.factors()
+            return self.weight.units() if part == "weights" else self.weight.factors(rank)
         if part == "scales":
             return self.weight.logs()
         if part == "branch":
@@ -99,10 +90,12 @@ class Trainable:
         return float(self.weight.steps().mean())
 
     def rates(self, part: str) -> list[float]:
-        """By how much a rate of 1 moves each of a part's tensors: their own size, or 1 where they count in shares."""
+        """By how much a rate of 1 moves each of a part's tensors: their own size, a code, or 1 where shares count."""
         sizes = [max(float(value.detach().square().mean().sqrt()), LEAST) for value in self.parameters[part]]
-        if part in ("branch", "bias"):
+        if part in ("branch", "bias", "aux"):
             return sizes
+        if part == "weights":
+            return [self.weight.gap()]
         if part == "lowrank":
             return [sizes[0], 1.0]
         return [1.0] * len(self.parameters[part])
@@ -112,12 +105,12 @@ class Trainable:
         return self.leaf
 
     @torch.no_grad()
-    def hold(self) -> None:
-        """Work out the weight of this update; gradients gather in it until `gather`."""
+    def hold(self, helped: bool = False) -> None:
+        """Work out the weight of this update; gradients gather in it until `gather`. `helped`: with what fades."""
         for theta, moved, start in self._logs:
             moved.data = start * theta.exp()
-        trains = any(part in self.parameters for part in ("weights", "lowrank", "scales"))
-        self.leaf = self.weight.rounded().reshape(self.plan.shape).requires_grad_(trains)
+        trains = any(part in self.parameters for part in ("weights", "lowrank", "scales", "aux"))
+        self.leaf = self.weight.rounded(helped).reshape(self.plan.shape).requires_grad_(trains)
         for part, values in self.parameters.items():
             for value in values:
                 value.requires_grad_(part in ("branch", "bias"))
@@ -139,7 +132,7 @@ class Trainable:
             value.grad = torch.zeros_like(value) if value.grad is None else value.grad
 
     def forward(self, input: torch.Tensor, then_gelu: bool = False) -> torch.Tensor:
-        y = self.draft(input)
+        y = self.draft.forward(input)  # hooks are those of the module that calls this
         return y if self.packed.start_in is None or input.dim() != 3 else self.packed.started(input, y)
 
     @torch.no_grad()
@@ -198,167 +191,3 @@ def _rounder(plan, own: Callable, stored: bool) -> Callable:
     if plan.act is None or stored:
         return own
     return lambda x, _, phase: _Straight.apply(x, lambda value: own(value, None, phase))
-
-
-class _Weight:
-    """The rounded weight of a layer, part by part, as units and steps."""
-
-    def __init__(self, plan, tensors: Tensors):
-        self.plan, self.tensors, self.spec = plan, tensors, plan.weight.spec
-        codes = self.spec.unpack(tensors.weight, plan.columns)
-        table, span = reference.tables(plan), self.spec.span
-        self.slices, values = [], []
-        pairs = enumerate(zip(plan.parts, reference.scale_columns(plan), strict=True))
-        for i, ((first, last), (left, right)) in pairs:
-            form = self.spec.of(table(tensors, i))
-            width = plan.weight.grain.width(last - first)
-            of = torch.arange(last - first, device=codes.device) // width
-            self.slices.append(Slice(form, slice(first, last), slice(left, right), of))
-            part = codes[:, first // span : last // span].contiguous()
-            found = form.values_of(block_view(part, plan.weight.grain)).reshape(len(part), -1)
-            values.append(found[:, : last - first])
-        self.values = torch.cat(values, 1)
-        if tensors.zero is not None:
-            self.values -= self._wide(tensors.zero.float())
-        self.log: nn.Parameter | None = None
-        self.unit: nn.Parameter | None = None
-        self.start = self.values
-        self.low: tuple[nn.Parameter, nn.Parameter] | None = None
-
-    @torch.no_grad()
-    def aim(self, weight: torch.Tensor, rank: int) -> None:
-        """Let units begin at a weight (rows, columns) where it rounds to the codes, and move by updates of `rank`."""
-        if not self._free:
-            return
-        wide = self._wide(self.steps())
-        grid = self.spec.grid().to(wide.device)
-        wanted = weight.float() / wide.masked_fill(wide == 0, torch.inf)
-        zero = 0.0 if self.tensors.zero is None else self._wide(self.tensors.zero.float())
-        self.unit = nn.Parameter((wanted + zero).clamp(grid[0], grid[-1]) - zero)
-        same = self.codes() == self.spec.unpack(self.tensors.weight, self.plan.columns)
-        self.start = torch.where(same, self.unit.detach(), self.values)
-        rank = min(rank, *self.values.shape)
-        down = torch.empty(rank, self.values.shape[1])
-        bound = self.values.shape[1] ** -0.5
-        down.uniform_(
-            -bound, bound, generator=torch.Generator().manual_seed(rank * self.plan.rows + self.plan.columns)
-        )
-        down, up = down.to(self.values.device), self.values.new_zeros(self.plan.rows, rank)
-        self.low = nn.Parameter(down), nn.Parameter(up)
-
-    @property
-    def _free(self) -> bool:
-        """Whether codes may move: not those of several weights or of a stored table."""
-        return self.spec.span == 1 and not self.spec.tabled
-
-    def factors(self) -> list[nn.Parameter]:
-        return [] if self.low is None else list(self.low)
-
-    @property
-    def carrier(self) -> str | None:
-        """The tensor of scales that is stored as fp32."""
-        if self.tensors.scale_global is not None:
-            return "scale_global"
-        return "scale" if self.tensors.scale.dtype is torch.float32 else None
-
-    def units(self) -> list[nn.Parameter]:
-        """The trained weight; none for codes of several weights or of a stored table, which stay what they are."""
-        if not self._free:
-            return []
-        self.unit = nn.Parameter(self.values.clone())
-        return [self.unit]
-
-    def logs(self) -> list[nn.Parameter]:
-        if self.carrier is None:
-            return []
-        self.log = nn.Parameter(torch.zeros_like(getattr(self.tensors, self.carrier)))
-        return [self.log]
-
-    def _wide(self, blocks: torch.Tensor) -> torch.Tensor:
-        """One value for every weight from one for every block of scales: (rows | 1, blocks) -> (rows, columns)."""
-        parts = [blocks[:, each.blocks].index_select(1, each.of) for each in self.slices]
-        wide = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return wide.expand(self.plan.rows, -1)
-
-    def scales(self) -> dict[str, torch.Tensor]:
-        """The stored scales as they now are."""
-        own = {name: getattr(self.tensors, name) for name in ("scale", "scale_global")}
-        if self.log is not None and self.carrier is not None:
-            own[self.carrier] = own[self.carrier] * self.log.detach().exp()
-        return {name: value for name, value in own.items() if value is not None}
-
-    def steps(self) -> torch.Tensor:
-        """(rows | 1, blocks), by the arithmetic of the run time."""
-        own, two_level = self.scales(), self.plan.weight.grain.two_level
-        if "scale_global" not in own:
-            return self.spec.step(own["scale"])
-        found = []
-        for i, each in enumerate(self.slices):
-            whole = own["scale_global"][:, i : i + 1] if two_level else own["scale_global"][i : i + 1]
-            found.append(self.spec.step(own["scale"][:, each.blocks], whole))
-        return torch.cat(found, 1)
-
-    def snapped(self) -> torch.Tensor:
-        if self.unit is None:
-            return self.values
-        if self.tensors.zero is None:
-            return self.spec.snap(self.unit.detach().clone())
-        zero = self._wide(self.tensors.zero.float())
-        return self.spec.snap(self.unit.detach().round() + zero).sub_(zero)
-
-    def rounded(self) -> torch.Tensor:
-        """The weight (rows, columns) fp32."""
-        if self.low is not None and self.unit is not None:
-            down, up = self.low
-            self.unit.data = self.start + up.detach() @ down.detach()
-        self._step = self._wide(self.steps())
-        self._snapped = self.snapped()
-        return self._snapped * self._step
-
-    def back(self, grad: torch.Tensor | None) -> None:
-        """Gradients of units and logs from that of the weight `rounded` gave last."""
-        grad = torch.zeros_like(self._snapped) if grad is None else grad
-        along = grad * self._step
-        if self.log is not None:
-            self.log.grad = self._summed(along * self._snapped)
-        if self.unit is not None:
-            low, high = self.spec.limits()
-            zero = 0.0 if self.tensors.zero is None else self._wide(self.tensors.zero.float())
-            at = self.unit.detach() + zero
-            self.unit.grad = along.masked_fill_((at < low) | (at > high), 0.0)
-            if self.low is not None:
-                down, up = self.low
-                down.grad, up.grad = up.detach().t() @ self.unit.grad, self.unit.grad @ down.detach().t()
-                self.unit.grad = None
-
-    def _summed(self, each: torch.Tensor) -> torch.Tensor:
-        """(rows, columns) summed over the weights of every stored fp32 scale."""
-        log, found = self.log, []
-        assert log is not None
-        for part in self.slices:
-            own = each[:, part.columns]
-            count = part.blocks.stop - part.blocks.start
-            if self.carrier == "scale_global":
-                found.append(own.sum(1, keepdim=True))
-            else:
-                found.append(own.new_zeros(len(own), count).index_add_(1, part.of, own))
-        total = found[0] if len(found) == 1 else torch.cat(found, 1)
-        if self.carrier == "scale_global" and not self.plan.weight.grain.two_level:
-            return total.sum(0)
-        return total.sum(0, keepdim=True) if len(log) == 1 else total
-
-    def stored(self) -> dict[str, torch.Tensor]:
-        """The packed tensors that changed."""
-        found = {}
-        if self.log is not None:
-            found |= self.scales()
-        if self.unit is not None:
-            found["weight"] = self.spec.pack(self.codes())
-        return found
-
-    def codes(self) -> torch.Tensor:
-        """int8 (rows, columns): what the units round to."""
-        assert self.unit is not None, "asked of codes that move"
-        units = self.unit.detach()
-        units = units if self.tensors.zero is None else units.round() + self._wide(self.tensors.zero.float())
-        return self.spec.codes_of(units.clone())

@@ -34,6 +34,7 @@ class Pair:
     """One call of a denoiser, and what it answered in full precision.
 
     branches  guidance branch of each batch row, 1 unconditional
+    step      of its run, from 0; -1: unknown
     """
 
     args: tuple
@@ -41,6 +42,7 @@ class Pair:
     output: Any
     timestep: float | None
     branches: tuple[int, ...]
+    step: int = -1
 
 
 @dataclass(frozen=True)
@@ -152,4 +154,4 @@ def read(store: Store, key: str, device: torch.device | None = None) -> Pair:
     """A recorded pair, on `device` what was not on the CPU."""
     tree = store.read(key, device)
     info = tree["info"]
-    return Pair(tree["args"], tree["kwargs"], tree["output"], info["timestep"], tuple(info["branches"]))
+    return Pair(tree["args"], tree["kwargs"], tree["output"], info["timestep"], tuple(info["branches"]), info["step"])

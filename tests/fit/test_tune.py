@@ -15,7 +15,7 @@ from torch import nn
 import dq
 from dq import kernels
 from dq.errors import DQError
-from dq.fit import distill, drafts, student
+from dq.fit import distill, drafts, room, student
 from dq.fit.trainable import Trainable
 from dq.fit.tune import PARTS, Tune
 from dq.layers import packed_layers
@@ -449,7 +449,7 @@ def test_wrong_use_is_one_line_and_changes_nothing(monkeypatch):
     refused(r"nothing of smooth", tune=replace(WISH, parts=("smooth",)))
     with pytest.raises(DQError, match="a bare model needs runs to learn from"):
         dq.quantize(Denoiser(), "int4-weight", tune=WISH)
-    monkeypatch.setattr(distill, "free_bytes", lambda device: 10_000)
+    monkeypatch.setattr(room, "free_bytes", lambda device: 10_000)
     refused(r"training needs about 0\.0 GiB beside the model, 0\.0 GiB are free; tune fewer layers", tune=WISH)
 
 
