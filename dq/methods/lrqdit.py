@@ -1,15 +1,18 @@
 """LRQ-DiT: weights on twin-logarithmic grids, inputs rotated where that suits them. Yang et al., arXiv 2508.03485.
 
     c = +-(2^(u_lo + i (u_hi - u_lo) / (2^(b-1) - 1)) - eta),   u = log2(|w| + eta),   i = 0 ... 2^(b-1) - 1
-    z = (x * s) R where rms(x * s) < 1, else x * s,   s_k = sqrt(max |W_k| / max |x_k|)   x (tokens, in), c (rows, 2^b)
+    z = (x * s) R,   s_k = sqrt(max |W_k| / max |x_k|)                                    x (tokens, in), c (rows, 2^b)
 
 Each row's two signs have grids of their own; where they end (alpha, beta) and eta are searched by squared error,
 columns counted by the second moments of z. A row stays on the best evenly spaced grid where that is nearer, as for
 nearly normal rows at 3 bits. Activations have one scale a token. Deviations:
 - The paper searches alpha, beta and an absolute eta for a whole weight by unweighted error; here they are each row's
   own, eta in units of its rms: rows have stored tables (bytes and a scale), in which any values are as good.
-- For inputs of rms 1 and more, a twentieth of PixArt's layers, the paper has a second rotation, of a permutation and
-  greedy block rotations; dq has none, so these are smoothed and not rotated.
+- R turns blocks of 128 channels (Hadamard), or 1024 where rms(x * s) >= 1, a twentieth of PixArt's layers: the paper's
+  dual rotation there is one of blocks, a permutation that deals channels to other blocks, and one of blocks again, its
+  blocks found greedily. A Hadamard matrix of order a b is such a one, P^T (I x H_a) P (I x H_b), and is not stored,
+  where twice 128 x 128 is 512 bytes an input channel, of which a 4-bit weight of 1152 rows has 576. On made outliers
+  it rounds as finely as the greedy one. No input of tiny-pixart comes near an rms of 1.
 - Convolutions, of which the paper has none, round activations to 8 bits, one scale a sample.
 Options: `log` False leaves evenly spaced grids alone, `rotate` False no rotations.
 """
@@ -30,7 +33,8 @@ from dq.trace.seen import LayerSeen, Needs, Seen, Unit
 NEEDS = Needs(rows=1024, gram=True, absmax=True, hat=True)
 FEW_CALLS = True
 ALPHA = 0.5  # of smoothing, as published
-SALIENT = 1.0  # rms of an input from which it is not rotated
+SALIENT = 1.0  # rms of an input from which wider blocks are rotated ...
+MOST_ROTATED = 1024  # ... of so many channels at most
 OPTIONS = {"log": True, "rotate": True}
 RECIPES = tuple(
     Recipe(
@@ -59,13 +63,13 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
 
 
 def transform(shared: smooth.Shared, rotate: bool) -> smooth.Transform:
-    """Smoothing of the rounded input of linears, with a rotation where the rule asks for one."""
+    """Smoothing of the rounded input of linears, and the rotation that the rule asks for."""
     if shared.plan.act is None or shared.plan.kind != "linear":
         return smooth.NOTHING.best
-    orders = hadamard.orders(shared.plan.shape[1], smooth.MOST_ROTATED)
-    turned = rotate and bool(orders) and rms(shared) < SALIENT
+    most = smooth.MOST_ROTATED if rms(shared) < SALIENT else MOST_ROTATED
+    orders = hadamard.orders(shared.plan.shape[1], most) if rotate else []
     vector = smooth.balance(shared, ALPHA, 1 - ALPHA)
-    return smooth.Transform(vector, (ALPHA, 1 - ALPHA), orders[-1] if turned else 0)
+    return smooth.Transform(vector, (ALPHA, 1 - ALPHA), max(orders, default=0))
 
 
 def rms(shared: smooth.Shared) -> float:

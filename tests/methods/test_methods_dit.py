@@ -12,6 +12,7 @@ import torch
 from dq import cookbook, families, layers, methods, planning
 from dq.fit import groups, levels, reconstruct, rounding, smooth
 from dq.fit.drafts import draft
+from dq.layers import hadamard
 from dq.methods import comq, gptq, lrqdit, squeezellm, svdquant, viditq
 from dq.plan import LayerPlan, TensorPlan
 from dq.trace import calibration, capture
@@ -253,21 +254,52 @@ def test_grids_of_logarithms_beat_even_ones(name, fitted, observed):  # LRQ-DiT:
                 assert not torch.equal(found.scales[0].table, even[layer].scales[0].table)
 
 
-def test_quiet_inputs_are_rotated_and_loud_ones_are_not(fitted, observed):  # LRQ-DiT: its rule
+def salient(shared: smooth.Shared) -> smooth.Shared:
+    """The same layers, 4 channels of their input 100 times louder, all so that its rms is 1.5 once smoothed."""
+    found, times = shared, torch.ones(shared.plan.shape[1])
+    times[:: len(times) // 4] = 100
+    for _ in range(2):
+        louder = replace(shared.seen, x=shared.seen.x * times, absmax=shared.seen.absmax * times)
+        found = smooth.Shared(shared.plans, shared.modules, louder)
+        times = times * (1.5 / lrqdit.rms(found)) ** 2  # smoothing takes the root of it
+    return found
+
+
+def test_salient_inputs_are_rotated_in_wider_blocks(fitted, observed):  # LRQ-DiT: its rule
     unit, seen, made = fitted("tiny-pixart", "lrqdit-w4a4")
     for shared in groups.shared(unit, seen):
         if not shared.plan.weight.spec.tabled:
             continue
-        assert lrqdit.rms(shared) < lrqdit.SALIENT and all(made[name].plan.rotate for name in shared.plans)
-        times = (1.5 / lrqdit.rms(shared)) ** 2  # smoothing takes the root of it
-        louder = replace(shared.seen, x=shared.seen.x * times, absmax=shared.seen.absmax * times)
-        loud = smooth.Shared(shared.plans, shared.modules, louder)
+        assert lrqdit.rms(shared) < lrqdit.SALIENT and all(made[name].plan.rotate == 128 for name in shared.plans)
+        loud, width = salient(shared), shared.plan.shape[1]
         assert lrqdit.rms(loud) == pytest.approx(1.5, rel=1e-3)
-        assert lrqdit.transform(loud, True).rotate == 0 and lrqdit.transform(loud, True).smooth is not None
-        assert lrqdit.transform(shared, False).rotate == 0
+        found = lrqdit.transform(loud, True)
+        assert found.rotate == width > 128 and found.smooth is not None
+        assert lrqdit.transform(shared, False).rotate == lrqdit.transform(loud, False).rotate == 0
     turned, still = made, fitted("tiny-pixart", "lrqdit-w4a4", rotate=False)[2]
     new = observed["tiny-pixart"][2]
     assert unit_error(unit, turned, new) < 0.8 * unit_error(unit, still, new)
+
+
+@torch.no_grad()
+def test_a_wide_rotation_spreads_salient_channels_further(fitted):  # LRQ-DiT: dual rotation, 4 channels at 100 times
+    unit, seen, _ = fitted("tiny-pixart", "lrqdit-w4a4")
+    shared = salient(next(each for each in groups.shared(unit, seen) if each.plan.shape[1] == 1024))
+    (name,), x, change = shared.plans, shared.seen.x, lrqdit.transform(shared, True)
+    y, errors, peaks = unit.layer(name)(x), [], []
+    for order in (change.rotate, 128, 0):
+        plan = replace(shared.plans[name], weight=EXACT)
+        found = smooth.transformed(unit.layer(name), plan, replace(change, rotate=order))
+        errors.append(float((found(x) - y).square().sum()))
+        peaks.append(float(found.transform(x).abs().max()))
+    assert errors[0] < errors[1] < 0.5 * errors[2] and peaks[0] < peaks[1] < peaks[2], (errors, peaks)
+
+
+def test_one_wide_rotation_is_two_of_blocks_with_channels_dealt_between():
+    x = torch.randn(8, 1024, generator=torch.Generator().manual_seed(0))
+    dealt = hadamard.rotate(x, 64).reshape(8, 16, 64).transpose(1, 2).flatten(1)
+    twice = hadamard.rotate(dealt, 16).reshape(8, 64, 16).transpose(1, 2).flatten(1)
+    assert torch.allclose(hadamard.rotate(x, 1024), twice, atol=1e-5)
 
 
 def test_maxima_are_those_of_the_noisiest_quarter_of_steps():  # ViDiT-Q: where channels are least even
