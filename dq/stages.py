@@ -51,7 +51,8 @@ class Stages:
         """-> packed layers and errors by part, notes for the report."""
         self._prepare()
         for part, budget in self._budgets().items():
-            sensing.refuse_impossible(self._subject(part), budget)
+            subject = self._subject(part)
+            sensing.refuse_impossible(subject, sensing.settled(subject, budget))
         if self.budget is None and not getattr(self.recipe, "method", ""):
             return {}, {}, []  # there is data for what comes after
         if self.calibration is None:
@@ -161,6 +162,7 @@ class Stages:
         notes = []
         for part, budget in budgets.items():
             mine = found if part is None else self._alone(found, part)
+            budget = sensing.settled(self._subject(part), budget, mine)
             chosen = mine.choose(budget)
             self.plans.update(search.plans(mine, self.plans, chosen, str(budget)))
             notes += _named(part, search.summary(mine, chosen, budget))

@@ -13,6 +13,7 @@ SCOPES = ("denoiser", "pipeline", "peak")
 METRICS = ("trajectory", "prediction", "output", "sampled")
 TIES = ("", "kind")
 LIMITS = ("bytes", "ms_per_step", "bits", "act_bits")
+OWN = "own"
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,10 @@ class Budget:
 
     bytes        of all parameters of the scope, or with scope "peak" of a whole call
     ms_per_step  milliseconds of all denoiser calls of one step, by times measured on this machine
-    bits         mean bits per weight of the layers that can be quantized, scales and branches included
+    bits         mean bits per weight of the layers that can be quantized, scales and branches included; "own": as many
+                 as the recipe itself gives, spent where they count
     act_bits     mean bits of the inputs of layers that round them, over all multiplications and all steps of a run; an
-                 input that is not rounded counts 16
+                 input that is not rounded counts 16; "own": as many as the recipe's own inputs have
     thirds       a layer may round its input to another format in each third of the steps
     scope        what `bytes` counts: "denoiser" (all denoisers of the pipeline), "pipeline", or "peak": parameters of
                  the pipeline and the most that one call of a denoiser holds beside them
@@ -35,8 +37,8 @@ class Budget:
 
     bytes: int | None = None
     ms_per_step: float | None = None
-    bits: float | None = None
-    act_bits: float | None = None
+    bits: float | str | None = None
+    act_bits: float | str | None = None
     thirds: bool = False
     scope: str = "denoiser"
     metric: str = "trajectory"
@@ -47,6 +49,8 @@ class Budget:
         if all(value is None for value in given.values()):
             raise DQError("budget: got no limit, expected bytes=, ms_per_step=, bits= or act_bits=")
         for name, value in given.items():
+            if value == OWN and name in ("bits", "act_bits"):
+                continue
             if value is not None and (
                 isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf
             ):
@@ -67,10 +71,14 @@ class Budget:
         if self.ms_per_step is not None:
             texts.append(f"{self.ms_per_step:g} ms per step")
         if self.bits is not None:
-            texts.append(f"{self.bits:g} bits per weight")
+            texts.append(f"{_number(self.bits)} bits per weight")
         if self.act_bits is not None:
-            texts.append(f"{self.act_bits:g} bits per input")
+            texts.append(f"{_number(self.act_bits)} bits per input")
         return ", ".join(texts)
+
+
+def _number(value: float | str) -> str:
+    return "the recipe's own" if value == OWN else f"{value:g}"
 
 
 def check(budget, wanted: Recipe | Plan | Keeping, bare: bool) -> None:

@@ -19,7 +19,7 @@ import torch
 from dq.budget import allocate
 from dq.budget.allocate import Item
 from dq.budget.choices import Choice, act_bits, label, thirds, weight_bytes
-from dq.budget.limits import Budget
+from dq.budget.limits import OWN, Budget
 from dq.budget.predictions import BUCKETS
 from dq.errors import DQError
 from dq.plan import LayerPlan, Plan
@@ -171,6 +171,8 @@ class Search:
     def _limits(self, budget: Budget) -> tuple[dict[str, float], list[dict], list[float]]:
         """Limits by name, the costs they are on by (part, layer), and what is spent whatever is chosen."""
         limits, costs, fixed = {}, [], []
+        if OWN in (budget.bits, budget.act_bits):
+            raise DQError("budget: bits 'own' are settled where a recipe is applied; expected numbers here")
         if budget.bytes is not None:
             limits["bytes"] = float(budget.bytes)
             costs.append(self._costs("bytes", budget.scope))
@@ -319,15 +321,17 @@ def measured(
         if name not in errors:
             choices = (plan.layers[name],)
         found = errors.get(name, np.zeros((len(choices), BUCKETS + 1)))
-        own = [weight_bytes(choice, dtype, weights) + extra * _inputs(choice) for choice in choices]
-        spent = list(ms.get(name, ()))[: len(choices)]
+        own = [spent(choice, dtype, extra, weights) for choice in choices]
+        times = list(ms.get(name, ()))[: len(choices)]
         count = (products or {}).get(name, 0) if plan.layers[name].act is not None else 0
-        rows[name] = Measured(tuple(choices), found, own, spent, weights, count)
+        rows[name] = Measured(tuple(choices), found, own, times, weights, count)
     return rows
 
 
-def _inputs(choice: Choice) -> int:
-    return 0 if choice is None or choice.kind == "stack" or choice.act is None else choice.shape[1]
+def spent(choice: Choice, dtype: torch.dtype, extra: int, elements: int = 0) -> int:
+    """Bytes of a choice and what fitting may add, `extra` per input channel; of `elements` weights of a kept layer."""
+    inputs = 0 if choice is None or choice.kind == "stack" or choice.act is None else choice.shape[1]
+    return weight_bytes(choice, dtype, elements) + extra * inputs
 
 
 def _figure(name: str, value: float) -> str:

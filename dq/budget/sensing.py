@@ -18,7 +18,7 @@ from torch import nn
 
 from dq import methods
 from dq.budget import choices, cost, sampled, search, sensitivity, trajectory
-from dq.budget.limits import Budget
+from dq.budget.limits import OWN, Budget
 from dq.budget.predictions import BUCKETS, Predictions
 from dq.budget.search import Part, Search
 from dq.budget.sensitivity import Errors, Judge
@@ -88,6 +88,24 @@ def find(subject: Subject, folder: Path, wish: Wish, progress: bool = True) -> S
             write_json(path, _measured(subject, folder, wish, progress).to_dict())
     state.wait_for_everyone()
     return Search.from_dict(read_json(path))
+
+
+def settled(subject: Subject, budget: Budget, found: Search | None = None) -> Budget:
+    """A budget with the recipe's own bits in numbers; those of inputs once multiplications were counted in `found`."""
+    if budget.bits == OWN:
+        spent = weights = 0
+        for part, model in subject.models.items():
+            dtype = subject.dtype(part)
+            for name, layer in subject.plans[part].layers.items():
+                sized = methods.sized(subject.recipe, layer, naming.at(model, name).weight.element_size())  # pyright: ignore[reportAttributeAccessIssue]
+                spent += search.spent(sized, dtype, subject.extra)
+                weights += layer.rows * layer.columns
+        budget = replace(budget, bits=8 * spent / max(weights, 1))
+    if budget.act_bits == OWN and found is not None:
+        rows = found.rows()
+        total = sum(choices.act_bits(subject.plans[part].layers[name]) * row.products for part, name, row in rows)
+        budget = replace(budget, act_bits=total / max(sum(row.products for *_, row in rows), 1))
+    return budget
 
 
 def refuse_impossible(subject: Subject, budget: Budget) -> None:

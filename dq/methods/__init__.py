@@ -9,6 +9,7 @@ A method file exports
     smooths(options) -> bool                             optional: False when no layer can gain a smoothing vector
     start(weight (rows, columns), plan) -> scales        optional: of each part, what weights are rounded with while a
                                                          budget chooses their formats; else those of their range
+    branch_rank(plan, options, element_bytes) -> int     optional: of a branch whose numbers have so many bytes
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from types import ModuleType
 from torch import nn
 
 from dq import families
-from dq.plan import Plan, Recipe
+from dq.plan import LayerPlan, Plan, Recipe
 
 
 @cache
@@ -53,6 +54,12 @@ def smooths(recipe: Recipe) -> bool:
 def start(recipe: Recipe):
     """What a method rounds weights with before it has seen data; None: scales of their range."""
     return getattr(files()[recipe.method], "start", None) if recipe.method else None
+
+
+def sized(recipe: Recipe, layer: LayerPlan, element_bytes: int) -> LayerPlan:
+    """A layer's plan with the rank that fitting gives its branch; `element_bytes`: of a number of the branch."""
+    ranked = getattr(files()[recipe.method], "branch_rank", None) if recipe.method else None
+    return layer if ranked is None else replace(layer, rank=ranked(layer, recipe.options, element_bytes))
 
 
 def for_budget(recipe: Recipe) -> Recipe:

@@ -15,6 +15,8 @@ with branch and roundings in place, one choice for all layers of one input; "not
   0.171875 with unsigned codes.
 - Each layer has a branch of its own, as large as BRANCH_SHARE of its bytes allows: rank 32 on wide layers, less on
   narrow ones. Convolutions round activations to 8 bits, one scale a sample; the paper leaves them in 16 bits.
+- `svdquant-mp-*` spend the bytes of the recipe in one width, branches included, where they count: each layer's width
+  and rank by its sensitivity (dq/budget). Inputs of 4 bits then have 8 in some layers, if others are not rounded less.
 `svdquant-int4-nunchaku` has only what diffusers' nunchaku-lite operators hold: inputs that are smoothed and rounded
 symmetrically (no rotation, no zero points, no shift), branches of a multiple of 16 columns, and int4 where others keep
 int8 (modulation, large embedders). `dq export --to nunchaku-lite` writes it for them.
@@ -51,6 +53,8 @@ NUNCHAKU = {
     "edge": "int4/group:64",
     "options": {**OPTIONS, "multiple": 16, "plain": True},
 }
+MIXED8 = {"options": {**OPTIONS, "bits": "own"}}
+MIXED4 = {"options": {**OPTIONS, "bits": "own", "act_bits": "own"}}
 LATE8 = {"late": ("int8/token",), "switch": (2 / 3,)}
 # weights and activations of linears; convolutions have the same weights and round activations to 8 bits
 RECIPES = tuple(
@@ -68,6 +72,8 @@ RECIPES = tuple(
         "svdquant-int4-nunchaku": ("int4/group:64", "int4/group:64", NUNCHAKU),
         "svdquant-nvfp4": ("nvfp4", "nvfp4", {}),
         "svdquant-w4a8": ("int4/group:64+channel", "int8/token", {}),
+        "svdquant-mp-w4a4": ("int4/group:64", "int4/group:64", MIXED4),
+        "svdquant-mp-w4a8": ("int4/group:64+channel", "int8/token", MIXED8),
         "svdquant-int8": ("int8/channel", "int8/token", {}),
     }.items()
 )
@@ -86,15 +92,20 @@ def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
 
 def _wish(plan: LayerPlan, module: nn.Module, options: Mapping) -> weights.WeightWish:
     """A branch of as many columns as its bytes allow, at least the unit of a linear's; none for weight-only layers."""
-    rank = 0
-    if options["rank"] is None:  # chosen under a budget
-        rank = plan.rank
-    elif plan.act is not None:
-        rank = groups.affordable_rank(plan, options["rank"], options["share"], module.weight.element_size())
-        unit = options["multiple"] if plan.kind == "linear" else 1
-        rank = max(rank // unit, unit > 1) * unit
     turns = 2 if plan.rows * plan.columns < WIDE else 1
+    rank = branch_rank(plan, options, module.weight.element_size())
     return weights.WeightWish(rank, iterations=turns, noise=options["noise"])
+
+
+def branch_rank(plan: LayerPlan, options: Mapping, element_bytes: int) -> int:
+    """Columns of a layer's branch, whose numbers have so many bytes; those of the plan once a budget chose them."""
+    if options["rank"] is None:
+        return plan.rank
+    if plan.act is None:
+        return 0
+    most = groups.affordable_rank(plan, options["rank"], options["share"], element_bytes)
+    unit = options["multiple"] if plan.kind == "linear" else 1
+    return max(most // unit, unit > 1) * unit
 
 
 def wish(plan: LayerPlan, shared: smooth.Shared, rank: int, options: Mapping) -> smooth.SmoothSearch:

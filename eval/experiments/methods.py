@@ -186,6 +186,8 @@ ENTRIES = (
     *_with_plain("svdquant-nvfp4"),
     Entry("svdquant-int8", "svdquant-int8", against="int8"),
     *_with_plain("svdquant-w4a8"),
+    Entry("svdquant-mp-w4a4", "svdquant-mp-w4a4", against="svdquant-int4"),
+    Entry("svdquant-mp-w4a8", "svdquant-mp-w4a8", against="svdquant-w4a8"),
     Entry("svdquant-w4a8 for rounded inputs", "svdquant-w4a8", options={"noise": True}, against="svdquant-w4a8"),
     *_with_plain("gptq-w4a8"),
     Entry("gptq-w4a8 for rounded inputs", "gptq-w4a8", options={"noise": True}, against="gptq-w4a8"),

@@ -444,6 +444,44 @@ def test_inputs_of_every_kind_may_go_where_no_gradient_goes():
     assert len([row for row in report.layers if row.weight]) == 4
 
 
+class Blocks(nn.Module):
+    """Two blocks, the second one loud."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(128, 512), nn.Linear(512, 128)) for _ in range(2))
+        nn.init.normal_(self.blocks[1][1].weight, std=0.5)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize(("recipe", "limits"), [("svdquant-w4a8", ("bits",)), ("svdquant-int4", ("bits", "act_bits"))])
+def test_own_bits_are_those_that_the_recipe_gives_in_one_width(recipe, limits):
+    loop = lambda model: [model(torch.randn(1, 64, 128)) for _ in range(3)]  # noqa: E731
+    one, mixed = Blocks(), Blocks()
+    whole = dq.quantize(one, recipe, calibration=loop, progress=False)
+    assert any(layer.plan.rank for layer in packed_layers(one).values()), "branches count"
+    budget = dq.Budget(**dict.fromkeys(limits, "own"))
+    report = dq.quantize(mixed, recipe, calibration=loop, budget=budget, progress=False)
+    assert 0.85 * whole.bytes_after < report.bytes_after <= whole.bytes_after
+    widths = {layer.plan.weight.spec.bits for layer in packed_layers(mixed).values()}
+    assert len(widths) > 1, "the loud layer has more"
+    if "act_bits" in limits:
+        assert {layer.plan.act.spec.bits for layer in packed_layers(mixed).values()} == {4}
+
+
+def test_own_bits_need_a_recipe(explored):
+    for budget in (dq.Budget(bits="own"), dq.Budget(act_bits="own")):
+        with pytest.raises(DQError, match="'own'"):
+            explored[0].choose(budget)
+    with pytest.raises(DQError, match="bytes is 'own'"):
+        dq.Budget(bytes="own")
+
+
 def test_a_run_that_cannot_be_differentiated_is_one_line_with_what_can_be_done(monkeypatch):
     pipe = tiny.load("tiny-pixart")
     real = pipe.scheduler.step
