@@ -311,7 +311,7 @@ def _own_budget(wanted: Recipe | Plan | Keeping):
         return None
     from dq.budget.limits import Budget
 
-    named = ("bits", "metric", "act_bits", "thirds")
+    named = ("bits", "metric", "act_bits", "thirds", "runs", "checks")
     return Budget(**{key: wanted.options[key] for key in named if key in wanted.options})
 
 

@@ -157,7 +157,9 @@ class Stages:
         else:
             metric = next(iter(budgets.values())).metric
             timed = any(budget.ms_per_step is not None for budget in budgets.values())
-            wish = sensing.Wish(metric, timed, thirds=any(budget.thirds for budget in budgets.values()))
+            thirds = any(budget.thirds for budget in budgets.values())
+            most = (max(getattr(budget, name) for budget in budgets.values()) for name in ("runs", "checks"))
+            wish = sensing.Wish(metric, timed, thirds, *most)
             found = sensing.find(self._subject(), folder, wish, self.progress)
         notes = []
         for part, budget in budgets.items():

@@ -33,18 +33,19 @@ from dq.trace.world import processes
 
 CALLS = 24  # single calls walked forward and back
 JUDGED_CALLS, JUDGED_RUNS = 6, 2  # run again for every changed layer or plan
-SAMPLES, HELD_OUT = 48, 8  # random plans to fit to, and to check on
+SAMPLES = 48  # random plans to fit to
 SMOOTH_BYTES = 4  # what fitting may add to a layer per input channel
 
 
 @dataclass(frozen=True)
 class Wish:
-    """How to measure: the metric and thirds (see dq.Budget), whether in milliseconds, how many plans to check on."""
+    """How to measure: metric, thirds, runs and checks (see dq.Budget), whether in milliseconds."""
 
     metric: str = "trajectory"
     timed: bool = False
-    held_out: int = HELD_OUT
     thirds: bool = False
+    runs: int = Budget.runs
+    checks: int = Budget.checks
 
 
 @dataclass
@@ -97,7 +98,8 @@ def settled(subject: Subject, budget: Budget, found: Search | None = None) -> Bu
         for part, model in subject.models.items():
             dtype = subject.dtype(part)
             for name, layer in subject.plans[part].layers.items():
-                sized = methods.sized(subject.recipe, layer, naming.at(model, name).weight.element_size())  # pyright: ignore[reportAttributeAccessIssue]
+                weight: Any = naming.at(model, name).weight
+                sized = methods.sized(subject.recipe, layer, weight.element_size())
                 spent += search.spent(sized, dtype, subject.extra)
                 weights += layer.rows * layer.columns
         budget = replace(budget, bits=8 * spent / max(weights, 1))
@@ -164,7 +166,7 @@ def _errors(subject: Subject, stores: Mapping[str, Store], own: Store, wish: Wis
     runs = 0
     if whole and metric in ("trajectory", "sampled"):
         assert subject.runner is not None  # a whole run needs one
-        given = subject.runner, subject.models, subject.menus, own, progress, subject.start
+        given = subject.runner, subject.models, subject.menus, own, progress, subject.start, wish.runs
         found["trajectory"], runs = trajectory.gradients(*given)
     if metric == "prediction" or not whole:
         found["prediction"] = _each(subject, stores, _predicted, progress)
@@ -173,7 +175,7 @@ def _errors(subject: Subject, stores: Mapping[str, Store], own: Store, wish: Wis
     base = next(iter(found.values()))
     if metric == "sampled":
         found["sampled"] = _sampled(subject, base, stores, own, whole, progress)
-    trust = _checked(subject, found, stores, own, whole, wish.held_out, progress) if wish.held_out else {}
+    trust = _checked(subject, found, stores, own, whole, wish.checks, progress) if wish.checks else {}
     return metric, found[metric], trust, runs
 
 

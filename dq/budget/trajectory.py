@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from dq.budget import sensitivity
 from dq.budget.choices import Choice, Start
+from dq.budget.limits import Budget
 from dq.budget.margins import Listener
 from dq.budget.predictions import BUCKETS
 from dq.budget.sensitivity import Errors
@@ -31,7 +32,7 @@ from dq.trace.records import Store
 from dq.trace.running import Runner, Steps, timestep_reader
 from dq.trace.units import replaced
 
-FEWEST_RUNS, MOST_RUNS = 4, 64  # hard runs are few: at 6 bits tiny-pixart gained 0.2 dB from 16 runs, 1.7 from 64
+FEWEST_RUNS = 4
 RUNS_A_PROMPT = 8  # each from other noise
 SECONDS = 480.0  # after which no run begins, but for the fewest
 
@@ -50,16 +51,18 @@ def gradients(
     store: Store,
     progress: bool = True,
     start: Start = None,
+    most: int = Budget.runs,
 ) -> tuple[dict[str, Errors], int]:
     """-> by part: errors of the pictures or final latents, to first order; and from how many runs, as time allows.
 
     Weights are rounded with `start`'s scales.
 
     store  keeps what was gathered after every run; a killed measurement goes on there
+    most   runs
     Raises DQError where the pipeline's loop cannot be differentiated.
     """
     steps, seed = runner.calibration.steps, runner.calibration.seed
-    runs = min(RUNS_A_PROMPT * len(runner.texts), MOST_RUNS)
+    runs = min(RUNS_A_PROMPT * len(runner.texts), most)
     listeners = {part: Listener(model, menus[part], start) for part, model in models.items()}
     made = sensitivity.Progress.resume(listeners, store, "trajectory", [steps, seed, runs, *runner.texts])
     with tqdm(total=runs, initial=made.done, desc="trajectories", disable=not progress, delay=2) as bar:

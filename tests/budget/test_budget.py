@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 def explored(folder):
     """(Search, plans) of int8-weight on tiny-pixart, layers timed."""
     pipe = tiny.load("tiny-pixart")
-    wish = sensing.Wish(timed=True, held_out=4)
+    wish = sensing.Wish(timed=True, checks=4)
     return api.explore(pipe, "int8-weight", calibration(folder=folder), wish=wish, progress=False)
 
 
@@ -112,13 +112,12 @@ def test_a_killed_measurement_goes_on_where_it_was(tmp_path, monkeypatch):
 
     runner = Runner(pipe, calibration(steps=2, samples=2))
     models_of, menus = {"": pipe.transformer}, {"": {"transformer_blocks.0.attn1.to_q": _menu((256, 256))}}
-    monkeypatch.setattr(trajectory, "MOST_RUNS", 4)
-    undisturbed, count = trajectory.gradients(runner, models_of, menus, Store(tmp_path / "a"), False)
+    undisturbed, count = trajectory.gradients(runner, models_of, menus, Store(tmp_path / "a"), False, most=4)
     monkeypatch.setattr(trajectory, "_walk", dies)
     with pytest.raises(KeyboardInterrupt):
-        trajectory.gradients(runner, models_of, menus, Store(tmp_path / "b"), False)
+        trajectory.gradients(runner, models_of, menus, Store(tmp_path / "b"), False, most=4)
     monkeypatch.setattr(trajectory, "_walk", lambda *given: (runs.append(given[1]), whole(*given)))
-    resumed, again = trajectory.gradients(runner, models_of, menus, Store(tmp_path / "b"), False)
+    resumed, again = trajectory.gradients(runner, models_of, menus, Store(tmp_path / "b"), False, most=4)
     assert runs == [0, 1, 2, 3] and count == again == 4
     for name, table in undisturbed[""].items():
         assert np.array_equal(table, resumed[""][name])
@@ -396,7 +395,16 @@ def test_an_impossible_budget_is_refused_with_the_nearest_figure(explored, chang
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"bytes": 0}, {"bits": True}, {"bits": 4, "scope": "all"}, {"bits": 4, "metric": "x"}]
+    "change",
+    [
+        {},
+        {"bytes": 0},
+        {"bits": True},
+        {"bits": 4, "scope": "all"},
+        {"bits": 4, "metric": "x"},
+        {"bits": 4, "runs": 0},
+        {"bits": 4, "checks": 1.5},
+    ],
 )
 def test_a_budget_that_means_nothing_is_refused_at_once(change):
     with pytest.raises(dq.DQError, match="budget"):
