@@ -55,7 +55,8 @@ def quantize(
                  layers of diffusers' GGUF quantizer also "stored", which keeps their codes, and "stored-int8", which
                  rounds activations to 8 bits as well (layers of another library, torchao's too, are decoded otherwise)
     calibration  for recipes of a method and for budgets: a dq.Calibration, or a function that runs a bare model as its
-                 user does; a budget of a data-free recipe takes dq's own prompts where it gets none
+                 user does; a budget of a data-free recipe takes dq's own prompts where it gets none. With rounded
+                 attention: modules that cannot bear it on these calls are left as they are
     budget       a dq.Budget: the recipe then names the choices, and each layer gets one by its measured sensitivity;
                  or one for each denoiser, {"transformer": dq.Budget(bits=6), "transformer_2": dq.Budget(bits=4)}
     components   further parts of a pipeline and their data-free recipes, e.g. {"text_encoder_2": "int8-weight"}; a
@@ -96,7 +97,8 @@ def _quantized(models: dict, job: _Job, start: float) -> Report:
     search = adding.prepared(target, wanted, calibration)
     plans = _plan_all(models, job.keep, budget is not None or job.tune is not None, job.theirs)
     ready.refuse_switches(target, plans)
-    work = None if search and not getattr(wanted, "method", "") else _stages(models, plans, job)
+    around = search and not (wanted.method or wanted.attention)  # pyright: ignore[reportAttributeAccessIssue]
+    work = None if around else _stages(models, plans, job)
     with ready.eager():
         packed, errors, notes = ({}, {}, []) if work is None else work.done()
     models = {part: entry for part, entry in models.items() if part in plans}
@@ -289,7 +291,8 @@ def _resolve(target, wanted: Recipe | Plan | Keeping, calibration, budget, tune=
         from dq.budget import limits
 
         limits.check(budget, wanted, isinstance(target, nn.Module))
-    if not wanted.needs_calibration:
+    attends = isinstance(wanted, Recipe) and wanted.attention and calibration is not None  # chosen on data then
+    if not wanted.needs_calibration and not attends:
         return _for_data_free(target, name, calibration, budget, tune)
     from dq import methods
     from dq.trace import calibration as capturing
@@ -336,11 +339,6 @@ def _for_data_free(target, name: str, calibration, budget, tune):
             "budget: of a bare model only bytes and bits go without data; pass calibration=a function that runs it"
         )
     return None
-
-
-def _only_around(wanted: Recipe | Plan) -> bool:
-    """Whether a recipe rounds without data, and takes it for what runs around the model alone."""
-    return isinstance(wanted, Recipe) and wanted.needs_calibration and not wanted.method
 
 
 def _plan_all(models: Mapping, keep, measured: bool = False, theirs: adopting.Opened | None = None) -> dict[str, Plan]:

@@ -23,6 +23,14 @@ DATA_FREE = (
         attention="int8",
         status="experimental",
     ),
+    # SageAttention2 (Zhang et al., 2411.10958): queries and keys in 4 bits, emulated
+    Recipe(
+        "sageattention2",
+        ("int8/channel", "int8/token"),
+        ("int8/channel", "int8a/tensor"),
+        attention="sage2",
+        status="experimental",
+    ),
     Recipe("fp8", linear=("fp8/channel", "fp8/token"), conv=("fp8/channel", "fp8/tensor"), status="experimental"),
     # OCP MX v1.0 (2023): activations have one scale for 32 values, too; a convolution's are not in such blocks
     Recipe("mxfp8", linear=("mxfp8", "mxfp8"), conv=("mxfp8", None), status="experimental"),
@@ -45,6 +53,8 @@ ADDED: dict[str, dict] = {
     "interval": {"cache": "interval"},
     "firstblock": {"cache": "firstblock"},
     "taylorseer": {"cache": "taylorseer"},
+    "sageattention-int8": {"attention": "int8"},
+    "sageattention2": {"attention": "sage2"},
 }
 NAMED = {
     "qsched-w8a8": "int8+qsched",

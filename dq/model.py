@@ -15,7 +15,7 @@ from torch import nn
 
 from dq import fusions, layers
 from dq.errors import DQError
-from dq.layers import PACKED, PLAIN, PackedStack, clock, hadamard, inherit, kind_of, naming, packed_layers
+from dq.layers import PACKED, PLAIN, PackedStack, attending, clock, hadamard, inherit, kind_of, naming, packed_layers
 from dq.layers.memory import align, page_out
 from dq.plan import LayerPlan, Plan
 from dq.sampler import caches
@@ -38,6 +38,11 @@ def check_fit(model: nn.Module, plan: Plan) -> None:
             raise DQError(f"layer {name!r}: the plan is for {wanted}, {model_name} has {kind} {shape}; plan it anew")
         _check_sizes(name, layer)
     plan.check()
+    there = {name for name, _ in attending.modules(model)} if plan.attention else set()
+    for name, each in plan.attention.items():
+        each.check(name)
+        if name not in there:
+            raise DQError(f"attention of {name!r} of the plan is not in {model_name}; is this plan for another model?")
     if plan.cache:
         caches.check(model, plan.cache)
     if plan.edges or plan.switch:

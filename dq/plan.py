@@ -17,6 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dq.attentionplan import WISHES, AttentionPlan
 from dq.disk import read_json
 from dq.errors import DQError, naming, nearest
 from dq.surroundings import Correction
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 PLAN_VERSION = 1
-ATTENTION = ("", "int8")
+ATTENTION = ("", *WISHES)
 STATUS = ("stable", "experimental")
 ROLES = ("time", "edge", "block")
 KINDS = ("linear", "conv1d", "conv2d", "conv3d", "stack")
@@ -200,7 +201,7 @@ class Plan:
     switch    timesteps, in the model's own units and in the order of a run, at each of which the next phase begins: of
               333.5 all steps with t < 333.5 are late; empty when no layer has late formats
     rising    timesteps rise along a run: of a switch 0.7 all steps with t >= 0.7 are late
-    attention "int8": products of attention in bytes where a kernel has them; "": as exact as the compute dtype
+    attention what attention is rounded to, by module; of those not named, nothing
     sampler   corrections of the scheduler's steps, at most one of a kind for a scheduler and number of steps
     cache     `kind:value` of dq/sampler/caches: what of a step serves the next ones, "" for nothing
     """
@@ -212,7 +213,7 @@ class Plan:
     timestep: str | None = None
     edges: tuple[float, ...] = ()
     compute_dtype: str | None = None
-    attention: str = ""
+    attention: dict[str, AttentionPlan] = field(default_factory=dict)
     sampler: tuple[Correction, ...] = ()
     switch: tuple[float, ...] = ()
     rising: bool = False
@@ -237,7 +238,7 @@ class Plan:
             "compute_dtype": self.compute_dtype,
             "timestep": self.timestep,
             "edges": list(self.edges),
-            **({"attention": self.attention} if self.attention else {}),
+            **({"attention": {k: each.to_dict() for k, each in self.attention.items()}} if self.attention else {}),
             **({"cache": self.cache} if self.cache else {}),
             **({"sampler": [each.to_dict() for each in self.sampler]} if self.sampler else {}),
             **({"switch": list(self.switch)} if self.switch else {}),
@@ -266,9 +267,12 @@ class Plan:
         schema.check("plan", values, what)
         values["layers"] = {name: LayerPlan._built(name, row, checked) for name, row in data["layers"].items()}
         values |= {key: tuple(data.get(key, ())) for key in ("edges", "switch")}
+        values["attention"] = {name: AttentionPlan(**row) for name, row in data.get("attention", {}).items()}
         values["sampler"] = tuple(Correction.from_dict(each) for each in data.get("sampler", ()))
         plan = cls(**values)
         plan.check()
+        for name, each in plan.attention.items() if checked else ():
+            each.check(name)
         return plan
 
     def check(self) -> None:
@@ -321,7 +325,7 @@ class Recipe:
     modulation         weight of linears that see one token per sample (adaLN, time projections); weight-only
     edge               weight of embedders and final layers that are too big to keep; weight-only
     keep               anchored regular expressions of layers left in full precision, added to the family's
-    attention          as in Plan
+    attention          one of ATTENTION: what attention is rounded to, "" for nothing
     cache              as in Plan
     sampler            file of dq/around that finds corrections of the scheduler's steps, "" for none
     late               activation formats of linears that round activations, for later phases of a run

@@ -15,9 +15,10 @@ from math import isqrt, prod
 from torch import nn
 
 from dq import families
+from dq.attentionplan import WISHES
 from dq.errors import DQError, nearest
 from dq.families import Family, generic, readers
-from dq.layers import PLAIN, forward_replaced, kind_of, naming
+from dq.layers import PLAIN, attending, forward_replaced, kind_of, naming
 from dq.plan import Keeping, LayerPlan, Plan, Recipe, TensorPlan
 
 KEPT_SHARE = 0.04  # most of the weights that may stay in full precision at the edges of the model
@@ -63,9 +64,9 @@ def make_plan(model: nn.Module, recipe: Recipe, keep: Sequence[str] = ()) -> Pla
         if name not in kept:
             decided = _layer_plan(recipe, roles[name], weights[name])
             (kept if isinstance(decided, str) else layers)[name] = decided
-    return Plan(
-        layers, kept, recipe.name, family.name, family.timestep, attention=recipe.attention, cache=recipe.cache
-    )
+    wish = WISHES.get(recipe.attention)
+    rounded = {} if wish is None else attending.planned(model, wish.choices[0])
+    return Plan(layers, kept, recipe.name, family.name, family.timestep, attention=rounded, cache=recipe.cache)
 
 
 def keeping_plan(model: nn.Module, recipe: Keeping, found: Mapping[str, LayerPlan], keep: Sequence[str] = ()) -> Plan:

@@ -27,7 +27,7 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=-1e30, lt=1
 Text = Annotated[str, Field(strict=True, max_length=100_000)]
 Name = Annotated[str, Field(strict=True, max_length=1000)]
 Tensor = Annotated[str, Field(strict=True, max_length=100)]  # "int4/group:64"; `TensorPlan.parse` reads it
-Attention, Status = Literal[ATTENTION], Literal[STATUS]  # pyright: ignore[reportInvalidTypeForm]
+Wished, Status = Literal[ATTENTION], Literal[STATUS]  # pyright: ignore[reportInvalidTypeForm]
 Crc32 = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{8}\z")]
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Channels = Annotated[list[Number], Field(max_length=4096)]
@@ -57,6 +57,19 @@ class Layer(TypedDict):
 
 
 @closed
+class Attention(TypedDict, total=False):
+    """What the attention of a module is rounded to; `dq.attentionplan` says what each means."""
+
+    q: Tensor
+    k: Tensor
+    p: Tensor
+    v: Tensor
+    smooth: Annotated[str, Field(strict=True, max_length=2)]
+    start: Flag
+    reason: Text
+
+
+@closed
 class Correction(TypedDict):
     """A correction of a scheduler's steps; `dq.surroundings` has its kinds and what their values are."""
 
@@ -77,7 +90,7 @@ class Plan(TypedDict):
     timestep: NotRequired[Name | None]
     edges: NotRequired[Annotated[list[Number], Field(max_length=MOST_STEPS)]]
     compute_dtype: NotRequired[Literal[COMPUTE] | None]  # pyright: ignore[reportInvalidTypeForm]
-    attention: NotRequired[Attention]  # pyright: ignore[reportInvalidTypeForm]
+    attention: NotRequired[Annotated[dict[Name, Attention], Field(max_length=MOST_LAYERS)]]
     cache: NotRequired[Cache]
     sampler: NotRequired[Annotated[list[Correction], Field(max_length=100)]]
     switch: NotRequired[Annotated[list[Number], Field(max_length=MOST_PHASES)]]
@@ -157,7 +170,7 @@ class Recipe(TypedDict):
     modulation: NotRequired[Tensor]
     edge: NotRequired[Tensor]
     keep: NotRequired[Annotated[list[Name], Field(max_length=1000)]]
-    attention: NotRequired[Attention]  # pyright: ignore[reportInvalidTypeForm]
+    attention: NotRequired[Wished]  # pyright: ignore[reportInvalidTypeForm]
     cache: NotRequired[Cache]
     sampler: NotRequired[Annotated[str, Field(strict=True, pattern=r"^\w{0,60}\z")]]
     late: NotRequired[Annotated[list[Tensor], Field(max_length=MOST_PHASES)]]
@@ -292,6 +305,7 @@ TYPES: Mapping[str, Any] = {
 }
 
 
+NAMED = {"layers": ("layer", Layer), "attention": ("attention of", Attention)}  # what a plan has by name
 INSIDE = {"recipe": Options, "header": HeaderRow, "record": RecordRow, "call": CallInfo}  # what stands in a field
 
 
@@ -318,8 +332,9 @@ def check(kind: str, data: Any, what: str) -> None:
 def _line(found: Mapping[str, Any], kind: str, what: str) -> str:
     """One line about the first thing that is wrong."""
     place, home = [str(step) for step in found["loc"] if step != "[key]"], TYPES[kind]
-    if kind == "plan" and place[:1] == ["layers"] and len(place) > 1:
-        what, place, home = f"{what}: layer {shown(place[1])}", place[2:], Layer
+    if kind == "plan" and len(place) > 1 and place[0] in NAMED:
+        named, home = NAMED[place[0]]
+        what, place = f"{what}: {named} {shown(place[1])}", place[2:]
     elif len(place) > 1:
         home = INSIDE.get(kind)
     field = ".".join(step if step.isidentifier() or step.isdigit() else shown(step) for step in place)

@@ -12,18 +12,22 @@ from pathlib import Path
 from torch import nn
 
 from dq import families, methods
+from dq.attentionplan import WISHES, Wish
 from dq.budget import search, sensing
 from dq.budget.limits import Budget
 from dq.budget.search import Search
 from dq.errors import DQError
-from dq.fit import distill, phases, steps, student, walk
+from dq.fit import attention, distill, phases, steps, student, walk
 from dq.fit.tune import Tune
 from dq.host import ready
+from dq.layers.memory import aligned
 from dq.plan import Plan, Recipe
 from dq.sampler.caches import branches
 from dq.trace import capture as capturing
 from dq.trace import pairs
 from dq.trace.calibration import Calibration
+from dq.trace.records import Store
+from dq.trace.running import kept_modes, modules_of
 from dq.trace.walk import Trace
 from dq.version import __version__
 
@@ -53,17 +57,32 @@ class Stages:
         for part, budget in self._budgets().items():
             subject = self._subject(part)
             sensing.refuse_impossible(subject, sensing.settled(subject, budget))
-        if self.budget is None and not getattr(self.recipe, "method", ""):
+        if self.budget is None and not getattr(self.recipe, "method", "") and self._wish is None:
             return {}, {}, []  # there is data for what comes after
         if self.calibration is None:
             return {}, {}, self._chosen(None)
         with self._captured() as (folder, notes):
             if self.budget is not None:
                 notes += self._chosen(folder)
-            if not self.recipe.method:
-                return {}, {}, notes
-            packed, errors, more = self._fitted(folder)
-            return packed, errors, notes + more
+            packed, errors, more = self._fitted(folder) if self.recipe.method else ({}, {}, [])
+            return packed, errors, [*notes, *more, *self._attending(folder)]
+
+    @property
+    def _wish(self) -> Wish | None:
+        """What the recipe asks of attention."""
+        return WISHES.get(self.recipe.attention) if isinstance(self.recipe, Recipe) else None
+
+    def _attending(self, folder: Path) -> list[str]:
+        """Choose what every module's attention is rounded to; -> notes."""
+        if self._wish is None:
+            return []
+        notes = []
+        with kept_modes(self.models), aligned(modules_of(self.target)):
+            for part, model in self.models.items():
+                found, said = attention.chosen(model, self._wish, Store(folder / (part or "model")))
+                self.plans[part] = replace(self.plans[part], attention=found)
+                notes += _named(part if len(self.models) > 1 else None, [said])
+        return notes
 
     def tuned(self, wish: Tune, packed: dict[str, dict], errors: dict[str, dict], notes: list[str]) -> dict[str, dict]:
         """Tune what the denoisers' layers were packed into, in place in `packed`, and note it; -> figures by part.

@@ -24,6 +24,7 @@ ROOMS = (
     "formats",
     "surroundings",
     "tensorplan",
+    "attentionplan",
     "plan",
     "schema",
     "kernels",

@@ -27,11 +27,13 @@ import torch
 from torch import nn
 
 from dq import cookbook, layers, planning
+from dq.attentionplan import INT8
 from dq.bench import layers as bench
 from dq.bench import levels, openvino, roofline, widths
 from dq.errors import DQError, nearest
 from dq.fusions import attention as ours
 from dq.kernels.cpu import attention as cpu_attention
+from dq.layers import attending
 from dq.layers.memory import peak_bytes
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 
@@ -207,7 +209,7 @@ class Contestant:
             if isinstance(model, openvino.Compiled):
                 self.around[contender.name] = rested
             with self.around[contender.name]():
-                own = sorted(set(ours.attached(model).values()))
+                own = set(ours.attached(model).values())
                 for _ in range(WARM):
                     y = call()
             if emulated := _emulated(model):  # kernels are chosen in the first call
@@ -217,7 +219,7 @@ class Contestant:
             self.runs.pop(contender.name, None)
             return {"skipped": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
         kernel = ", ".join(_labels(model)) or getattr(model, "kernel", "") or _products(self.runs[contender.name])
-        units = sorted({cpu_attention.unit(roofline.DTYPES[self.base], precision == "int8") for precision in own})
+        units = sorted({cpu_attention.unit(roofline.DTYPES[self.base], plan == INT8) for plan in own})
         kernel += "".join(f", dq attention {unit}" for unit in units)
         figures = {"kernel": kernel, "error_db": _error_db(self.expected, y), "versions": _versions(contender)}
         return figures | {"seconds": round(time.perf_counter() - began, 1)}
@@ -356,8 +358,9 @@ def rested() -> Iterator[None]:
 @contextlib.contextmanager
 def attended(model: nn.Module, attention: str) -> Iterator[None]:
     """Attention of "torch", or dq's own in "bf16" or "int8", inside the block; "" leaves what the model has."""
-    before = set(ours.attached(model).values())
-    if attention in ("bf16", "int8") and not ours.attach(model, int8=attention == "int8"):
+    before = ours.attached(model)
+    wanted = attending.planned(model, INT8) if attention == "int8" else {}
+    if attention in ("bf16", "int8") and not ours.attach(model, wanted):
         raise RuntimeError(f"no attention of dq's own: {ours.why_not(model) or 'no module of the model has any'}")
     if attention == "torch":
         ours.detach(model)
@@ -367,7 +370,7 @@ def attended(model: nn.Module, attention: str) -> Iterator[None]:
         if attention:
             ours.detach(model)
             if before:
-                ours.attach(model, int8="int8" in before)
+                ours.attach(model, before)
 
 
 def _missing(contender: Contender) -> str | None:

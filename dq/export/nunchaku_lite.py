@@ -68,7 +68,7 @@ def _check(part: str, home: Path, plan: Plan) -> None:
     if plan.compute_dtype not in DTYPES:
         raise DQError(f"{place} computes in {plan.compute_dtype}, {NAME} in bf16 or fp16; quantize with --dtype bf16")
     if plan.attention:
-        raise DQError(f"{place} has {plan.attention} attention, {NAME} none; quantize with --recipe {RECIPE}")
+        raise DQError(f"{place} has rounded attention, {NAME} none; quantize with --recipe {RECIPE}")
     reasons = {name: reason for name, layer in plan.layers.items() if (reason := why_not(layer)) is not None}
     if not reasons:
         return

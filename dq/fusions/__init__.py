@@ -1,7 +1,7 @@
 """Run-time rewriting of a quantized model's modules onto fused kernels: found by structure, checked once, never saved.
 
 gelu        the activation in the product's epilogue
-attention   attention modules on dq's CPU kernels
+attention   attention modules on dq's CPU kernels, or rounded in tiles
 backends    attention of int8 plans on GPUs, by what diffusers has
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from dq.attentionplan import INT8
 from dq.fusions import attention, backends, gelu
 from dq.layers import notes as written
 from dq.plan import Plan
@@ -17,9 +18,10 @@ from dq.plan import Plan
 def attach(model: nn.Module, plan: Plan) -> None:
     """Fuse what can be fused; parameters, buffers and submodules stay as they are. Undone by `detach`."""
     detach(model)
-    attention.attach(model, int8=plan.attention == "int8")
-    if plan.attention == "int8":
-        backends.attach(model)
+    attention.attach(model, plan.attention)
+    for module in model.modules():
+        if written.read(module).attention == INT8:
+            backends.attach(module)
     gelu.attach(model)
 
 
@@ -33,7 +35,7 @@ def detach(model: nn.Module) -> None:
 def set_backend(model: nn.Module, name: str) -> None:
     """Tell attached modules of a model the backend that was set for it alone."""
     for module in model.modules():
-        if written.read(module).attention:
+        if written.read(module).attention is not None:
             written.write(module, backend=name)
     backends.set_backend(model, name)
 

@@ -1,4 +1,4 @@
-"""Attention modules of a model on dq's kernels: found by their structure, switched at run time, never saved.
+"""Attention modules of a model on dq's kernels, or rounded as a plan says: found by structure, switched at run time.
 
 Every model reaches `F.scaled_dot_product_attention` its own way: through processors, through diffusers' dispatch, or
 from its forward. While an attached module runs, a `TorchFunctionMode` stands in for that one function; everything else
@@ -8,9 +8,9 @@ so state dicts, saving, copies and hooks are as before.
 
 from __future__ import annotations
 
-import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,26 +18,27 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dq import kernels
-from dq.fusions import backends
+from dq.attentionplan import INT8, AttentionPlan
+from dq.fusions import backends, tiles
 from dq.kernels.cpu import attention as cpu
 from dq.kernels.cpu import library
-from dq.layers import notes, takeover
+from dq.layers import attending, notes, takeover
 
-REACH = frozenset(("scaled_dot_product_attention", "dispatch_attention_fn", "ALL_ATTENTION_FUNCTIONS"))
 ROLE = "attention"
+PLAIN = AttentionPlan()
 
 
-class _Attention(TorchFunctionMode):
-    """Calls of torch's attention go to dq's kernel."""
+class Instead(TorchFunctionMode):
+    """Calls of torch's attention go to `call`, which takes what that takes."""
 
-    def __init__(self, int8: bool):
+    def __init__(self, call: Callable):
         super().__init__()
-        self.int8 = int8
+        self.call = call
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return cpu.sdpa(*args, **kwargs, int8=self.int8)
+            return self.call(*args, **kwargs)
         if func is torch.Tensor.unflatten:  # it calls super(), which torch.compile follows from a method call only
             return args[0].unflatten(*args[1:], **kwargs)
         return func(*args, **kwargs)
@@ -46,47 +47,48 @@ class _Attention(TorchFunctionMode):
 def _attend(module: nn.Module, inner: Callable, *args, **kwargs):
     """The role of an attached module (see `takeover`)."""
     own = notes.read(module)
+    plan, backend = own.attention or PLAIN, own.backend or kernels.selected()
+    if emulated(plan, backend):
+        with Instead(partial(_rounded, plan)):
+            return inner(*args, **kwargs)
     given = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
     if given is not None and given.device.type != "cpu":  # moved there since: no mode around its calls
         return inner(*args, **kwargs)
-    if (own.backend or kernels.selected()) not in ("auto", "cpu"):
+    if backend not in ("auto", "cpu"):
         return inner(*args, **kwargs)
-    with _Attention(own.attention == "int8"):
+    with Instead(partial(cpu.sdpa, int8=plan == INT8)):
         return inner(*args, **kwargs)
 
 
-def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of everything that has a processor, or whose forward names one of the ways to attention."""
-    for name, module in model.named_modules():
-        if callable(getattr(module, "processor", None)) or _reached(type(module)) & REACH:
-            yield name, module
+def emulated(plan: AttentionPlan, backend: str) -> bool:
+    """Whether a plan is computed in tiles of torch: there are kernels for INT8 alone."""
+    return plan.rounds and (plan != INT8 or backend == "reference")
 
 
-def _reached(kind: type) -> set[str]:
-    """Global and attribute names in a module class's forward and in the methods of its own that it calls."""
-    seen, waiting = set(), ["forward"]
-    while waiting:
-        name = waiting.pop()
-        method = getattr(kind, name, None)
-        if name not in seen and isinstance(method, types.FunctionType) and vars(nn.Module).get(name) is not method:
-            waiting += method.__code__.co_names
-        seen.add(name)
-    return seen
+def _rounded(plan: AttentionPlan, query, key, value, attn_mask=None, dropout_p=0.0, *args, **kwargs) -> torch.Tensor:
+    """As the plan says; torch's attention where there is dropout, or a gradient, which rounding has not."""
+    given = (query, key, value, attn_mask)
+    if dropout_p or (torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in given)):
+        return F.scaled_dot_product_attention(*given, dropout_p, *args, **kwargs)
+    return tiles.attention(plan, *given, 0.0, *args, **kwargs)
 
 
-def attach(model: nn.Module, int8: bool = False) -> list[str]:
-    """Run the attention of a model on dq's CPU kernels; -> names of the modules that can (see `why_not`).
+def attach(model: nn.Module, plans: Mapping[str, AttentionPlan] | None = None) -> list[str]:
+    """Run the attention of a model as planned, by name of the module; -> names of the modules that can.
 
-    int8  products of integers; otherwise of floats, as exact as torch's attention in the dtype of the inputs, and
-          called "bf16" whichever that is. Calls that the kernel cannot take, or where torch is faster, are torch's.
+    INT8, and floats where nothing is planned, run on dq's CPU kernels; floats are as exact there as torch's attention
+    in the dtype of the inputs. Calls that the kernel cannot take, or where torch is faster, are torch's. All other
+    plans are emulated, on any device.
     """
     detach(model)
     names = []
-    for name, module in attention_modules(model):
-        if why_not(module, model) is None:
-            names.append(name)
-            notes.write(module, attention="int8" if int8 else "bf16")
+    for name, module in attending.modules(model):
+        plan, can = (plans or {}).get(name, PLAIN), why_not(module, model) is None
+        if plan.rounds or plan.reason or can:
+            notes.write(module, attention=plan)
             takeover.take(module, ROLE, _attend)
+        if emulated(plan, "auto") or can:
+            names.append(name)
     return names
 
 
@@ -94,14 +96,14 @@ def detach(model: nn.Module) -> None:
     """Undo `attach`; a model that is not attached stays as it is."""
     for module in model.modules():
         takeover.give_back(module, ROLE)
-        if notes.read(module).attention:
-            notes.write(module, attention="")
+        if notes.read(module).attention is not None:
+            notes.write(module, attention=None)
 
 
-def attached(model: nn.Module) -> dict[str, str]:
-    """Precision of every attached module by name: "int8", or "bf16" for that of the inputs, fp32 and fp16 included."""
+def attached(model: nn.Module) -> dict[str, AttentionPlan]:
+    """What every attached module's attention is rounded to, by name; nothing, for that of floats on dq's kernels."""
     kinds = ((name, notes.read(module).attention) for name, module in model.named_modules())
-    return {name: kind for name, kind in kinds if kind}
+    return {name: kind for name, kind in kinds if kind is not None}
 
 
 def why_not(*modules: nn.Module) -> str | None:
@@ -114,20 +116,30 @@ def why_not(*modules: nn.Module) -> str | None:
 
 
 def lines(model: nn.Module) -> list[str]:
-    """Lines for `dq.explain`: which kernels attention runs on now, and why not on dq's."""
+    """Lines for `dq.explain`: which kernels attention runs on now, why not on dq's, and what is not rounded."""
     kinds, reasons, on_gpu = Counter(), Counter(), "cuda" in places(model)
-    for _, module in attention_modules(model):
-        if on_gpu and backends.attached(module):
+    rounded, kept = Counter(), []
+    for name, module in attending.modules(model):
+        own = notes.read(module)
+        plan, reason = own.attention, why_not(module, model)
+        if plan is not None and plan.reason and not plan.rounds:
+            kept.append(f"{name} ({plan.reason})")
+        if plan is not None and emulated(plan, own.backend or kernels.selected()):
+            rounded[str(plan)] += 1
+        elif on_gpu and backends.attached(module):
             continue  # `backends` has lines for these
-        kind, reason = notes.read(module).attention, why_not(module, model)
-        if kind and not reason:
-            kinds[kind] += 1
+        elif plan is not None and not reason:
+            kinds[plan == INT8] += 1
         else:
             reasons[reason or "dq's was not attached where the model was when it was quantized or loaded"] += 1
-    words, on = {"bf16": "as exact as torch's", "int8": "in int8"}, library.UNITS.get(library.level())
-    found = [f"attention runs on dq's kernels on {on}: {count} modules {words[kind]}" for kind, count in kinds.items()]
+    words, on = {False: "as exact as torch's", True: "in int8"}, library.UNITS.get(library.level())
+    found = [f"attention is emulated in {count} modules: {said}" for said, count in rounded.items()]
+    found += [
+        f"attention runs on dq's kernels on {on}: {count} modules {words[int8]}" for int8, count in kinds.items()
+    ]
     found += ["attention stays torch's in calls so small that it is faster there"] * bool(kinds)
-    return found + [f"attention is torch's in {count} modules: {reason}" for reason, count in reasons.items()]
+    found += [f"attention is torch's in {count} modules: {reason}" for reason, count in reasons.items()]
+    return found + [f"attention is not rounded in {len(kept)} modules: {', '.join(kept)}"] * bool(kept)
 
 
 def places(module: nn.Module) -> set[str]:

@@ -1,4 +1,4 @@
-"""Attention of int8 plans on GPUs: the fastest of diffusers' attention backends that a card and a call allow.
+"""Attention planned in int8 on GPUs: the fastest of diffusers' attention backends that a card and a call allow.
 
 diffusers' processors carry the name of a backend, and `dispatch_attention_fn` calls what is registered under it. dq
 registers an entry of its own there, which asks in every call: the libraries raise for masks, dtypes and heads that

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from dq.attentionplan import AttentionPlan
+
 if TYPE_CHECKING:
     from dq.plan import Plan
 
@@ -23,14 +25,14 @@ class Notes:
     plan       of a quantized model that is neither of diffusers nor of transformers
     forward    the forward that stands below the roles, None while there are none
     roles      what runs around it, by name, the outermost last
-    attention  "bf16" or "int8" for a module whose attention is dq's, else ""
+    attention  what a module's attention is rounded to, nothing included, where it may be dq's; else None
     backend    name of the kernel backend that was set for its model alone, None: the process's default
     """
 
     plan: Plan | None = None
     forward: Callable | None = None
     roles: dict[str, Callable] = field(default_factory=dict)
-    attention: str = ""
+    attention: AttentionPlan | None = None
     backend: str | None = None
 
     def __setstate__(self, state: dict) -> None:

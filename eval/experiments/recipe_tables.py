@@ -11,6 +11,7 @@ import re
 from functools import cache
 
 from dq import cookbook, kernels, methods
+from dq.attentionplan import WISHES
 from dq.kernels.triton import chips, configs
 from dq.plan import Recipe
 from eval.experiments import matrix, rows
@@ -18,7 +19,6 @@ from eval.markdown import table
 from pipelines import tiny
 
 NEAREST = "rounded to nearest"
-SAGE = "; attention in int8 as SageAttention (Zhang et al., arXiv 2410.02367)"
 UNITS = ("int8", "fp8", "nvfp4")
 TITLE = re.compile(r"(?P<name>[^:]+): (?P<idea>.*?)\. (?P<source>.+)", re.DOTALL)
 
@@ -31,7 +31,8 @@ def recipes() -> list[str]:
 
 def _cells(recipe: Recipe) -> list[str]:
     layers = [_layers(recipe, kind) for kind in ("linear", "conv")]
-    found = _method(recipe) + (SAGE if recipe.attention else "")
+    wish = WISHES.get(recipe.attention)
+    found = _method(recipe) + (f"; attention by {wish.source}" if wish else "")
     return [f"`{recipe.name}`", *layers, found, "yes" if recipe.needs_calibration else "no", recipe.status]
 
 

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
+from dq.attentionplan import INT8
 from dq.fusions import attention
 from dq.kernels.cpu import attention as cpu
 from dq.kernels.cpu import library
+from dq.layers import attending
 from tests import models, zoo
 from tests.models import FLUX, PIXART, UNET
 
@@ -29,6 +31,10 @@ def every_size(monkeypatch):
 
 def relative(ours, truth):
     return ((ours.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+
+
+def attach(model, int8):
+    return attention.attach(model, attending.planned(model, INT8) if int8 else {})
 
 
 def hidden_calls(monkeypatch):
@@ -52,8 +58,8 @@ def hidden_calls(monkeypatch):
 def test_a_model_with_dqs_attention_is_close_to_itself(name, int8, monkeypatch):
     model = zoo.build(name, dtype=torch.bfloat16, init="own")
     state, before = dict(model.state_dict()), models.output(model)
-    names = attention.attach(model, int8)
-    assert names and attention.attached(model) == dict.fromkeys(names, "int8" if int8 else "bf16")
+    names = attach(model, int8)
+    assert names and attention.attached(model) == dict.fromkeys(names, INT8 if int8 else attention.PLAIN)
     calls = hidden_calls(monkeypatch)
     after = models.output(model)
     assert calls and set(calls) == {"int8" if int8 else "bf16"}
@@ -68,7 +74,7 @@ def test_a_model_with_dqs_attention_is_close_to_itself(name, int8, monkeypatch):
 @torch.no_grad()
 def test_copies_saving_and_moving_leave_the_switch_on(tmp_path):
     model = zoo.build(PIXART, dtype=torch.bfloat16)
-    attention.attach(model, int8=True)
+    attach(model, int8=True)
     twin = copy.deepcopy(model)
     blocks = [m.transformer_blocks[0].attn1 for m in (model, twin)]
     assert blocks[1].forward.__self__ is blocks[1] and blocks[0].forward.__self__ is blocks[0]
@@ -138,10 +144,10 @@ def test_attention_is_found_by_what_forward_reaches():
 
 @pytest.mark.parametrize("named", [False, True])
 def test_calls_on_another_device_enter_no_mode(named, monkeypatch):
-    def entered(self, int8):
+    def entered(self, call):
         raise AssertionError("a mode was entered")
 
-    monkeypatch.setattr(attention._Attention, "__init__", entered)
+    monkeypatch.setattr(attention.Instead, "__init__", entered)
     x = torch.empty(1, 4, 8, device="meta")
     module = Custom()
     assert (
@@ -159,7 +165,7 @@ def test_calls_on_another_device_enter_no_mode(named, monkeypatch):
 @torch.no_grad()
 def test_compiled_models_use_the_kernel_in_one_graph(name, int8):
     model = zoo.build(name, dtype=torch.bfloat16, init="own")
-    attention.attach(model, int8)
+    attach(model, int8)
     expected, graphs = models.output(model), []
 
     def backend(graph, inputs):

@@ -15,11 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dq
 from dq import fusions, layers
+from dq.attentionplan import INT8
 from dq.errors import DQError
 from dq.fusions import attention
 from dq.host import mark
 from dq.kernels.cpu import library
-from dq.layers import takeover
+from dq.layers import attending, takeover
 from dq.layers.memory import page_out
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 from tests import zoo
@@ -185,7 +186,7 @@ def test_a_plan_may_ask_for_attention_in_bytes():
     dq.quantize(model, "sageattention-int8", progress=False)
     assert any("in int8" in line for line in dq.explain(model).notes)
     plan = mark.plan_of(model)
-    assert plan.attention == "int8" and Plan.from_dict(plan.to_dict()).attention == "int8"
+    assert set(plan.attention.values()) == {INT8} and Plan.from_dict(plan.to_dict()) == plan
     dq.dequantize(model)
     assert fusions.notes(model) == [] or "in int8" not in str(fusions.notes(model))
 
@@ -215,7 +216,8 @@ def elsewhere(name, device):
 @pytest.mark.parametrize("device", ["cuda", "meta"])
 def test_a_model_elsewhere_is_not_attached_and_the_note_says_where_it_is(device):
     model = elsewhere(PIXART, device)
-    assert attention.attach(model, int8=True) == [] and not attention.attached(model)
+    assert attention.attach(model) == [] and not attention.attached(model)
+    assert attention.attach(model, attending.planned(model, INT8)) == []
     assert attention.why_not(model) == f"its weights are on {device}"
     assert attention.lines(model) == [f"attention is torch's in 4 modules: its weights are on {device}"]
 
