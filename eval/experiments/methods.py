@@ -29,7 +29,7 @@ from dq import cookbook, disk
 from dq.budget.choices import weight_bytes
 from dq.host import mark
 from dq.layers import packed_layers
-from dq.methods import qua2sedimo
+from dq.methods import qua2sedimo, quest, qvgen
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 from eval.experiments import rows, versions
 from eval.experiments.quality import decibels, denoiser, fingerprint, kernels
@@ -52,7 +52,7 @@ KEYS = ("model", "row", "prompts", "seed", "weights", "version")
 BATCH = REPLAYED = 16  # prompts a call, and prompts whose calls are replayed: larger batches leave the cache
 CALIBRATION = {"samples": 128, "steps": 20, "seed": 0}
 CALIBRATION_PROMPTS, CALIBRATION_SEED = 32, 7
-TUNING = [ROOT / "dq" / name for name in ("fit/distill.py", "fit/student.py", "fit/trainable.py", "trace/pairs.py")]
+TUNING = [ROOT / "dq" / name for name in ("fit/distill.py", "fit/steps.py", "trace/pairs.py")]  # and what they import
 CODES_KEPT = ("scales", "branch", "bias", "smooth", "act")
 INT4_MORE = ("int4/group:32", "int4/group:16", "int4/group:8")
 INT_WIDER = ("int5/group:64", "int6/group:64")
@@ -160,7 +160,7 @@ def _with_learning_off(recipe: str, what: str, **options) -> tuple[Entry, ...]:
     return *_with_control(recipe, what, **options), Entry(near, recipe, options=FROM_NEAREST, against=off.name), off
 
 
-def _with_tuning_changed(recipe: str, what: str, **tune) -> tuple[Entry, Entry]:
+def with_tuning_changed(recipe: str, what: str, **tune) -> tuple[Entry, Entry]:
     """A recipe that brings a tuning along, and the same updates with its own idea off."""
     name, own = f"{recipe} {what}", cookbook.get(recipe).options["tune"]
     return Entry(recipe, recipe, against=name), Entry(name, recipe, options={"tune": {**own, **tune}})
@@ -178,9 +178,15 @@ ENTRIES = (
     Entry("svdquant-int4-late8, early instead", "svdquant-int4-late8", fields=EARLY8),
     Entry("svdquant-int4 tuned", "svdquant-int4", tune={"minutes": 20}, against="svdquant-int4"),
     Entry("svdquant-int4 tuned, codes kept", "svdquant-int4", tune={"minutes": 20, "parts": CODES_KEPT}),
+    Entry("svdquant-int4 tuned, steps by the end", "svdquant-int4", tune={"minutes": 20, "loss": "ends"}),
     Entry("svdquant-int4 tuned, guided loss", "svdquant-int4", tune={"minutes": 20, "loss": "guided"}),
-    *_with_tuning_changed("efficientdm-w4a4", "with one rate for all", aware=False),
-    *_with_tuning_changed("efficientdm-w4a8", "with one rate for all", aware=False),
+    *with_tuning_changed("efficientdm-w4a4", "with one rate for all", aware=False),
+    *with_tuning_changed("efficientdm-w4a8", "with one rate for all", aware=False),
+    *with_tuning_changed("quest-w4a4", "in all layers at once", stages=quest.EVERYWHERE),
+    *with_tuning_changed("quest-w4a8", "in all layers at once", stages=quest.EVERYWHERE),
+    *with_tuning_changed("qvgen-w4a4", "without help", parts=qvgen.PLAIN),
+    *with_tuning_changed("qvgen-w3a3", "without help", parts=qvgen.PLAIN),
+    Entry("hif8-tuned", "hif8-tuned", against="hif8"),
     Entry("plain of svdquant-int4, smaller groups", "svdquant-int4", plain=True, weights=INT4_MORE),
     Entry("plain of svdquant-int4, more bits", "svdquant-int4", plain=True, weights=INT_WIDER),
     *_with_plain("svdquant-nvfp4"),

@@ -7,12 +7,15 @@ what the recipe's own plan quantizes; that of the budget gives all weights 5 bit
 one by one, and are kept while weights, code, prompts and seed are the same, so that a stopped run goes on.
 """
 
+from dataclasses import replace
+
 import torch
 
 import dq
+from dq.methods import qvgen
 from eval import timing
 from eval.experiments import methods, rows
-from eval.experiments.methods import Entry
+from eval.experiments.methods import Entry, with_tuning_changed
 from pipelines import tiny
 
 FILE = rows.FOLDER / "video.json"
@@ -35,6 +38,8 @@ ENTRIES = (
     Entry("viditq-w8a8", "viditq-w8a8", against="int8", **SHORT),
     *_with_plain("viditq-w4a8"),
     *_with_plain("gptq-w4a8"),
+    *(replace(entry, **SHORT) for entry in with_tuning_changed("qvgen-w4a4", "without help", parts=qvgen.PLAIN)),
+    *(replace(entry, **SHORT) for entry in with_tuning_changed("qvgen-w3a3", "without help", parts=qvgen.PLAIN)),
     Entry("budget of 5 bits", "int8-weight", against=ONE_FORMAT, bits=5, **SHORT),
     Entry(ONE_FORMAT, "int8-weight", weights=("int5/group:64",), **SHORT),
 )
