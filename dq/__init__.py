@@ -23,6 +23,7 @@ _HOMES = {
     "set_backend": "api",
     "set_sampler": "around.adding",
     "set_cache": "around.adding",
+    "set_route": "around.adding",
     "correct": "around.adding",
     "save": "host.store",
     "load": "host.store",

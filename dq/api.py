@@ -175,7 +175,7 @@ def explain(target) -> Report:
     known = {part: plan for part, plan in plans.items() if plan is not None}
     report.notes += explaining.step_notes(known) + scheduling.lines(target, scheduling.found_in(plans.values()))
     for part, model in models.items():
-        lines = [*scheduling.cache_lines(model, plans[part]), *fusions.notes(model), *explaining.speed_notes(model)]
+        lines = [*scheduling.model_lines(model, plans[part]), *fusions.notes(model), *explaining.speed_notes(model)]
         report.notes += [f"{part or 'model'}: {line}" for line in lines]
     return report
 

@@ -48,6 +48,7 @@ KEEPING = {wish.name: wish for wish in (Keeping("stored"), Keeping("stored-int8"
 RECIPES = {recipe.name: recipe for recipe in DATA_FREE}
 # what `a+b` adds to a recipe: fields of Recipe
 ADDED: dict[str, dict] = {
+    "sixbit": {"route": 6.0, "late": ("int8/token",)},
     "qsched": {"sampler": "qsched"},
     "qandc": {"sampler": "qandc"},
     "interval": {"cache": "interval"},
@@ -55,6 +56,7 @@ ADDED: dict[str, dict] = {
     "taylorseer": {"cache": "taylorseer"},
     "sageattention-int8": {"attention": "int8"},
     "sageattention2": {"attention": "sage2"},
+    "deltacache": {"cache": "deltacache"},
 }
 NAMED = {
     "qsched-w8a8": "int8+qsched",
@@ -137,6 +139,7 @@ def _combined(first: str, *more: str) -> Recipe:
         if taken := next((key for key in fields if getattr(found, key)), None):
             raise DQError(f"recipe: {name!r} sets {taken}, which {found.name!r} has already; leave one out")
         found = replace(found, name=f"{found.name}+{name}", **fields)
+        found.check()
     return found
 
 

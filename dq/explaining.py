@@ -133,14 +133,14 @@ def _as(layers: list[Any], other: Callable[[LayerPlan], LayerPlan]) -> float | N
 
 
 def _weight_only(plan: LayerPlan) -> LayerPlan:
-    return replace(plan, act=None, late=(), steps=1)
+    return replace(plan, act=None, late=(), route=(), steps=1)
 
 
 def _with_int8(plan: LayerPlan) -> LayerPlan:
     if plan.role == "time":
         return plan
     grain = "token" if plan.kind == "linear" or plan.pointwise else "tensor"
-    return replace(plan, act=TensorPlan("int8", grain), late=(), steps=1)
+    return replace(plan, act=TensorPlan("int8", grain), late=(), route=(), steps=1)
 
 
 def _slow_dtype(layers: list[Any]) -> list[str]:
@@ -168,7 +168,8 @@ def step_notes(plans: Mapping[str, Plan]) -> list[str]:
         for part, plan in plans.items()
         if plan.edges
     ]
-    return tables + [_switch_note(part, plan) for part, plan in plans.items() if plan.switch]
+    switches = [_switch_note(part, plan) for part, plan in plans.items() if plan.switch]
+    return tables + switches + [_route_note(part, plan) for part, plan in plans.items() if plan.route is not None]
 
 
 def _switch_note(part: str, plan: Plan) -> str:
@@ -178,6 +179,15 @@ def _switch_note(part: str, plan: Plan) -> str:
     cuts = ", then ".join(f"{plan.timestep} {'>=' if plan.rising else '<'} {edge:g}" for edge in plan.switch)
     said = f"{len(late)} of {rounded} layers with rounded activations switch formats at {cuts}"
     return f"{part or 'model'}: {said}; weights are the same in all steps"
+
+
+def _route_note(part: str, plan: Plan) -> str:
+    """How many layers have a rule, and what it decides by."""
+    late = [layer for layer in plan.layers.values() if layer.late]
+    said = (
+        f"{len(late)} layers take their late format in steps in which their rule, by the last change of their block,"
+    )
+    return f"{part or 'model'}: {said} predicts an error above {plan.route:.3g}; weights are the same in all steps"
 
 
 def dense_bytes(model: nn.Module) -> int:

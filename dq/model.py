@@ -18,7 +18,7 @@ from dq.errors import DQError
 from dq.layers import PACKED, PLAIN, PackedStack, attending, clock, hadamard, inherit, kind_of, naming, packed_layers
 from dq.layers.memory import align, page_out
 from dq.plan import LayerPlan, Plan
-from dq.sampler import caches
+from dq.sampler import caches, routing
 from dq.sampler.caches import branches
 
 WIDEST_GROUP = 1024  # of a layer with fewer columns: its one group is padded to that
@@ -45,6 +45,8 @@ def check_fit(model: nn.Module, plan: Plan) -> None:
             raise DQError(f"attention of {name!r} of the plan is not in {model_name}; is this plan for another model?")
     if plan.cache:
         caches.check(model, plan.cache)
+    if plan.route is not None:
+        routing.check(model, plan)
     if plan.edges or plan.switch:
         clock.argument_position(model, plan.timestep)
 
@@ -166,6 +168,9 @@ def start(model: nn.Module, plan: Plan) -> None:
             layer.bind(layer.weight.device)
     fusions.attach(model, plan)
     branches.detach(model)
+    routing.detach(model)
+    if plan.route is not None:
+        routing.attach(model, plan)  # below a cache's hooks: of a block that is left out it sees nothing
     if plan.cache:
         branches.attach(model, plan.cache, plan.timestep)
     if isinstance(model, ModelMixin):  # tells diffusers that these do not say what dtype the model has
@@ -195,6 +200,7 @@ def put_back(model: nn.Module, parts: Mapping[str, nn.Module | nn.Parameter]) ->
 
 def _undo(model: nn.Module) -> None:
     branches.detach(model)
+    routing.detach(model)
     fusions.detach(model)
     clock.detach(model)
     model.__dict__.pop("_keep_in_fp32_modules", None)

@@ -51,7 +51,10 @@ class LayerPlan:
     role    where the layer stands: "time" (sees one token per sample: modulation, projections of the timestep), "edge"
             (embedder or final layer) or "block"
     start   the output for one first token that comes again in every call (a text's start token) is stored, exact
-    late    activation formats of the later phases of a run, one for each switch of the plan; none: `act` in all of it
+    late    activation formats of the later phases of a run, one for each switch of the plan; none: `act` in all of it.
+            Under a plan's `route` one format, which a rule chooses step by step
+    route   (slope, offset) of that rule: the relative error that rounding the input to `act` makes at the output, by
+            the relative change of the layer's block in the step before
     """
 
     kind: str
@@ -66,13 +69,16 @@ class LayerPlan:
     steps: int = 1
     start: bool = False
     late: tuple[TensorPlan, ...] = ()
+    route: tuple[float, ...] = ()
     role: str = "block"
     reason: str = ""
 
     @property
     def phases(self) -> list[LayerPlan]:
         """What the layer is in each phase of a run, without later ones; one where nothing switches."""
-        return [self] if not self.late else [replace(self, act=act, late=()) for act in (self.act, *self.late)]
+        if not self.late:
+            return [self]
+        return [replace(self, act=act, late=(), route=()) for act in (self.act, *self.late)]
 
     @property
     def rows(self) -> int:
@@ -131,6 +137,9 @@ class LayerPlan:
             raise DQError(f"layer {name!r}: start is for linears, this is a {self.kind}; leave it out")
         if self.late and self.act is None:
             raise DQError(f"layer {name!r}: late is for rounded activations, this layer has none; leave it out")
+        if self.route and (len(self.route), len(self.late)) != (2, 1):
+            got = f"layer {name!r}: route {list(self.route[:4])} with {len(self.late)} late formats"
+            raise DQError(f"{got}, expected a slope and an offset, and the one format that they decide on")
         stored = next((act for act in (self.act, *self.late) if act and act.scale != "dynamic"), None)
         if self.late and stored:
             got = f"layer {name!r}: activation {stored} in one phase of several"
@@ -179,6 +188,7 @@ class LayerPlan:
     @classmethod
     def _built(cls, name: str, row: dict, checked: bool) -> LayerPlan:
         values: dict[str, Any] = dict(row, shape=tuple(row["shape"]), splits=tuple(row.get("splits", ())))
+        values["route"] = tuple(row.get("route", ()))
         act = row.get("act")
         try:
             values["weight"] = TensorPlan.parse(row["weight"], checked)
@@ -204,6 +214,7 @@ class Plan:
     attention what attention is rounded to, by module; of those not named, nothing
     sampler   corrections of the scheduler's steps, at most one of a kind for a scheduler and number of steps
     cache     `kind:value` of dq/sampler/caches: what of a step serves the next ones, "" for nothing
+    route     error from which on a layer's rule takes its late format, None where nothing is decided while it runs
     """
 
     layers: dict[str, LayerPlan]
@@ -218,6 +229,7 @@ class Plan:
     switch: tuple[float, ...] = ()
     rising: bool = False
     cache: str = ""
+    route: float | None = None
     needs_calibration: ClassVar[bool] = False  # as of a Recipe: every layer is decided
 
     @property
@@ -243,6 +255,7 @@ class Plan:
             **({"sampler": [each.to_dict() for each in self.sampler]} if self.sampler else {}),
             **({"switch": list(self.switch)} if self.switch else {}),
             **({"rising": True} if self.rising else {}),
+            **({} if self.route is None else {"route": self.route}),
             "layers": {name: plan.to_dict() for name, plan in self.layers.items()},
             "kept": dict(self.kept),
         }
@@ -298,8 +311,14 @@ class Plan:
         late = {name: layer for name, layer in self.layers.items() if layer.late}
         if self.switch and not late:
             raise DQError(f"plan: switch {list(self.switch[:4])}, but no layer has late formats; leave it out")
+        if self.route is not None and self.switch:
+            got = f"plan: switch {list(self.switch[:4])} and route {self.route:g}"
+            raise DQError(f"{got}, expected one of them; leave one out")
         for name, layer in late.items():
-            if len(layer.late) != len(self.switch):
+            if bool(layer.route) != (self.route is not None):
+                said = "no route" if self.route is None else f"route {self.route:g}"
+                raise DQError(f"layer {name!r}: route {list(layer.route[:4])}, the plan has {said}; {_ANEW}")
+            if self.route is None and len(layer.late) != len(self.switch):
                 got = f"layer {name!r}: late has {len(layer.late)} formats, the plan {len(self.switch)} switches"
                 raise DQError(f"{got}; expected one format for each")
         if late and self.timestep is None:
@@ -330,6 +349,8 @@ class Recipe:
     sampler            file of dq/around that finds corrections of the scheduler's steps, "" for none
     late               activation formats of linears that round activations, for later phases of a run
     switch             shares of a run's steps, rising, after which each of them begins
+    route              mean bits of activations under a rule that takes the one late format of a layer in the steps in
+                       which its block changed much in the step before; 0: formats follow `switch`
     method             file of dq/methods that fits the layers to calibration data, "" for none
     options            arguments of the method
     status             "experimental": emulated, or without rows of results; docs/recipes.md has the rule. A fact about
@@ -347,6 +368,7 @@ class Recipe:
     sampler: str = ""
     late: tuple[str, ...] = ()
     switch: tuple[float, ...] = ()
+    route: float = 0.0
     method: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     status: str = field(default="stable", compare=False)
@@ -357,7 +379,7 @@ class Recipe:
 
     def to_dict(self) -> dict:
         """JSON form, without the status."""
-        left = {"status", *(key for key in ("sampler", "cache") if not getattr(self, key))}
+        left = {"status", *(key for key in ("sampler", "cache", "route") if not getattr(self, key))}
         wish = {key: value for key, value in vars(self).items() if key not in left}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in wish.items()}
 
@@ -384,6 +406,8 @@ class Recipe:
         if not all(low < high for low, high in pairwise(shares)):
             got = f"recipe {self.name!r}: switch {list(self.switch[:4])} is outside of the schedule"
             raise DQError(f"{got}, expected rising shares of the steps between 0 and 1")
+        if self.route:
+            return self._check_route()
         if len(self.late) != len(self.switch):
             got = f"recipe {self.name!r}: {len(self.late)} late formats, {len(self.switch)} switches"
             raise DQError(f"{got}; expected one format for each")
@@ -393,6 +417,16 @@ class Recipe:
             raise DQError(
                 f"recipe {self.name!r}: late is for rounded activations, its linears have none; leave it out"
             )
+
+    def _check_route(self) -> None:
+        if self.switch or len(self.late) != 1 or not self.method:
+            got = f"recipe {self.name!r}: route with {len(self.late)} late formats, {len(self.switch)} switches"
+            raise DQError(f"{got} and method {self.method!r}; expected one format, no switch, and a method")
+        first = self.linear[1]
+        low, high = (0 if text is None else TensorPlan.parse(text).spec.bits for text in (first, self.late[0]))
+        if not 0 < low <= self.route <= high:
+            got = f"recipe {self.name!r}: route is {self.route:g} bits, inputs of linears are {first or 'not rounded'}"
+            raise DQError(f"{got}, or {self.late[0]} by the rule; expected a mean between the bits of two formats")
 
 
 @dataclass(frozen=True)

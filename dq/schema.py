@@ -52,6 +52,7 @@ class Layer(TypedDict):
     steps: NotRequired[Annotated[int, Field(strict=True, ge=1, le=MOST_STEPS)]]
     start: NotRequired[Flag]
     late: NotRequired[Annotated[list[Tensor], Field(max_length=MOST_PHASES)]]
+    route: NotRequired[Annotated[list[Number], Field(min_length=2, max_length=2)]]
     role: NotRequired[Literal[ROLES]]  # pyright: ignore[reportInvalidTypeForm]
     reason: NotRequired[Text]
 
@@ -95,6 +96,7 @@ class Plan(TypedDict):
     sampler: NotRequired[Annotated[list[Correction], Field(max_length=100)]]
     switch: NotRequired[Annotated[list[Number], Field(max_length=MOST_PHASES)]]
     rising: NotRequired[Flag]
+    route: NotRequired[Number]
 
 
 Part = Annotated[str, Field(strict=True, max_length=20)]
@@ -175,6 +177,7 @@ class Recipe(TypedDict):
     sampler: NotRequired[Annotated[str, Field(strict=True, pattern=r"^\w{0,60}\z")]]
     late: NotRequired[Annotated[list[Tensor], Field(max_length=MOST_PHASES)]]
     switch: NotRequired[Annotated[list[Number], Field(max_length=MOST_PHASES)]]
+    route: NotRequired[Annotated[Number, Field(ge=0, le=16)]]
     method: NotRequired[Annotated[str, Field(strict=True, pattern=r"^\w{0,60}\z")]]
     options: NotRequired[Options]
     status: NotRequired[Status]  # pyright: ignore[reportInvalidTypeForm]

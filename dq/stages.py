@@ -17,7 +17,7 @@ from dq.budget import search, sensing
 from dq.budget.limits import Budget
 from dq.budget.search import Search
 from dq.errors import DQError
-from dq.fit import attention, distill, phases, steps, student, walk
+from dq.fit import attention, distill, phases, routes, steps, student, walk
 from dq.fit.tune import Tune
 from dq.host import ready
 from dq.layers.memory import aligned
@@ -65,6 +65,8 @@ class Stages:
             if self.budget is not None:
                 notes += self._chosen(folder)
             packed, errors, more = self._fitted(folder) if self.recipe.method else ({}, {}, [])
+            if self.recipe.route:
+                more += routes.find(self.target, self.models, self.plans, packed, self.recipe, self.calibration)
             return packed, errors, [*notes, *more, *self._attending(folder)]
 
     @property
@@ -125,6 +127,8 @@ class Stages:
         if self.recipe.method:
             for part, model in self.models.items():
                 self.plans[part] = methods.prepared(model, self.plans[part], self.recipe)
+        if self.recipe.route:
+            routes.check(self.models, self.plans, self.recipe)
 
     @contextmanager
     def _captured(self) -> Iterator[tuple[Path, list[str]]]:

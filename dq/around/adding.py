@@ -13,7 +13,7 @@ from dq.errors import DQError, nearest
 from dq.host import mark, ready, scheduling
 from dq.model import put_back
 from dq.plan import Recipe
-from dq.sampler import steps
+from dq.sampler import routing, steps
 from dq.sampler.caches import branches
 from dq.surroundings import Correction
 from dq.trace.calibration import Calibration
@@ -104,6 +104,18 @@ def set_cache(target: Any, on: bool) -> None:
         raise DQError(f"cache: {type(target).__name__} has none in its plan; quantize it by a recipe with +interval")
     for model in found:
         branches.switch(model, on)
+
+
+def set_route(target: Any, on: bool) -> None:
+    """Let layers take the first of their two formats in all steps, or follow the rule of their plan again.
+
+    Raises DQError for a target without a rule.
+    """
+    found = [part for part in ready.parts_of(target).values() if routing.of(part) is not None]
+    if not found:
+        raise DQError(f"route: {type(target).__name__} has no rule in its plan; quantize it by a recipe with +sixbit")
+    for model in found:
+        routing.switch(model, on)
 
 
 def set_sampler(target: Any, on: bool) -> None:

@@ -92,7 +92,7 @@ def _schedule(part: str, moments: list[tuple[int, float]], firsts: list[int], ri
 
 def planned(plan: Plan, recipe: Recipe, schedule: Schedule) -> Plan:
     """The plan with the recipe's late formats on its linears with rounded activations, and the switches they need."""
-    if not recipe.late:
+    if not recipe.late or recipe.route:
         return plan
     return _placed(plan, lambda layer: (layer.act, *map(TensorPlan.parse, recipe.late)), schedule)
 

@@ -28,6 +28,8 @@ def wished(recipe, tune: Tune | None) -> Tune | None:
         raise DQError(f"tune is {tune!r}, expected dq.Tune(minutes=...)")
     if tune is not None and not isinstance(recipe, Recipe | Plan):
         raise DQError(f"tune: recipe {recipe.name!r} keeps the codes there are; expected one that rounds anew")
+    if tune is not None and isinstance(recipe, Recipe) and recipe.route:
+        raise DQError(f"tune: formats of {recipe.name!r} are decided by a rule fitted before; leave tune or it out")
     return tune if own is None else Tune.of(own, tune)
 
 

@@ -18,7 +18,7 @@ from dq.plan import COMPUTE, Plan, Recipe
 from dq.schema import shown
 
 OVERRIDES = {field.name for field in dataclasses.fields(Recipe)} - {
-    *("name", "keep", "method", "options", "status", "sampler", "late", "switch")
+    *("name", "keep", "method", "options", "status", "sampler", "late", "switch", "route")
 }
 
 

@@ -23,7 +23,7 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
 from types import ModuleType
 
@@ -274,12 +274,13 @@ def _begin_runs(home: ModuleType) -> None:
         return
 
     @functools.wraps(original)
-    def progress_bar(self, *args, **kwargs):
+    def progress_bar(self, iterable=None, total=None, **kwargs):
         if "dq.sampler.caches.branches" in sys.modules:
             from dq.host import scheduling
 
-            scheduling.begin(self)
-        return original(self, *args, **kwargs)
+            steps = len(iterable) if isinstance(iterable, Sized) else total
+            scheduling.begin(self, steps if isinstance(steps, int) else 0)
+        return original(self, iterable, total, **kwargs)
 
     progress_bar.before_dq = original  # pyright: ignore[reportAttributeAccessIssue]
     home.DiffusionPipeline.progress_bar = progress_bar

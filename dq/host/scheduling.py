@@ -12,7 +12,7 @@ from dq.errors import DQError
 from dq.host import base, ready
 from dq.layers import notes
 from dq.plan import Plan
-from dq.sampler import caches, corrections, steps
+from dq.sampler import caches, corrections, routing, steps
 from dq.sampler.caches import branches
 from dq.surroundings import Correction
 
@@ -63,11 +63,11 @@ def switch(pipe: Any, on: bool) -> None:
     own.on = on
 
 
-def begin(pipe: Any) -> None:
-    """Tell the caches of a pipeline's models that a run begins."""
+def begin(pipe: Any, steps: int = 0) -> None:
+    """Tell what follows the runs of a pipeline's models that one begins, and its steps where they are known."""
     for part in vars(pipe).values():
         if isinstance(part, nn.Module):
-            branches.forget(part)
+            branches.forget(part, steps)
 
 
 def cached(pipe: Any) -> list[nn.Module]:
@@ -75,12 +75,25 @@ def cached(pipe: Any) -> list[nn.Module]:
     return [part for part in ready.parts_of(pipe).values() if branches.of(part) is not None]
 
 
-def cache_lines(model: nn.Module, plan: Plan | None) -> list[str]:
-    """Lines for `dq.explain` on the cache of one model."""
+def model_lines(model: nn.Module, plan: Plan | None) -> list[str]:
+    """Lines for `dq.explain` on what goes on around the layers of one model: its rule, its cache."""
+    return [*_route_lines(model), *_cache_lines(model, plan)]
+
+
+def _cache_lines(model: nn.Module, plan: Plan | None) -> list[str]:
     if plan is None or not plan.cache:
         return []
     role, said = branches.of(model), f"cache {plan.cache}: {caches.line(plan.cache)}"
     return [said if role is not None and role.on else f"{said}; switched off"]
+
+
+def _route_lines(model: nn.Module) -> list[str]:
+    """Whether the rule is followed, and what it came to."""
+    role, share = routing.of(model), routing.share(model)
+    if role is None:
+        return []
+    said = [] if share is None else [f"rule: {share:.0%} of the work of its layers so far was in their late format"]
+    return said if role.on else [*said, "rule: switched off, all steps take the first format"]
 
 
 def lines(pipe: Any, found: list[Correction]) -> list[str]:

@@ -151,6 +151,11 @@ def _in_one_way(recipe: str) -> tuple[Entry, Entry]:
 # the 8-bit steps of a recipe whose late ones have them, as many, at the beginning of the run
 EARLY8 = {"linear": ("int4/group:64", "int8/token"), "late": ("int4/group:64",), "switch": (1 / 3,)}
 FROM_NEAREST = {"start": "nearest"}
+DIT = ("tiny-pixart",)  # of models with transformer blocks in a list
+# in place of a rule: its late format from half of the steps on or until then (the mean bits of the rule), or never
+LATE_HALF = {"route": 0.0, "switch": (0.5,)}
+EARLY_HALF = {"route": 0.0, "switch": (0.5,), "linear": ("int4/group:64", "int8/token"), "late": ("int4/group:64",)}
+NO_RULE = {"route": 0.0, "late": ()}
 
 
 def _with_learning_off(recipe: str, what: str, **options) -> tuple[Entry, ...]:
@@ -176,6 +181,12 @@ ENTRIES = (
     Entry("svdquant-int4 for rounded inputs", "svdquant-int4", options={"noise": True}, against="svdquant-int4"),
     Entry("svdquant-int4-late8", "svdquant-int4-late8", against="svdquant-int4-late8, early instead"),
     Entry("svdquant-int4-late8, early instead", "svdquant-int4-late8", fields=EARLY8),
+    Entry("sixbit-int4", "sixbit-int4", against="sixbit-int4, late half", models=DIT),
+    Entry("sixbit-int4, late half", "sixbit-int4", fields=LATE_HALF, models=DIT),
+    Entry("sixbit-int4, early half", "sixbit-int4", fields=EARLY_HALF, models=DIT),
+    Entry("sixbit-int4, no rule", "sixbit-int4", fields=NO_RULE, models=DIT),
+    Entry("svdquant-int4+sixbit", "svdquant-int4+sixbit", against="svdquant-int4, late half", models=DIT),
+    Entry("svdquant-int4, late half", "svdquant-int4-late8", fields={"switch": (0.5,)}, models=DIT),
     Entry("svdquant-int4 tuned", "svdquant-int4", tune={"minutes": 20}, against="svdquant-int4"),
     Entry("svdquant-int4 tuned, codes kept", "svdquant-int4", tune={"minutes": 20, "parts": CODES_KEPT}),
     Entry("svdquant-int4 tuned, steps by the end", "svdquant-int4", tune={"minutes": 20, "loss": "ends"}),

@@ -42,8 +42,9 @@ def _layers(recipe: Recipe, kind: str) -> str:
     acts = recipe.options.get("acts", (act,)) if kind == "linear" else (act,)
     formats = " or ".join(recipe.options.get("choices", (weight,))) + (f" x {' or '.join(acts)}" if act else "")
     if kind == "linear":
-        pairs = zip(recipe.late, recipe.switch, strict=True)
+        pairs = zip(recipe.late, recipe.switch, strict=not recipe.route)
         formats += "".join(f", after {share:.0%} of the steps {late}" for late, share in pairs)
+        formats += f" or {recipe.late[0]} by a rule, {recipe.route:g} bits on average" if recipe.route else ""
     return formats + (", emulated" if matrix.emulated_on_cpu(recipe, kind) else "")
 
 

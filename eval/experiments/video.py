@@ -40,6 +40,11 @@ ENTRIES = (
     *_with_plain("gptq-w4a8"),
     *(replace(entry, **SHORT) for entry in with_tuning_changed("qvgen-w4a4", "without help", parts=qvgen.PLAIN)),
     *(replace(entry, **SHORT) for entry in with_tuning_changed("qvgen-w3a3", "without help", parts=qvgen.PLAIN)),
+    Entry("sixbit-int4", "sixbit-int4", against="sixbit-int4, late half", **SHORT),
+    Entry("sixbit-int4, late half", "sixbit-int4", fields=methods.LATE_HALF, **SHORT),
+    Entry("sixbit-int4, no rule", "sixbit-int4", fields=methods.NO_RULE, **SHORT),
+    Entry("sixbit-int4+deltacache", "sixbit-int4+deltacache", against="sixbit-int4+interval:2", **SHORT),
+    Entry("sixbit-int4+interval:2", "sixbit-int4+interval:2", **SHORT),
     Entry("budget of 5 bits", "int8-weight", against=ONE_FORMAT, bits=5, **SHORT),
     Entry(ONE_FORMAT, "int8-weight", weights=("int5/group:64",), **SHORT),
 )

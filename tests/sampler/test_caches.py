@@ -13,6 +13,7 @@ from dq import cookbook
 from dq.host import mark
 from dq.sampler import caches
 from dq.sampler.caches import branches, interval, parts
+from pipelines import tiny
 from tests import zoo
 from tests.models import FLUX, PIXART, UNET
 
@@ -53,6 +54,49 @@ def test_a_first_block_threshold_of_zero_leaves_every_bit(name):
     assert all(same(run(quantized("int8+firstblock:0", name)), run(quantized("int8", name))))
 
 
+@pytest.mark.parametrize("name", [PIXART, FLUX, LATTE])
+def test_a_delta_threshold_of_zero_leaves_every_bit(name):
+    assert all(same(run(quantized("int8+deltacache:0", name)), run(quantized("int8", name))))
+
+
+@pytest.mark.parametrize("name", [PIXART, FLUX, LATTE])
+def test_a_delta_cache_leaves_two_steps_out_once_two_were_computed(name):
+    model, calls = quantized("int8+deltacache:10", name), []
+    block = next(iter(parts.blocks(model).values()))
+    next(module for module in block.modules() if hasattr(module, "plan")).register_forward_hook(
+        lambda *_: calls.append(1)
+    )
+    counts = []
+    for step in (900.0, 800.0, 700.0, 600.0, 500.0, 400.0):
+        before = len(calls)
+        given(model, step)
+        counts.append(len(calls) > before)
+    assert counts == [True, True, False, False, True, False]
+
+
+def test_a_delta_cache_gives_the_last_change_of_each_block():
+    model, steps = quantized("int8+deltacache:10"), STEPS[:3]
+    block, seen = model.transformer_blocks[0], []
+    block.register_forward_hook(
+        lambda _, args, kwargs, output: seen.append((kwargs.get("hidden_states", *args[:1]), output)), with_kwargs=True
+    )
+    run(model, steps)
+    (_, _), (before, after), (now, given_now) = seen
+    assert torch.equal(given_now, now + (after - before))
+
+
+def test_a_delta_cache_computes_the_first_tenth_of_a_pipelines_steps_and_its_last():
+    pipe, calls = tiny.load("tiny-pixart"), []
+    dq.quantize(pipe, "int8+deltacache:10", progress=False)
+    layer = pipe.transformer.transformer_blocks[0].attn1.to_q
+    layer.register_forward_hook(lambda *_: calls.append(len(steps)))
+    steps = []
+    pipe.transformer.register_forward_hook(lambda *_: steps.append(1))
+    tiny.pictures(pipe, "tiny-pixart", ["a red circle"], num_inference_steps=30)
+    assert calls[:3] == [0, 1, 2] and calls[3:5] == [5, 8] and calls[-1] == 29
+    assert calls == [0, 1, 2, *range(5, 29, 3), 29]
+
+
 @pytest.mark.parametrize("name", [PIXART, UNET, FLUX, LATTE])
 def test_an_interval_runs_attention_and_feed_forward_in_every_nth_step(name):
     model = quantized("int8+interval:2", name)
@@ -76,7 +120,7 @@ def test_taylorseer_computes_while_it_warms_and_extrapolates_then():
     assert same(found, plain)[:3] == [True] * 3 and not all(same(found, plain))
 
 
-@pytest.mark.parametrize("cache", ["interval:2", "firstblock:1", "taylorseer:3"])
+@pytest.mark.parametrize("cache", ["interval:2", "firstblock:1", "taylorseer:3", "deltacache:10"])
 def test_a_run_is_the_same_whatever_ran_before_it(cache):
     model = quantized(f"int8+{cache}")
     first = run(model)
@@ -105,7 +149,7 @@ def test_branches_that_the_pipeline_names_are_followed():
                 assert torch.equal(given(model, step), wanted[index])
 
 
-@pytest.mark.parametrize("cache", ["interval:2", "firstblock:1"])
+@pytest.mark.parametrize("cache", ["interval:2", "firstblock:1", "deltacache:10"])
 def test_a_cache_is_saved_reloaded_explained_and_switched_off(cache, tmp_path):
     model = quantized(f"int8+{cache}")
     wanted, plain = run(model), run(quantized("int8"))
@@ -208,6 +252,7 @@ class Bare(torch.nn.Module):
     [
         (lambda: dq.quantize(Bare(), "int8+interval:2"), "Bare has no attention and no feed-forward"),
         (lambda: dq.quantize(Bare(), "int8+firstblock"), "Bare has no list of transformer blocks"),
+        (lambda: dq.quantize(Bare(), "int8+deltacache"), "Bare has no list of transformer blocks"),
         (lambda: quantized("int8+firstblock", UNET), "UNet2DConditionModel has no list of transformer blocks"),
         (lambda: quantized("int8+firstblock", LATTE), "spatial and temporal"),
         (lambda: quantized("int8+interval:1.5"), "a whole number from 1"),
@@ -238,7 +283,7 @@ def test_a_cache_of_diffusers_that_is_on_is_not_doubled():
 
 
 def test_every_kind_is_found_by_its_file():
-    assert {"interval", "firstblock", "taylorseer"} <= caches.files().keys()
+    assert {"interval", "firstblock", "taylorseer", "deltacache"} <= caches.files().keys()
     for name, kind in caches.files().items():
         assert caches.parse(name) == (kind, kind.VALUE) and kind.LEAST <= kind.VALUE <= kind.MOST
         assert kind.line(kind.VALUE) and name in cookbook.ADDED

@@ -1,5 +1,7 @@
 """The role of a cached denoiser: it tells the hooks below which guidance branch a call is of, and when a run begins.
 
+What follows runs is shared with other roles (`dq.sampler.routing`).
+
 Pipelines that name their calls (`cache_context`) are followed. In others the calls at one timestep are numbered: the
 same number is the same branch. A run begins where diffusers' `progress_bar` says so (see `dq.host.register`), where a
 pipeline ended, and for bare models where the timestep turns back.
@@ -21,36 +23,27 @@ from dq.sampler import caches
 ROLE = "cache"
 
 
-class Cached:
-    """The role (see `takeover`). names: of the hooks; text: as the plan says it."""
+class Followed:
+    """A role that knows where a run is. calls: number of the call at its timestep, the same for the same branch.
 
-    def __init__(self, model: nn.Module, text: str, timestep: str | None):
-        self.text = text
-        self.names: list[str] = []
+    steps  of the run, 0 where nobody told
+    """
+
+    def __init__(self, model: nn.Module, timestep: str | None):
         self.on = True
         self.timestep = timestep
         self.position = None if timestep is None else clock.argument_position(model, timestep)
         self.begin()
 
-    def begin(self) -> None:
+    def begin(self, steps: int = 0) -> None:
         """Forget where the last run was."""
         self.last: float | None = None
         self.way = 0.0
-        self.calls = 0
-
-    def __call__(self, module: nn.Module, inner: Callable, *args, **kwargs):
-        if not self.on:
-            return inner(*args, **kwargs)
-        named = _context(module)
-        self._move(module, args, kwargs)  # pyright: ignore[reportCallIssue]
-        _set_cache_context(module, named or CacheContext(f"call {self.calls}"))
-        try:
-            return inner(*args, **kwargs)
-        finally:
-            _set_cache_context(module, named)
+        self.calls, self.steps = 0, steps
 
     @torch.compiler.disable
-    def _move(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def move(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Follow the run to a call."""
         value = self._moment(args, kwargs)
         if value is None or value == self.last:
             self.calls += 1
@@ -69,15 +62,51 @@ class Cached:
         return None if value is None else float(torch.as_tensor(value).detach().float().amax())
 
 
+class Cached(Followed):
+    """The role (see `takeover`). names: of the hooks; text: as the plan says it."""
+
+    def __init__(self, model: nn.Module, text: str, timestep: str | None):
+        super().__init__(model, timestep)
+        self.text = text
+        self.names: list[str] = []
+
+    def __call__(self, module: nn.Module, inner: Callable, *args, **kwargs):
+        if not self.on:
+            return inner(*args, **kwargs)
+        named = _context(module)
+        self.move(module, args, kwargs)  # pyright: ignore[reportCallIssue]
+        _set_cache_context(module, named or CacheContext(f"call {self.calls}"))
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            _set_cache_context(module, named)
+
+
 def attach(model: Any, text: str, timestep: str | None) -> None:
     """Put a cache on a model. DQError when it does not fit, or when another one is on."""
     detach(model)
     caches.check(model, text)
     role = Cached(model, text, timestep)
     _apply(model, role)
-    takeover.take(model, ROLE, role)
+    take(model, ROLE, role)
+
+
+def take(model: nn.Module, name: str, role: Followed) -> None:
+    """Give a model a role that follows its runs, to their ends."""
+    takeover.take(model, name, role)  # pyright: ignore[reportArgumentType]
     if not hasattr(type(model), "_reset_stateful_cache"):
         vars(model)["_reset_stateful_cache"] = _Reset(model)
+
+
+def give_back(model: nn.Module, name: str) -> None:
+    """Undo `take`."""
+    takeover.give_back(model, name)
+    if not _followed(model) and isinstance(vars(model).get("_reset_stateful_cache"), _Reset):
+        del vars(model)["_reset_stateful_cache"]
+
+
+def _followed(model: nn.Module) -> list[Followed]:
+    return [role for role in notes.read(model).roles.values() if isinstance(role, Followed)]
 
 
 class _Reset:
@@ -110,9 +139,7 @@ def detach(model: Any) -> None:
         return
     if role.on:
         _remove(model, role)
-    takeover.give_back(model, ROLE)
-    if isinstance(vars(model).get("_reset_stateful_cache"), _Reset):
-        del vars(model)["_reset_stateful_cache"]
+    give_back(model, ROLE)
 
 
 def switch(model: nn.Module, on: bool) -> None:
@@ -143,11 +170,11 @@ def of(model: nn.Module) -> Cached | None:
     return found if isinstance(found, Cached) else None
 
 
-def forget(model: nn.Module) -> None:
-    """Begin a new run: nothing computed before serves it."""
-    role = of(model)
-    if role is not None:
-        role.begin()
+def forget(model: nn.Module, steps: int = 0) -> None:
+    """Begin a new run, of so many steps where that is known: nothing computed before serves it."""
+    for role in _followed(model):
+        role.begin(steps)
+    if of(model) is not None:
         HookRegistry.check_if_exists_or_initialize(model).reset_stateful_hooks(recurse=True)
 
 
