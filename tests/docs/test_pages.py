@@ -190,7 +190,7 @@ def test_the_file_format_has_every_tensor():
 
 
 # not DQConfig's to override: names, and what takes data
-_NOT_CONFIGS = {"name", "method", "options", "status", "sampler", "late", "switch"}
+_NOT_CONFIGS = {"name", "method", "options", "status", "sampler", "late", "switch", "route"}
 
 
 @pytest.mark.parametrize(
