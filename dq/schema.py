@@ -160,6 +160,7 @@ class Options(TypedDict, total=False):
     rotate: Flag
     clip: Flag
     noise: Flag
+    follow: Flag
 
 
 @closed

@@ -172,7 +172,8 @@ def _decided(
     pairs = {name: found for name, found in pairs.items() if len(found)}
     if not pairs:
         raise DQError(f"recipe {recipe.name!r}: its rule compares steps, calibration runs have one each; raise steps")
-    rules = {name: line(found) for name, found in pairs.items()}
+    follow = recipe.options.get("follow", True)
+    rules = {name: line(found, follow) for name, found in pairs.items()}
     plan, layers = plans[part], {}
     for name in blocks:
         own = packed[name].plan
@@ -185,18 +186,18 @@ def _decided(
     bits = {name: (layers[name].act.spec.bits, layers[name].late[0].spec.bits) for name in rules}
     edge, mean = threshold(predicted, firsts, sizes, bits, recipe.route)
     plans[part] = replace(plan, layers=plan.layers | layers, route=edge)
-    follow = median(correlation(found) for found in pairs.values())
+    typical = median(correlation(found) for found in pairs.values())
     said = (
         f"{f'{shown}: ' if shown else ''}rule of {len(rules)} layers: their errors go with the change of their block "
     )
-    return f"{said}({follow:.2f} in the middle); above {edge:.3g} {recipe.late[0]}, {mean:.2f} bits on average"
+    return f"{said}({typical:.2f} in the middle); above {edge:.3g} {recipe.late[0]}, {mean:.2f} bits on average"
 
 
-def line(pairs: torch.Tensor) -> tuple[float, float]:
-    """(slope, offset) of the least squares of the second column by the first; slope 0 where that does not vary."""
+def line(pairs: torch.Tensor, follow: bool = True) -> tuple[float, float]:
+    """(slope, offset) of the least squares of the second column by the first; slope 0 where it is not to follow it."""
     x, y = pairs.unbind(1)
     power = (x - x.mean()).square().sum()
-    slope = float(((x - x.mean()) * (y - y.mean())).sum() / power) if power > 0 else 0.0
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / power) if follow and power > 0 else 0.0
     return _short(slope), _short(float(y.mean()) - slope * float(x.mean()))
 
 

@@ -6,7 +6,8 @@
 Weights are rounded once, to nearest. The rule is fitted to the calibration's runs (`dq/fit/routes.py`) and followed
 while the model runs (`dq/sampler/routing.py`): mean bits of inputs are BITS there. `+deltacache` adds the system's
 second half, blocks left out while their change hardly moves (`dq/sampler/caches/deltacache.py`). `+sixbit` adds the
-rule to other recipes with 4-bit inputs. Deviations: a rotation has to leave a smaller error than none at its layer
+rule to other recipes with 4-bit inputs. Option `follow`: False fits rules of slope 0, which choose layers once and for
+all by their mean error: the control. Deviations: a rotation has to leave a smaller error than none at its layer
 (option `rotate`: False for none at all); convolutions have 8-bit inputs in all steps; the paper's NVFP4 is
 `sixbit-nvfp4`, `sixbit-int4` has integers, which processors multiply.
 """
@@ -33,7 +34,7 @@ RECIPES = tuple(
         late=("int8/token",),
         route=BITS,
         status="experimental",
-        options={"rotate": True},
+        options={"rotate": True, "follow": True},
     )
     for name, weight in (("sixbit-int4", "int4/group:64"), ("sixbit-nvfp4", "nvfp4"))
 )

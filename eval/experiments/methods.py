@@ -184,6 +184,7 @@ ENTRIES = (
     Entry("sixbit-int4", "sixbit-int4", against="sixbit-int4, late half", models=DIT),
     Entry("sixbit-int4, late half", "sixbit-int4", fields=LATE_HALF, models=DIT),
     Entry("sixbit-int4, early half", "sixbit-int4", fields=EARLY_HALF, models=DIT),
+    Entry("sixbit-int4, layers chosen once", "sixbit-int4", options={"follow": False}, models=DIT),
     Entry("sixbit-int4, no rule", "sixbit-int4", fields=NO_RULE, models=DIT),
     Entry("svdquant-int4+sixbit", "svdquant-int4+sixbit", against="svdquant-int4, late half", models=DIT),
     Entry("svdquant-int4, late half", "svdquant-int4-late8", fields={"switch": (0.5,)}, models=DIT),

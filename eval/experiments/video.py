@@ -42,6 +42,7 @@ ENTRIES = (
     *(replace(entry, **SHORT) for entry in with_tuning_changed("qvgen-w3a3", "without help", parts=qvgen.PLAIN)),
     Entry("sixbit-int4", "sixbit-int4", against="sixbit-int4, late half", **SHORT),
     Entry("sixbit-int4, late half", "sixbit-int4", fields=methods.LATE_HALF, **SHORT),
+    Entry("sixbit-int4, layers chosen once", "sixbit-int4", options={"follow": False}, **SHORT),
     Entry("sixbit-int4, no rule", "sixbit-int4", fields=methods.NO_RULE, **SHORT),
     Entry("sixbit-int4+deltacache", "sixbit-int4+deltacache", against="sixbit-int4+interval:2", **SHORT),
     Entry("sixbit-int4+interval:2", "sixbit-int4+interval:2", **SHORT),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 
 import dq
 from dq import planning
@@ -116,6 +118,26 @@ def test_saved_and_loaded_it_decides_the_same(tmp_path):
     assert routing.of(again.transformer) is None
 
 
+def test_copies_and_offloaded_models_decide_as_well():
+    pipe, cpu = quantized(0.5), torch.device("cpu")
+    wanted, own = drawn(pipe), pipe.transformer
+    pipe.transformer = copy.deepcopy(own)
+    assert torch.equal(drawn(pipe), wanted)
+    pipe.transformer = own
+    apply_group_offloading(own, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    assert torch.equal(drawn(pipe), wanted)
+
+
+@pytest.mark.slow
+def test_blocks_that_are_compiled_decide_as_well():
+    pipe, seen = quantized(0.5), []
+    wanted = drawn(pipe)
+    for block in pipe.transformer.transformer_blocks[:2]:
+        block.compile(backend=lambda graph, _: seen.append(graph) or graph.forward)
+    assert (drawn(pipe) - wanted).abs().max() < 1e-3 and seen
+    torch._dynamo.reset()
+
+
 def test_a_rule_is_fitted_to_the_runs_and_keeps_to_the_mean_bits():
     pipe, call = tiny.load(MODEL), {k: v for k, v in tiny.CALL[MODEL].items() if k != "num_inference_steps"}
     seen = dq.Calibration(prompts=["a red circle"], steps=STEPS, samples=STEPS, call_kwargs=call)
@@ -133,6 +155,9 @@ def test_a_rule_is_fitted_to_the_runs_and_keeps_to_the_mean_bits():
 def test_the_line_is_that_of_least_squares():
     x = torch.tensor([0.1, 0.2, 0.4], dtype=torch.float64)
     assert routes.line(torch.stack([x, 2 * x + 0.5], 1)) == pytest.approx((2.0, 0.5))
+    assert routes.line(torch.stack([x, 2 * x + 0.5], 1), follow=False) == pytest.approx(
+        (0.0, 2 * float(x.mean()) + 0.5)
+    )
     assert routes.line(torch.stack([torch.ones(3).double(), x], 1)) == pytest.approx((0.0, float(x.mean())))
     assert routes.correlation(torch.stack([x, -x], 1)) == pytest.approx(-1)
 
