@@ -101,6 +101,8 @@ class Wish:
 
 
 INT8 = AttentionPlan("int8/token", "int8/token", "uint8", "int8/channel", "k")  # what dq's CPU kernels multiply
+_PLAIN = replace(INT8, smooth="")
+_LOGS = ("log4/0.5", *(f"log4/{q / 37:.4f}" for q in range(7, 38, 3)))
 _SAGE2 = AttentionPlan("int4/thread", "int4/thread", "fp8", "fp8/channel", "qk")
 WISHES: Mapping[str, Wish] = {
     "int8": Wish((INT8,), "SageAttention (Zhang et al., arXiv 2410.02367)", 0.998),
@@ -109,4 +111,8 @@ WISHES: Mapping[str, Wish] = {
         "SageAttention2 (Zhang et al., arXiv 2411.10958)",
         0.998,
     ),
+    "dgq": Wish((replace(_PLAIN, p="log8/1", start=True),), "DGQ (arXiv 2501.04304)"),
+    "qdiffusion": Wish((_PLAIN,), "Q-Diffusion (arXiv 2302.04304) and TFMQ-DM (arXiv 2311.16503)"),
+    # the base is 2^(q / 37); RepQ-ViT's (arXiv 2212.08254) is the square root of 2
+    "adalog": Wish(tuple(replace(_PLAIN, p=p) for p in _LOGS), "AdaLog (arXiv 2407.12951)"),
 }

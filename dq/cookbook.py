@@ -57,6 +57,9 @@ ADDED: dict[str, dict] = {
     "sageattention-int8": {"attention": "int8"},
     "sageattention2": {"attention": "sage2"},
     "deltacache": {"cache": "deltacache"},
+    "dgq-attention": {"attention": "dgq"},
+    "qdiffusion-attention": {"attention": "qdiffusion"},
+    "adalog-attention": {"attention": "adalog"},
 }
 NAMED = {
     "qsched-w8a8": "int8+qsched",

@@ -30,7 +30,7 @@ ROLE = "attention compared"
 def chosen(model: nn.Module, wish: Wish, store: Store) -> tuple[dict[str, AttentionPlan], str]:
     """By name what every attention module becomes, and a line for the report. The model is in full precision."""
     menus = [attending.planned(model, choice) for choice in wish.choices]
-    found = _cosines(model, {name: [menu[name] for menu in menus] for name in menus[0]}, store)
+    found = cosines(model, {name: [menu[name] for menu in menus] for name in menus[0]}, store)
     plans = {name: _decided([menu[name] for menu in menus], found[name], wish.least) for name in menus[0]}
     counts = Counter(str(plan) for plan in plans.values())
     return plans, "attention: " + "; ".join(f"{said} in {count} modules" for said, count in counts.items())
@@ -49,7 +49,7 @@ def _decided(menu: list[AttentionPlan], cosines: list[float], least: float | Non
 
 
 @torch.no_grad()
-def _cosines(model: nn.Module, menus: dict[str, list[AttentionPlan]], store: Store) -> dict[str, list[float]]:
+def cosines(model: nn.Module, menus: dict[str, list[AttentionPlan]], store: Store) -> dict[str, list[float]]:
     """By module the least cosine of each of its plans over calls; nothing for a module that none reaches."""
     found: dict[str, list[float]] = {name: [] for name in menus}
     keys, parts = store.keys("calls/"), dict(model.named_modules())

@@ -9,8 +9,8 @@ a scale that is found in every call, which is a group for each position. A text'
 it, and does not count in ranges. A quiet group's range is that of the prompts it was fitted to: where a layer sees the
 text, some tens of them are needed. Deviations: ranges are symmetric and searched by squared error, and clusters are of
 magnitudes (the paper: minimum and maximum with zero points, clusters of both); position groups of convolutions are
-one scale and zero point a sample; weights are rounded by GPTQ (the paper: AdaRound, or nearest); attention's scores
-stay in floating point, where the paper has logarithmic ones. Options: `groups` clusters of channels, 1 for none;
+one scale and zero point a sample; weights are rounded by GPTQ (the paper: AdaRound, or nearest). The paper's
+logarithmic scores of attention are added by `+dgq-attention`. Options: `groups` clusters of channels, 1 for none;
 `permute` False makes as many groups of equal size of channels in their own order.
 """
 

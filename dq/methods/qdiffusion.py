@@ -6,10 +6,10 @@ f is a residual or transformer block (any pytree in and out), W^ (out, in) on th
 (batch, c, ...) and skip (batch, in - c, ...) the two halves. The calibration set is `dq.Calibration(policy=
 "stratified")`. Deviations: a few hundred steps of Adam from GPTQ's rounding instead of 20 000 from the nearest one;
 activations get dynamic scales, per token (linears) or per sample (convolutions), where the paper learns one range for
-all steps (option `static`). Two parts of the paper are left out: attention's products, of 8-bit queries, keys and
-values and of 16-bit scores, stay in floating point, and there is no second pass, which learns the activations' steps
-once the weights are rounded: scales that are found in every call leave it nothing to learn. Options: `splits`,
-`static`, `start` ("gptq" or "nearest"), `steps`, `lr`, `batch`, `strength`.
+all steps (option `static`). Attention's products, of 8-bit queries, keys and values, are added by
+`+qdiffusion-attention`, with 8-bit shares (the paper: 16). One part of the paper is left out: there is no second pass,
+which learns the activations' steps once the weights are rounded: scales that are found in every call leave it nothing
+to learn. Options: `splits`, `static`, `start` ("gptq" or "nearest"), `steps`, `lr`, `batch`, `strength`.
 """
 
 from __future__ import annotations

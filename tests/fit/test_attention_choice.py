@@ -46,7 +46,7 @@ def cosines(folder) -> dict[str, list[float]]:
     model = getattr(pipe, PART)
     capture.capture(pipe, {PART: model}, calibration(), folder, False)
     plans = attending.planned(model, WISHES["sage2"].choices[0])
-    return choosing._cosines(model, {name: [plan] for name, plan in plans.items()}, Store(folder / PART))
+    return choosing.cosines(model, {name: [plan] for name, plan in plans.items()}, Store(folder / PART))
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,21 @@ def test_the_next_choice_serves_what_the_first_one_cannot(folder):
     model, first = getattr(tiny.load(NAME), PART), replace(WISHES["sage2"].choices[0], q="int2/token", k="int2/token")
     plans, _ = choosing.chosen(model, Wish((first, INT8), "", 0.998), Store(folder / PART))
     assert INT8 in plans.values() and all("cosine" in plan.reason for plan in plans.values())
+
+
+def test_without_a_threshold_the_best_choice_is_taken(folder):
+    model, wish = getattr(tiny.load(NAME), PART), WISHES["adalog"]
+    few = replace(wish, choices=(wish.choices[0], wish.choices[1], wish.choices[6]))
+    menus = {name: list(few.choices) for name in attending.planned(model, INT8)}
+    found = choosing.cosines(model, menus, Store(folder / PART))
+    plans, _ = choosing.chosen(model, few, Store(folder / PART))
+    assert all(plans[name] == few.choices[values.index(max(values))] for name, values in found.items())
+
+
+def test_a_start_token_is_kept_apart_in_attention_to_a_text_alone():
+    model = getattr(tiny.load(NAME), PART)
+    plans = attending.planned(model, WISHES["dgq"].choices[0])
+    assert {name.rpartition(".")[2]: plan.start for name, plan in plans.items()} == {"attn1": False, "attn2": True}
 
 
 def test_a_fitted_recipe_takes_attention_along_and_both_are_reloaded_exactly(tmp_path):

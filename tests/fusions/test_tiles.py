@@ -36,6 +36,12 @@ def error(plan, given, **more):
     return ((tiles.attention(plan, *given, **more) - full).norm() / full.norm()).item()
 
 
+def median_error(plan, given, **more):
+    """Relative error of the output's rows, their median."""
+    full = F.scaled_dot_product_attention(*given, **more)
+    return ((tiles.attention(plan, *given, **more) - full).norm(dim=-1) / full.norm(dim=-1)).median().item()
+
+
 @cache
 def calls(name):
     """By module (query, key, value) of attention in one call of an embedded model, in the middle of a run."""
@@ -136,6 +142,19 @@ def test_logarithmic_shares_are_powers_and_end_in_zero():
     linear = tiles._share(weights, "uint4")
     assert linear.tolist() == pytest.approx([round(15 * w) / 15 for w in weights.tolist()])
     assert (tiles._share(torch.rand(1000), "uint8") >= 0).all() and tiles._share(weights, "fp8")[0] == 1
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_logarithmic_shares_keep_the_text_beside_a_loud_start_token_where_linear_ones_lose_it(name):
+    """DGQ's P3, on the text's part of the output: the start token's value is 0, its share 0.9 and more."""
+    for place, (query, key, value) in calls(name).items():
+        if place.endswith("attn2"):
+            loud = torch.zeros(1, key.shape[2])
+            loud[0, 0] = 8
+            given, shares = (query, key, value * (loud[0] == 0)[:, None]), ("log4/1", "uint4")
+            together = [median_error(AttentionPlan(p=p), given, attn_mask=loud) for p in shares]
+            apart = [median_error(AttentionPlan(p=p, start=True), given, attn_mask=loud) for p in shares]
+            assert together[0] < 0.3 < 0.9 < together[1] and max(apart) < 0.3, place
 
 
 @pytest.mark.parametrize(
