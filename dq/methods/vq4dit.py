@@ -3,16 +3,19 @@
     min_(book, z) E|f(hat; Ŵ) - y|^2 / E|y|^2 + penalty(z),   Ŵ_i = sum_n softmax(z_i)_n book[a_in]
 
 f is a block of the model, y (any pytree) its output in full precision; Ŵ (out, in) in vectors i of `span` neighbours
-of a row, a_in the `candidates` entries nearest to W_i, z (vectors, candidates). Ratios above DECIDED are fixed at one
-candidate, for good; the penalty E[r (1 - r)] on the others grows until, after the share SETTLED of the steps, each
-takes its largest and the codebook is trained alone. Deviations:
+of a row, a_in `candidates` entries, led by the one that makes up for the errors of other vectors (dq/fit/codebook.py),
+the others nearest to W_i; z (vectors, candidates). Ratios above DECIDED are fixed at one candidate, for good; the
+penalty E[r (1 - r)] on the others grows until, after the share SETTLED of the steps, each takes its largest and the
+codebook is trained alone. Deviations:
 - A few hundred steps of Adam on calls recorded once from the model's own runs, block after block on what the quantized
   blocks before leave, not 50 000 of RMSprop on all blocks at once; codebooks learn by a share of their size.
 - The penalty grows with the steps; the paper's is on whenever ratios are less decided than at their best.
 - k-means and distances weigh columns by the input's second moments, which calibration has at hand.
+- The paper's candidates are the nearest entries alone (`start`): hundreds of steps from there do not reach what one
+  pass over the columns gives, and choices made for few calls are no better on others.
 - Small layers have fewer entries: 16 vectors each at least. Entries are stored in 8 bits (formats/codebook.py).
-Options: `candidates` (1: only the codebook is trained), `steps` (0: only k-means), `lr` of a codebook as a share of
-its root mean square, `batch`, `strength` of the penalty.
+Options: `candidates` (1: only the codebook is trained), `start` ("compensated"; "nearest" as published), `steps` (0:
+nothing is trained), `lr` of a codebook as a share of its root mean square, `batch`, `strength` of the penalty.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ RECIPES = tuple(
 RATIO_RATE, BIAS_RATE = 0.1, 1e-4  # of Adam
 DECIDED = 0.99
 SETTLED = 0.6
+LED = 3.0  # how far the logit of an entry that makes up for others leads those of its neighbours at first
 
 
 def smooths(options: Mapping) -> bool:
@@ -59,6 +63,7 @@ def _fit(
     unit: Unit,
     seen: Seen,
     candidates: int = 2,
+    start: str = "compensated",
     steps: int = 200,
     lr: float = 1e-2,
     batch: int = 1,
@@ -69,8 +74,8 @@ def _fit(
         spec = plan.weight.spec
         if name in seen.layers and isinstance(spec, Codebook):
             made[name] = draft(unit.layer(name), plan)
-            important = moments.rounded(seen.layers[name], made[name]).diagonal()
-            learning.blends.append(Blend(made[name], spec, important, candidates, seen.seed))
+            gram = moments.rounded(seen.layers[name], made[name])
+            learning.blends.append(Blend(made[name], spec, gram, candidates, seen.seed, start == "compensated"))
     if made and steps:
         settings = reconstruct.Settings(steps, BIAS_RATE, batch)
         reconstruct.reconstruct(unit, seen, made, learning.parameters(lr), settings, learning)
@@ -126,20 +131,27 @@ class Candidates(reconstruct.Learning):
 class Blend:
     """The codebook of one draft and, for each of its n vectors, the candidates among its entries.
 
-    Begins, and puts the draft, where k-means does with columns weighed by `important` (columns,).
-    book (entries, span), in the weight's units; codes (n, count), nearest first; logits (n, count); taken (n,): the
+    Begins, and puts the draft, where k-means does with columns weighed by the diagonal of `gram` (columns, columns),
+    in each vector's nearest entry or, `compensated`, in the one that makes up for the errors of others.
+    book (entries, span), in the weight's units; codes (n, count), that one first; logits (n, count); taken (n,): the
     candidate that is left, -1 while there are several
     """
 
-    def __init__(self, made: DraftLinear, spec: Codebook, important: torch.Tensor, count: int, seed: int):
+    def __init__(
+        self, made: DraftLinear, spec: Codebook, gram: torch.Tensor, count: int, seed: int, compensated: bool
+    ):
         self.made, self.spec = made, spec
-        rows = made.weight.data.reshape(made.plan.rows, -1)
+        rows, important = made.weight.data.reshape(made.plan.rows, -1), gram.diagonal()
         self.first = codebook.start(rows, self.spec, important, seed)
         self.book = nn.Parameter(self.spec.book(self.first))
         counted = codebook.weights(important, len(rows), self.spec)
         codes, gaps = nearest(codebook.vectors(rows, self.spec), self.book.data, counted, count)
         self.codes, gaps = codes.reshape(-1, count), gaps.reshape(-1, count)
-        self.logits = nn.Parameter(-gaps.clamp(min=1e-6 * float(gaps.mean())).log())
+        logits = -gaps.clamp(min=1e-6 * float(gaps.mean())).log()
+        if compensated:
+            self.codes = _led(codebook.compensated(rows, spec, self.first, gram).reshape(-1), self.codes)
+            logits = torch.zeros_like(logits).index_fill_(1, torch.tensor([0], device=logits.device), LED)
+        self.logits = nn.Parameter(logits)
         self.taken = torch.full_like(self.codes[:, 0], -1)
         self.reset()
 
@@ -170,3 +182,11 @@ class Blend:
         """Leave one candidate where its ratio is above a bound."""
         largest, which = self.logits.softmax(1).max(1)
         self.taken = torch.where((self.taken < 0) & (largest > above), which, self.taken)
+
+
+def _led(first: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """codes (n, count) without `first` (n,), or without the last where it is not among them, behind it."""
+    order = (codes != first[:, None]).long().argsort(dim=1, stable=True)
+    known = codes.gather(1, order)
+    missing = (known[:, :1] != first[:, None]).long()
+    return torch.cat([first[:, None], torch.where(missing > 0, known[:, :-1], known[:, 1:])], 1)

@@ -23,6 +23,7 @@ from pipelines import tiny
 
 WIDTH, INNER = 48, 96
 QUICK = {"steps": 120}
+PUBLISHED = {"start": "nearest"}
 
 
 class Block(nn.Module):
@@ -73,9 +74,22 @@ def test_error_falls_from_kmeans_to_a_trained_codebook_to_candidates(block):
     unit, seen = block
     kmeans, book, both = (
         unit_error(unit, seen, vq4dit.fit(unit, seen, {**QUICK, **options}))
-        for options in ({"steps": 0}, {"candidates": 1}, {})
+        for options in ({**PUBLISHED, "steps": 0}, {**PUBLISHED, "candidates": 1}, PUBLISHED)
     )
     assert both < 0.9 * book < 0.9 * kmeans
+
+
+def test_vectors_that_make_up_for_others_are_the_better_start(block):
+    unit, seen = block
+    changes = (PUBLISHED, {"steps": 0}, {})
+    near, start, trained = (unit_error(unit, seen, vq4dit.fit(unit, seen, {**QUICK, **each})) for each in changes)
+    assert trained < near and trained < 0.7 * start
+
+
+def test_the_entry_that_leads_is_a_candidate_once():
+    codes = torch.tensor([[3, 5], [4, 6], [7, 8]])
+    assert vq4dit._led(torch.tensor([3, 6, 9]), codes).tolist() == [[3, 5], [6, 4], [9, 7]]
+    assert vq4dit._led(torch.tensor([3, 6, 9]), codes[:, :1]).tolist() == [[3], [6], [9]]
 
 
 def test_one_candidate_is_left_without_a_jump(block, monkeypatch):
@@ -176,7 +190,8 @@ def test_each_part_of_both_systems_helps_on_a_trained_unit(name, tmp_path):
     seen = replace(seen, calls={stream: list(seen.calls(stream)) for stream in ("full", "hat")}.__getitem__)
     int2 = TensorPlan.parse("int2/channel")
     plain = {each: draft(unit.layer(each), replace(row, weight=int2)) for each, row in unit.layers.items()}
-    stages = [vq4dit.fit(unit, seen, options) for options in ({"steps": 0}, {"candidates": 1}, {})]
+    changes = ({**PUBLISHED, "steps": 0}, {**PUBLISHED, "candidates": 1}, PUBLISHED, {})
+    stages = [vq4dit.fit(unit, seen, options) for options in changes]
     errors = [unit_error(unit, seen, made) for made in (plain, *stages)]
     assert errors == sorted(errors, reverse=True), errors
     nearest, second = (unit_error(unit, seen, vptq.fit(unit, seen, {"compensate": on})) for on in (False, True))
