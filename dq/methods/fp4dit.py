@@ -22,7 +22,7 @@ from dq.plan import Recipe
 from dq.trace.seen import Needs, Seen, Unit
 
 NEEDS = Needs(rows=2048, gram=True, calls=True, hat=True)
-OPTIONS = {"formats": True, "scale_aware": True}
+OPTIONS = {"formats": True, "scale_aware": True, "lr": 0.1, "batch": 4}  # of one call, gradients are mostly noise
 WEIGHT = "fp4/group:128"
 RECIPES = tuple(
     Recipe(

@@ -26,7 +26,7 @@ from dq.plan import LayerPlan, Plan, Recipe
 from dq.trace.seen import Needs, Seen, Unit
 
 NEEDS = Needs(rows=4096, gram=True, absmax=True, calls=True, hat=True)
-OPTIONS = {"formats": True}
+OPTIONS = {"formats": True, "lr": 0.1, "batch": 4}  # of one call, gradients are mostly noise
 ACT = "e3m4/tensor/static"
 RANGES = static.StaticWish(smooth=False, shift=False, rotate=False, round="nearest")
 LEARNED_BITS = 4  # weights of more bits are rounded to nearest, as published

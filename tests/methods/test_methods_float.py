@@ -16,7 +16,7 @@ from tests.methods.test_methods_unet import fitted, nearest, pipes, records, uni
 __all__ = ["fitted", "pipes", "records"]  # fixtures
 ALL = (*fp4dit.RECIPES, *lowbitfp.RECIPES, *llmfp4.RECIPES)
 SPLITS = {name for names in formats.SPLITS.values() for name in names}
-FEW = {"steps": 40}
+FEW = {"steps": 40, "batch": 1}
 MODELS = ["tiny-pixart", pytest.param("tiny-sd", marks=pytest.mark.slow)]
 
 
@@ -71,3 +71,10 @@ def test_formats_follow_the_layer(fitted):  # FP4DiT: by role
     _, _, made = fitted("tiny-pixart", "fp4dit-w4a6", **FEW)
     assert len({found.plan.weight.format for found in floats(made).values()}) > 1
     assert {found.plan.act.format for found in floats(made).values()} == {"fp6_e2m3"}, "as published"
+
+
+@pytest.mark.slow
+def test_learned_rounding_gains_on_the_nearest(fitted):  # FP4DiT, low-bitwidth floating point
+    learned, start = ({"start": "nearest", "steps": steps, "batch": 2} for steps in (60, 0))
+    errors = [unit_error(*fitted("tiny-pixart", "fp4dit-w4a6", **options)) for options in (learned, start)]
+    assert errors[0] < 0.95 * errors[1]
