@@ -26,6 +26,10 @@ from dq.layers import attending, notes, takeover
 
 ROLE = "attention"
 PLAIN = AttentionPlan()
+SIGNATURE = (  # one op, so that torch.compile need not trace tiles and formats
+    "rounded_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float? scale, bool gqa, "
+    "str q, str k, str p, str v, str smooth, bool start) -> Tensor"
+)
 
 
 class Instead(TorchFunctionMode):
@@ -65,12 +69,27 @@ def emulated(plan: AttentionPlan, backend: str) -> bool:
     return plan.rounds and (plan != INT8 or backend == "reference")
 
 
-def _rounded(plan: AttentionPlan, query, key, value, attn_mask=None, dropout_p=0.0, *args, **kwargs) -> torch.Tensor:
+def _rounded(
+    plan: AttentionPlan,
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+) -> torch.Tensor:
     """As the plan says; torch's attention where there is dropout, or a gradient, which rounding has not."""
     given = (query, key, value, attn_mask)
     if dropout_p or (torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in given)):
-        return F.scaled_dot_product_attention(*given, dropout_p, *args, **kwargs)
-    return tiles.attention(plan, *given, 0.0, *args, **kwargs)
+        return F.scaled_dot_product_attention(*given, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    fields = (plan.q, plan.k, plan.p, plan.v, plan.smooth, plan.start)
+    return torch.ops.dq.rounded_attention(*given, is_causal, scale, enable_gqa, *fields)
+
+
+def _in_tiles(query, key, value, mask, causal: bool, scale: float | None, gqa: bool, *fields) -> torch.Tensor:
+    return tiles.attention(AttentionPlan(*fields), query, key, value, mask, 0.0, causal, scale, gqa)
 
 
 def attach(model: nn.Module, plans: Mapping[str, AttentionPlan] | None = None) -> list[str]:
@@ -152,3 +171,11 @@ def places(module: nn.Module) -> set[str]:
         else:
             found |= {parameter.device.type for parameter in part.parameters(recurse=False)}
     return found
+
+
+_ops = torch.library.Library("dq", "FRAGMENT")
+_ops.define(SIGNATURE)
+_ops.impl("rounded_attention", _in_tiles, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "dq::rounded_attention", lambda q, k, v, *rest: q.new_empty((*q.shape[:-1], v.shape[-1])), lib=_ops
+)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
-from dq.attentionplan import INT8
+from dq.attentionplan import INT8, WISHES
 from dq.fusions import attention
 from dq.kernels.cpu import attention as cpu
 from dq.kernels.cpu import library
@@ -158,6 +158,23 @@ def test_calls_on_another_device_enter_no_mode(named, monkeypatch):
     )
     with pytest.raises(AssertionError, match="entered"):
         attention._attend(module, lambda x: x, torch.empty(1, 4, 8))
+
+
+@torch.no_grad()
+def test_emulated_attention_is_one_op_of_a_compiled_graph():
+    model = zoo.build(PIXART, dtype=torch.bfloat16, init="own")
+    attention.attach(model, attending.planned(model, WISHES["sage2"].choices[0]))
+    expected, graphs = models.output(model), []
+
+    def backend(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    torch._dynamo.reset()
+    found = models.output(torch.compile(model, fullgraph=True, backend=backend))
+    torch._dynamo.reset()
+    assert len(graphs) == 1 and graphs[0].count("torch.ops.dq.rounded_attention") == 4
+    assert torch.equal(found, expected)
 
 
 @PRECISIONS
