@@ -43,18 +43,15 @@ class LayerPlan:
             convolution's `tensor` is one scale per sample, its `token` one per pixel (pointwise convolutions only)
     smooth  a vector multiplies the input (its inverse is folded into the weight)
     rotate  order of the Hadamard blocks that turn the (smoothed) input channels, 0 for none; folded into the weight
-    permute  a stored order puts the (smoothed, rotated) input's channels in other places; folded into the weight, and
-            splits are counted in it
+    permute a stored order of the (smoothed, rotated) input's channels, folded into the weight; splits count in it
     rank    columns of the low-rank branch y += up @ (down @ x)
     splits  input channels at which the input is cut; each part has its own activation and weight scales
     steps   rows of the activation scale table (1 unless act.scale is "table")
     role    where the layer stands: "time" (sees one token per sample: modulation, projections of the timestep), "edge"
             (embedder or final layer) or "block"
     start   the output for one first token that comes again in every call (a text's start token) is stored, exact
-    late    activation formats of the later phases of a run, one for each switch of the plan; none: `act` in all of it.
-            Under a plan's `route` one format, which a rule chooses step by step
-    route   (slope, offset) of that rule: the relative error that rounding the input to `act` makes at the output, by
-            the relative change of the layer's block in the step before
+    late    activation formats of the later phases of a run, one for each switch; under a plan's `route` one, by a rule
+    route   (slope, offset) of it: relative error that `act` makes at the output, by the block's last relative change
     """
 
     kind: str
@@ -349,12 +346,10 @@ class Recipe:
     sampler            file of dq/around that finds corrections of the scheduler's steps, "" for none
     late               activation formats of linears that round activations, for later phases of a run
     switch             shares of a run's steps, rising, after which each of them begins
-    route              mean bits of activations under a rule that takes the one late format of a layer in the steps in
-                       which its block changed much in the step before; 0: formats follow `switch`
+    route              mean bits of activations under a rule that takes late formats after a block changed much, or 0
     method             file of dq/methods that fits the layers to calibration data, "" for none
     options            arguments of the method
-    status             "experimental": emulated, or without rows of results; docs/recipes.md has the rule. A fact about
-                       dq and not part of the wish: neither saved nor compared
+    status             "experimental": emulated, or without rows (docs/recipes.md); neither saved nor compared
     """
 
     name: str

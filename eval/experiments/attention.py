@@ -21,6 +21,7 @@ from dq.attentionplan import INT8, WISHES, AttentionPlan
 from dq.fit import attention
 from dq.host import mark
 from dq.layers import attending
+from dq.plan import Recipe
 from dq.trace import capture
 from dq.trace.records import Store
 from eval.metrics import caption_accuracy, psnr
@@ -87,6 +88,7 @@ def quantized(name: str, label: str, steps: int):
     recipe, plan = PICTURES[label]
     pipe = tiny.load(name)
     model, wanted = getattr(pipe, tiny.PARTS[name]), cookbook.get(recipe)
+    assert isinstance(wanted, Recipe), "its name is no file"
     if plan is not None:
         dq.quantize(
             pipe,
@@ -97,7 +99,9 @@ def quantized(name: str, label: str, steps: int):
         seen = None if recipe == "int8" else calibration(name, steps)
         dq.quantize(pipe, wanted, calibration=seen, progress=False)
     dq.set_backend("reference", pipe)
-    texts = [str(each) for each in mark.plan_of(model).attention.values()]
+    found = mark.plan_of(model)
+    assert found is not None, "quantized above"
+    texts = [str(each) for each in found.attention.values()]
     return pipe, {text: texts.count(text) for text in texts}
 
 
@@ -115,7 +119,7 @@ def pictures(name: str, steps: int, prompts: int, labels: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--models", nargs="+", default=list(tiny.NAMES), choices=list(tiny.NAMES))
     parser.add_argument("--what", nargs="+", default=["calls", "pictures"], choices=["calls", "pictures"])
     parser.add_argument("--rows", nargs="+", default=list(PICTURES), choices=list(PICTURES))
