@@ -119,6 +119,7 @@ class Tuning(TypedDict, total=False):
     layers: list[Annotated[str, Field(strict=True, max_length=1000)]]
     rank: Annotated[int, Field(strict=True, ge=1, le=4096)]
     aware: Flag
+    full: Flag
     stages: Annotated[list[Stage], Field(max_length=100)]
     local: Annotated[Number, Field(ge=0)]
     loss: Annotated[str, Field(strict=True, max_length=20)]

@@ -62,7 +62,7 @@ class Student:
                 for stage, wanted in zip(self.stages, tune.course, strict=True):
                     stage[name] = wanted.of(name, packed.plan.role)
                 parts = tuple(part for part in KNOWN if any(part in stage[name] for stage in self.stages))
-                self.layers[name] = Trainable(naming.at(self.model, name), packed, parts, tune.rank)
+                self.layers[name] = Trainable(naming.at(self.model, name), packed, parts, tune.rank, tune.full)
         if not any(layer.parameters for layer in self.layers.values()):
             raise DQError(f"tune: {_nothing(subject, tune)}")
 

@@ -3,15 +3,15 @@
     y = W x̂ + up (down z) + b,    W = snap(u) s,    x̂ = Q(z),    z = (x * smooth) R
 
 u (rows, columns) is the weight in units of its step; it begins at the codes, so that the first forward is that of the
-packed layer. s is the step that the stored scales give, times exp(theta): theta has the shape of the scales that are
-stored as fp32 (of groups; of rows under two levels; of the tensor of nvfp4; of none where steps are powers of two).
+packed layer, or (`full`) at the full-precision weight where that rounds to the codes. s is the step that the stored
+scales give, times exp(theta): theta has the shape of the scales that are stored as fp32 (of groups; of rows under two
+levels; of the tensor of nvfp4; of none where steps are powers of two).
 
     dL/du = G s within the grid's limits, else 0,    dL/dtheta = sum over a scale's weights of G W,    G = dL/dW
 
 With "lowrank" u = u_0 + B A, A (r, columns) as nn.Linear begins, B (rows, r) zeros: an update of low rank, merged
-before rounding (EfficientDM, 2310.03270). u_0 is the full-precision weight in steps where that rounds to the codes,
-else the code. Counted in steps, one rate moves as many codes in every layer, which the paper has from rates in
-proportion to a layer's mean step.
+before rounding (EfficientDM, 2310.03270). u_0 is as with `full`. Counted in steps, one rate moves as many codes in
+every layer, which the paper has from rates in proportion to a layer's mean step.
 
 With "aux" a low-rank help stands beside the rounded weight while it is trained, and fades (dq/fit/auxiliary.py).
 
@@ -42,15 +42,17 @@ class Trainable:
     module  the layer in full precision, of whose geometry this is; its weights are not read
     packed  what it was quantized to; not changed
     parts   which of PARTS to train; those that the layer has not are left out
+    full    weights begin at their full-precision place within the code, not in its middle
     """
 
-    def __init__(self, module: nn.Module, packed: Any, parts: tuple[str, ...], rank: int = 32):
+    def __init__(self, module: nn.Module, packed: Any, parts: tuple[str, ...], rank: int = 32, full: bool = False):
         self.packed, self.plan, self._tensors = packed, packed.plan, packed.tensors()
         order = None if packed.permute is None else packed.permute.long()
         draft = drafts.draft(module, self.plan, packed.smooth, order)
         self.weight = Weight(self.plan, self._tensors)
-        rest = _rest(draft, packed).reshape(self.plan.rows, -1) if {"lowrank", "aux"} & set(parts) else None
-        if rest is not None:
+        asked = {"lowrank", "aux"} & set(parts) or (full and "weights" in parts)
+        rest = _rest(draft, packed).reshape(self.plan.rows, -1) if asked else None
+        if rest is not None and (full or "lowrank" in parts):
             self.weight.aim(rest)
         self.draft = _bare(draft, packed)
         self.parameters: dict[str, list[nn.Parameter]] = {}

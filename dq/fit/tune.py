@@ -74,6 +74,8 @@ class Tune:
                (stored activation scales); "aux" beside "weights": a low-rank help that fades and is gone at the end
     rank       of the updates of "lowrank", and of "aux" to begin with
     aware      rates of weights count in steps of each layer; False: in weights of all layers alike, as a control
+    full       weights begin at their full-precision place within the code, not at the code: few updates then move
+               more. Four bits to nearest gain by it; other starts are not measured
     layers     patterns, matched from the start of layer names, of those that are tuned; none: all. "role:time" stands
                for the layers that see one token a sample, "role:block" and "role:edge" for the others
     stages     what moves one after the other, in place of `parts` and `layers`
@@ -95,6 +97,7 @@ class Tune:
     parts: tuple[str, ...] = PARTS
     rank: int = 32
     aware: bool = True
+    full: bool = False
     layers: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = ()
     local: float = 0.0

@@ -20,7 +20,7 @@ from dq.trace.seen import Needs, Seen, Unit
 
 NEEDS = Needs(rows=64, hat=False)
 PLAIN = ["weights", "scales", "bias"]  # the control
-TUNE = {"parts": [*PLAIN, "aux"], "rank": 32, "minutes": 20.0}
+TUNE = {"parts": [*PLAIN, "aux"], "rank": 32, "full": True, "minutes": 20.0}
 RECIPES = tuple(
     Recipe(name, linear, conv, method="qvgen", options={"tune": TUNE}, status="experimental")
     for name, linear, conv in (

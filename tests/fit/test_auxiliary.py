@@ -14,7 +14,7 @@ from dq.fit.trainable import Trainable
 from tests.fit.test_tune import WISH, Killed, equal, packed_of, plan, state_of, stopping, tuned
 
 PARTS = ("weights", "scales", "bias", "aux")
-HELPED = replace(WISH, parts=PARTS, rank=4)
+HELPED = replace(WISH, parts=PARTS, rank=4, full=True)
 
 
 def test_of_full_rank_the_layer_begins_as_it_was_in_full_precision():
@@ -24,6 +24,14 @@ def test_of_full_rank_the_layer_begins_as_it_was_in_full_precision():
     torch.testing.assert_close(made.forward(x), module(x), rtol=1e-4, atol=1e-4)
     made.hold()
     assert float((made.forward(x) - module(x)).detach().abs().max()) > 1e-2  # what is shipped has none of it
+
+
+def test_weights_begin_where_they_were_within_their_codes_with_the_help_and_without():
+    module, packed = packed_of(plan("int4/channel", None))
+    for parts in (PARTS, PARTS[:-1]):
+        begun, made = (Trainable(module, packed, parts, rank=4, full=full).weight.unit for full in (True, False))
+        assert torch.equal(made, made.round()) and not torch.equal(begun, begun.round())
+        assert torch.equal(begun.round(), made)
 
 
 def test_its_gradient_is_the_slope_of_the_loss():
