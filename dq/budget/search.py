@@ -24,6 +24,7 @@ from dq.budget.predictions import BUCKETS
 from dq.errors import DQError
 from dq.plan import LayerPlan, Plan
 
+SLACK = 1e-9  # of a limit
 MIB = 2**20
 NEVER = 1e18  # a cost that no limit allows
 
@@ -103,7 +104,7 @@ class Search:
         limits, costs, fixed = self._limits(budget)
         items = self._items(budget.tie, costs)
         try:
-            found = allocate.solve(items, [limit - base for limit, base in zip(limits.values(), fixed, strict=True)])
+            found = allocate.solve(items, _bounds(limits, fixed))
         except allocate.Infeasible as refusal:
             raise DQError(self._refusal(refusal, limits, fixed)) from None
         return self._spread(items, found, budget.tie)
@@ -124,8 +125,7 @@ class Search:
         for (part, name), values in ((key, values) for cost in costs for key, values in cost.items()):
             kept = [choice is None for choice in self.parts[part].layers[name].choices]
             values[np.array(kept)] = NEVER
-        bounds = [limit - base for limit, base in zip(limits.values(), fixed, strict=True)]
-        return self._items("", costs), bounds
+        return self._items("", costs), _bounds(limits, fixed)
 
     def curve(self, of: str = "bytes", points: int = 24) -> list[Chosen]:
         """Plans from the smallest (of "ms": fastest) to the most exact."""
@@ -326,6 +326,11 @@ def measured(
         count = (products or {}).get(name, 0) if plan.layers[name].act is not None else 0
         rows[name] = Measured(tuple(choices), found, own, times, weights, count)
     return rows
+
+
+def _bounds(limits: Mapping[str, float], fixed: Sequence[float]) -> list[float]:
+    """What is left for the choices; a limit that they just meet is met in whatever order their costs are summed."""
+    return [limit * (1 + SLACK) - base for limit, base in zip(limits.values(), fixed, strict=True)]
 
 
 def spent(choice: Choice, dtype: torch.dtype, extra: int, elements: int = 0) -> int:

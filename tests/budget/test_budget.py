@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 import dq
 from dq import api, cookbook
 from dq.budget import charts, choices, cost, margins, search, sensing, sensitivity, trajectory
-from dq.budget.predictions import Predictions
+from dq.budget.predictions import BUCKETS, Predictions
 from dq.cli import app
 from dq.errors import DQError
 from dq.kernels import cpu
 from dq.layers import packed_layers
-from dq.plan import LayerPlan, TensorPlan
+from dq.plan import LayerPlan, Plan, TensorPlan
 from dq.trace.records import Store
 from dq.trace.running import Runner
 from pipelines import tiny
@@ -455,10 +455,10 @@ def test_inputs_of_every_kind_may_go_where_no_gradient_goes():
 class Blocks(nn.Module):
     """Two blocks, the second one loud."""
 
-    def __init__(self):
+    def __init__(self, count: int = 2):
         super().__init__()
         torch.manual_seed(0)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(128, 512), nn.Linear(512, 128)) for _ in range(2))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(128, 512), nn.Linear(512, 128)) for _ in range(count))
         nn.init.normal_(self.blocks[1][1].weight, std=0.5)
 
     def forward(self, x):
@@ -480,6 +480,21 @@ def test_own_bits_are_those_that_the_recipe_gives_in_one_width(recipe, limits):
     assert len(widths) > 1, "the loud layer has more"
     if "act_bits" in limits:
         assert {layer.plan.act.spec.bits for layer in packed_layers(mixed).values()} == {4}
+
+
+@pytest.mark.parametrize("count", [28, 33])
+def test_a_limit_that_is_just_met_is_met_whatever_way_costs_are_summed(count):
+    menus = {str(i): (None, *_menu((3 + i, 64))[1:]) for i in range(count)}
+    menus = {
+        name: tuple(replace(c, act=TensorPlan.parse("int4/token")) for c in menu[1:]) for name, menu in menus.items()
+    }
+    plan = Plan({name: menu[0] for name, menu in menus.items()})
+    errors = {name: np.ones((len(menu), BUCKETS + 1)) for name, menu in menus.items()}
+    counts = {name: 3 * (i + 1) ** 3 + 1 for i, name in enumerate(menus)}
+    rows = search.measured(plan, menus, errors, {}, torch.float32, 0, counts)
+    found = search.Search("made", "trajectory", {"": search.Part(rows)}, {"denoiser": 0})
+    chosen = found.choose(dq.Budget(act_bits=4))
+    assert found.act_bits_of(chosen) == pytest.approx(4)
 
 
 def test_own_bits_need_a_recipe(explored):
