@@ -80,10 +80,7 @@ def check(models: Mapping[str, nn.Module], plans: Mapping[str, Plan], recipe: Re
         if not routed(model, plans[part], recipe):
             got = f"recipe {recipe.name!r}: no linear in a block has an input of fewer bits than {recipe.late[0]}"
             raise DQError(f"{got}; leave the rule out")
-        if plans[part].timestep is None:
-            raise DQError(
-                f"route: {type(model).__name__} is called without a timestep, by which a rule follows its runs"
-            )
+        routing.check(model, plans[part])
 
 
 def routed(model: nn.Module, plan: Plan, recipe: Recipe) -> dict[str, str]:

@@ -105,7 +105,7 @@ class Entry:
         return replace(recipe, options={**recipe.options, **self.options}) if self.options else recipe
 
 
-def _with_plain(recipe: str, **more) -> tuple[Entry, Entry]:
+def with_plain(recipe: str, **more) -> tuple[Entry, Entry]:
     name = f"plain of {recipe}"
     return Entry(recipe, recipe, against=name, **more), Entry(name, recipe, plain=True, **more)
 
@@ -173,10 +173,10 @@ def with_tuning_changed(recipe: str, what: str, **tune) -> tuple[Entry, Entry]:
 
 ENTRIES = (
     Entry("int8", "int8"),
-    *_with_plain("gptq-int4-weight"),
+    *with_plain("gptq-int4-weight"),
     Entry("gptq-int4-weight in 3 bits", "gptq-int4-weight", weights=("int3/group:64",)),
     Entry("gptq-int4-weight in 2 bits", "gptq-int4-weight", weights=("int2/group:64",)),
-    *_with_plain("svdquant-int4"),
+    *with_plain("svdquant-int4"),
     Entry("svdquant-int4 with clipping", "svdquant-int4", options={"clip": True}, against="svdquant-int4"),
     Entry("svdquant-int4 for rounded inputs", "svdquant-int4", options={"noise": True}, against="svdquant-int4"),
     Entry("svdquant-int4-late8", "svdquant-int4-late8", against="svdquant-int4-late8, early instead"),
@@ -201,21 +201,21 @@ ENTRIES = (
     Entry("hif8-tuned", "hif8-tuned", against="hif8"),
     Entry("plain of svdquant-int4, smaller groups", "svdquant-int4", plain=True, weights=INT4_MORE),
     Entry("plain of svdquant-int4, more bits", "svdquant-int4", plain=True, weights=INT_WIDER),
-    *_with_plain("svdquant-nvfp4"),
+    *with_plain("svdquant-nvfp4"),
     Entry("svdquant-int8", "svdquant-int8", against="int8"),
-    *_with_plain("svdquant-w4a8"),
+    *with_plain("svdquant-w4a8"),
     Entry("svdquant-mp-w4a4", "svdquant-mp-w4a4", against="svdquant-int4"),
     Entry("svdquant-mp-w4a8", "svdquant-mp-w4a8", against="svdquant-w4a8"),
     Entry("svdquant-w4a8 for rounded inputs", "svdquant-w4a8", options={"noise": True}, against="svdquant-w4a8"),
-    *_with_plain("gptq-w4a8"),
+    *with_plain("gptq-w4a8"),
     Entry("gptq-w4a8 for rounded inputs", "gptq-w4a8", options={"noise": True}, against="gptq-w4a8"),
     Entry("comq-int4-weight", "comq-int4-weight", against="comq-int4-weight to nearest"),
     Entry("comq-int4-weight to nearest", "comq-int4-weight", options={"sweeps": 0}),
     Entry("comq-w4a8", "comq-w4a8", against="comq-w4a8 to nearest"),
     Entry("comq-w4a8 to nearest", "comq-w4a8", options={"sweeps": 0}),
     Entry("viditq-w8a8", "viditq-w8a8", against="int8"),
-    *_with_plain("viditq-w4a8"),
-    *_with_plain("qdiffusion-w4a8"),
+    *with_plain("viditq-w4a8"),
+    *with_plain("qdiffusion-w4a8"),
     Entry("qdiffusion-w4a8 without split", "qdiffusion-w4a8", options={"splits": False}, models=("tiny-sd",)),
     Entry("qdiffusion-w4a8, nothing learned", "qdiffusion-w4a8", options={"steps": 0}),
     Entry(
@@ -228,7 +228,7 @@ ENTRIES = (
     Entry("ptq4dm-w8a8", "ptq4dm-w8a8", against="ptq4dm-w8a8 baseline", calibration={"policy": "normal"}),
     Entry("ptq4dm-w8a8 baseline", "ptq4dm-w8a8", baseline=True),
     Entry("tfmq-w8a8", "tfmq-w8a8", against="ptq4dm-w8a8 baseline"),
-    *_with_plain("tfmq-w4a8"),
+    *with_plain("tfmq-w4a8"),
     Entry("tfmq-w4a8, time in the blocks", "tfmq-w4a8", options={"temporal": False}),
     Entry("tdq-w8a8", "tdq-w8a8", against="ptq4dm-w8a8 baseline"),
     Entry("vq4dit-w2", "vq4dit-w2", against="vq4dit-w2, codebook only"),
@@ -246,7 +246,7 @@ ENTRIES = (
     *_with_one_range("tdq-w8a6"),
     *_with_one_range("tdq-w4a6"),
     *_with_one_range("tfmq-w4a6"),
-    *_with_plain("ptq4dm-w6a6", calibration={"policy": "normal"}),
+    *with_plain("ptq4dm-w6a6", calibration={"policy": "normal"}),
     *_with_groups_off("dgq-w4a8"),
     *_with_groups_off("dgq-w4a6"),
     *_in_one_way("qua2sedimo-w4"),
@@ -287,12 +287,14 @@ def main() -> None:
 Measure = Callable[[str, Entry, argparse.Namespace], dict]
 
 
-def command(doc: str, models: Sequence[str], entries: Sequence[Entry], file: Path, measured: Measure) -> None:
-    """The command line of a file of such rows; exits with 1 when one could not be measured."""
+def command(
+    doc: str, models: Sequence[str], entries: Sequence[Entry], file: Path, measured: Measure, prompts: int = 256
+) -> None:
+    """The command line of a file of such rows, of so many prompts by default; exits with 1 when one has no figures."""
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=list(models), choices=models)
     parser.add_argument("--rows", nargs="+", default=None, help="names of ENTRIES, all by default")
-    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--prompts", type=int, default=prompts)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--again", action="store_true", help="measure rows anew (one process)")
     parser.add_argument("--list", action="store_true", help="say which rows there are and which are measured")

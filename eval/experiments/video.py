@@ -15,7 +15,7 @@ import dq
 from dq.methods import qvgen
 from eval import timing
 from eval.experiments import methods, rows
-from eval.experiments.methods import Entry, with_tuning_changed
+from eval.experiments.methods import Entry, with_plain, with_tuning_changed
 from pipelines import tiny
 
 FILE = rows.FOLDER / "video.json"
@@ -24,20 +24,15 @@ SHORT = {"calibration": {"samples": 32, "steps": 10}, "models": (MODEL,)}
 ONE_FORMAT = "one format of 5 bits"
 
 
-def _with_plain(recipe: str) -> tuple[Entry, Entry]:
-    name = f"plain of {recipe}"
-    return Entry(recipe, recipe, against=name, **SHORT), Entry(name, recipe, plain=True, **SHORT)
-
-
 REASONS: dict[str, str] = {}  # why a row does not beat the one it is set `against`; docs/results/video.md shows it
 ENTRIES = (
     Entry("int8", "int8", **SHORT),
     Entry("int4-weight", "int4-weight", **SHORT),
-    *_with_plain("svdquant-int4"),
-    *_with_plain("svdquant-w4a8"),
+    *with_plain("svdquant-int4", **SHORT),
+    *with_plain("svdquant-w4a8", **SHORT),
     Entry("viditq-w8a8", "viditq-w8a8", against="int8", **SHORT),
-    *_with_plain("viditq-w4a8"),
-    *_with_plain("gptq-w4a8"),
+    *with_plain("viditq-w4a8", **SHORT),
+    *with_plain("gptq-w4a8", **SHORT),
     *(replace(entry, **SHORT) for entry in with_tuning_changed("qvgen-w4a4", "without help", parts=qvgen.PLAIN)),
     *(replace(entry, **SHORT) for entry in with_tuning_changed("qvgen-w3a3", "without help", parts=qvgen.PLAIN)),
     Entry("sixbit-int4", "sixbit-int4", against="sixbit-int4, late half", **SHORT),
@@ -52,7 +47,7 @@ ENTRIES = (
 
 
 def main() -> None:
-    methods.command(__doc__, tiny.VIDEOS, ENTRIES, FILE, measure)
+    methods.command(__doc__, tiny.VIDEOS, ENTRIES, FILE, measure, prompts=100)
 
 
 def measure(model: str, entry: Entry, options) -> dict:

@@ -27,7 +27,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "WORK", tmp_path / "work")
     monkeypatch.setitem(cookbook.RECIPES, W4A4.name, W4A4)
     more = methods.Entry("more", W4A4.name, plain=True, weights=methods.INT4_MORE)
-    monkeypatch.setattr(methods, "ENTRIES", (*methods._with_plain(W4A4.name), more))
+    monkeypatch.setattr(methods, "ENTRIES", (*methods.with_plain(W4A4.name), more))
     for name in tiny.NAMES:
         monkeypatch.setitem(tiny.CALL[name], "num_inference_steps", 3)
     return tmp_path

@@ -160,11 +160,9 @@ def test_calls_on_another_device_enter_no_mode(named, monkeypatch):
         attention._attend(module, lambda x: x, torch.empty(1, 4, 8))
 
 
-@torch.no_grad()
-def test_emulated_attention_is_one_op_of_a_compiled_graph():
-    model = zoo.build(PIXART, dtype=torch.bfloat16, init="own")
-    attention.attach(model, attending.planned(model, WISHES["sage2"].choices[0]))
-    expected, graphs = models.output(model), []
+def compiled(model):
+    """(output, graphs as text) of a model compiled as a whole."""
+    graphs = []
 
     def backend(graph, inputs):
         graphs.append(str(graph.graph))
@@ -173,6 +171,14 @@ def test_emulated_attention_is_one_op_of_a_compiled_graph():
     torch._dynamo.reset()
     found = models.output(torch.compile(model, fullgraph=True, backend=backend))
     torch._dynamo.reset()
+    return found, graphs
+
+
+@torch.no_grad()
+def test_emulated_attention_is_one_op_of_a_compiled_graph():
+    model = zoo.build(PIXART, dtype=torch.bfloat16, init="own")
+    attention.attach(model, attending.planned(model, WISHES["sage2"].choices[0]))
+    expected, (found, graphs) = models.output(model), compiled(model)
     assert len(graphs) == 1 and graphs[0].count("torch.ops.dq.rounded_attention") == 4
     assert torch.equal(found, expected)
 
@@ -183,14 +189,6 @@ def test_emulated_attention_is_one_op_of_a_compiled_graph():
 def test_compiled_models_use_the_kernel_in_one_graph(name, int8):
     model = zoo.build(name, dtype=torch.bfloat16, init="own")
     attach(model, int8)
-    expected, graphs = models.output(model), []
-
-    def backend(graph, inputs):
-        graphs.append(str(graph.graph))
-        return graph.forward
-
-    torch._dynamo.reset()
-    found = models.output(torch.compile(model, fullgraph=True, backend=backend))
-    torch._dynamo.reset()
+    expected, (found, graphs) = models.output(model), compiled(model)
     assert len(graphs) == 1 and graphs[0].count("torch.ops.dq.cpu_attention") >= 1
     assert relative(found, expected.double()) < 0.01
