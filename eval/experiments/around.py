@@ -1,4 +1,4 @@
-"""Q-Sched on the few-step students: `python -m eval.experiments.around`; a line of JSON for each row, on stdout.
+"""Q-Sched on the few-step students: `python -m eval.experiments.around`; rows in eval/results/around.json.
 
 A student in full precision and rounded, each without corrections and with those that the search finds for a score:
 "paired", closeness to the full-precision runs of the same noise, or "clip", tiny-clip's. The search in full precision
@@ -8,10 +8,9 @@ in the recogniser's features, of all pictures of all seeds; its error is that of
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property, partial
 from statistics import mean, stdev
 
 import torch
@@ -23,10 +22,13 @@ from dq.plan import Recipe
 from dq.sampler import steps as stepping
 from dq.surroundings import Correction
 from eval import features
+from eval.experiments import methods, rows, versions
+from eval.experiments.quality import fingerprint
 from eval.metrics import caption_accuracy, clip_score, fid, psnr
 from eval.static import kernels_by_rank
 from pipelines import tiny
 
+FILE = rows.FOLDER / "around.json"
 SEARCHED, SEARCH_SEED = 32, 7  # prompts a search sees, half of them held out
 FULL, PLAIN = "full precision", "w4a8 to nearest"
 ROUNDED = {
@@ -108,23 +110,55 @@ def corrections(student: Student, pipe, kind: str, wanted: list) -> tuple[Correc
     return found, said[0]
 
 
-def rows(student: Student, names: list[str], kinds: list[str]) -> None:
-    full = Search(tiny.load(student.name), "qsched", student.calibration())
-    full.pipe.set_progress_bar_config(disable=True)
-    full.record()
-    head = {"model": student.name, "steps": student.steps, "prompts": student.prompts, "seeds": student.seeds}
-    for name in names:
-        pipe = quantized(student, name)
-        print(json.dumps(head | {"rounded": name, "score": ""} | student.figures(student.draw(pipe))), flush=True)
-        for kind in kinds if name != FULL else [each for each in kinds if each != "paired"]:
-            found, said = corrections(student, pipe, kind, full.wanted)
-            values = {} if found is None else dict(found.values)
-            row = head | {"rounded": name, "score": kind, "said": said, "values": values}
-            if found is not None:
-                stepping.attach(pipe.scheduler, [found])
-                row |= student.figures(student.draw(pipe))
-                stepping.detach(pipe.scheduler)
-            print(json.dumps(row), flush=True)
+def version(name: str) -> str:
+    home = versions.ROOT / "dq"
+    decides = [*(home / "around").glob("*.py"), *(home / "sampler").glob("*.py"), *methods.roots("svdquant")]
+    return versions.crc(f"{versions.code(decides)} {fingerprint(name)} {SEARCHED} {SEARCH_SEED}")
+
+
+class Bench:
+    """Rows of one student: what several of them need is made once, and only when one is missing."""
+
+    def __init__(self, name: str, options, steps: int):
+        self.name, self.options, self.steps = name, options, steps
+
+    @cached_property
+    def student(self) -> Student:
+        return Student(self.name, self.steps, self.options.prompts, self.options.seeds)
+
+    @cached_property
+    def wanted(self) -> list:
+        """The full-precision runs of the prompts that a search sees."""
+        full = Search(tiny.load(self.name), "qsched", self.student.calibration())
+        full.pipe.set_progress_bar_config(disable=True)
+        full.record()
+        return full.wanted
+
+    @cache  # noqa: B019 (lives as long as the command)
+    def rounded(self, rounding: str):
+        return quantized(self.student, rounding)
+
+    def figures(self, rounding: str, kind: str) -> dict:
+        pipe = self.rounded(rounding)
+        if not kind:
+            return self.student.figures(self.student.draw(pipe))
+        found, said = corrections(self.student, pipe, kind, self.wanted)
+        row = {"said": said, "values": {} if found is None else dict(found.values)}
+        if found is None:
+            return row | self.figures(rounding, "")
+        stepping.attach(pipe.scheduler, [found])
+        row |= self.student.figures(self.student.draw(pipe))
+        stepping.detach(pipe.scheduler)
+        return row
+
+    def measure(self) -> None:
+        for rounding in self.options.rounded:
+            kinds = [kind for kind in self.options.scores if (rounding, kind) != (FULL, "paired")]
+            for kind in ("", *kinds):
+                keys = {"model": self.name, "steps": self.steps, "rounded": rounding, "score": kind}
+                keys |= {"prompts": self.options.prompts, "seeds": self.options.seeds}
+                made = partial(self.figures, rounding, kind)
+                print(rows.kept(FILE, keys, version(self.name), made), flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -139,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     kernels_by_rank()
     for name in options.models:
         for count in options.steps:
-            rows(Student(name, count, options.prompts, options.seeds), options.rounded, options.scores)
+            Bench(name, options, count).measure()
 
 
 if __name__ == "__main__":

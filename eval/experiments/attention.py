@@ -1,4 +1,4 @@
-"""Rounded attention on an embedded model: `python -m eval.experiments.attention`; a line of JSON a row, on stdout.
+"""Rounded attention on an embedded model: `python -m eval.experiments.attention`; rows in eval/results/attention.json.
 
 "calls": decibels that plans leave at the output of attention itself, in the full-precision model, over recorded calls
 of guided runs: from the least cosine c of each module, -10 log10(2 - 2 c), the mean over modules that attend to the
@@ -7,11 +7,11 @@ attention emulated in every row. Under each system stand its controls, its own i
 """
 
 import argparse
-import json
 import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 
@@ -24,10 +24,13 @@ from dq.layers import attending
 from dq.plan import Recipe
 from dq.trace import capture
 from dq.trace.records import Store
-from eval.metrics import caption_accuracy, psnr
+from eval.experiments import methods, rows, versions
+from eval.experiments.quality import decibels, fingerprint
+from eval.metrics import caption_accuracy
 from eval.static import kernels_by_rank
 from pipelines import tiny
 
+FILE = rows.FOLDER / "attention.json"
 CALIBRATED = 8  # prompts
 SAGE2, EIGHT = WISHES["sage2"].choices
 DGQ = WISHES["dgq"].choices[0]
@@ -66,21 +69,38 @@ def calibration(name: str, steps: int) -> dq.Calibration:
     return dq.Calibration(captions, steps, max(2 * CALIBRATED, steps), call_kwargs=call)
 
 
-def calls(name: str, steps: int) -> None:
+@cache
+def code() -> str:
+    """What decides the figures, beside weights and plans."""
+    home = versions.ROOT / "dq"
+    parts = ("layers/attending.py", "fit/attention.py", "attentionplan.py", "planning.py", "cookbook.py")
+    return versions.code(home / part for part in parts)
+
+
+def version(name: str, *plans: object) -> str:
+    return versions.crc(f"{code()} {fingerprint(name)} {plans}")
+
+
+@cache
+def cosines(name: str, steps: int) -> Mapping[str, tuple[float, ...]]:
+    """The least cosine that each plan of CALLS leaves, by module."""
     pipe, part = tiny.load(name), tiny.PARTS[name]
     model = getattr(pipe, part)
     planned = [attending.planned(model, plan) for plan in CALLS.values()]
     with tempfile.TemporaryDirectory() as folder:
         capture.capture(pipe, {part: model}, calibration(name, steps), folder, False)
         menus = {module: [each[module] for each in planned] for module in planned[0]}
-        found = attention.cosines(model, menus, Store(Path(folder) / part))
-    for index, label in enumerate(CALLS):
-        row = {"model": name, "steps": steps, "row": label}
-        for kind, end in (("picture", "attn1"), ("text", "attn2")):
-            least = [values[index] for module, values in found.items() if module.endswith(end)]
-            row |= {f"{kind}_db": round(mean(-10 * math.log10(2 - 2 * value) for value in least), 1)}
-            row |= {f"{kind}_least_cosine": round(min(least), 5)}
-        print(json.dumps(row), flush=True)
+        return attention.cosines(model, menus, Store(Path(folder) / part))
+
+
+def call_figures(name: str, label: str, steps: int) -> dict[str, float]:
+    """Mean decibels and the least cosine, over modules that attend to the picture and to the text."""
+    row, index = {}, list(CALLS).index(label)
+    for kind, end in (("picture", "attn1"), ("text", "attn2")):
+        least = [values[index] for module, values in cosines(name, steps).items() if module.endswith(end)]
+        row[f"{kind}_db"] = round(mean(-10 * math.log10(2 - 2 * value) for value in least), 1)
+        row[f"{kind}_least_cosine"] = round(min(least), 5)
+    return row
 
 
 def quantized(name: str, label: str, steps: int):
@@ -105,17 +125,21 @@ def quantized(name: str, label: str, steps: int):
     return pipe, {text: texts.count(text) for text in texts}
 
 
-def pictures(name: str, steps: int, prompts: int, labels: list[str]) -> None:
+@cache
+def drawn(name: str, label: str, steps: int, prompts: int):
+    """Pictures of a row ("": full precision), and how many modules have which attention."""
+    pipe, modules = quantized(name, label, steps) if label else (tiny.load(name), {})
+    captions = [caption for caption, _ in tiny.prompts(prompts, seed=1)]
+    return tiny.pictures(pipe, name, captions, 0, batch=32, num_inference_steps=steps), modules
+
+
+def picture_figures(name: str, label: str, steps: int, prompts: int) -> dict:
+    found, modules = drawn(name, label, steps, prompts)
+    full, _ = drawn(name, "", steps, prompts)
     captions, scenes = zip(*tiny.prompts(prompts, seed=1), strict=True)
-    given = {"batch": 32, "num_inference_steps": steps}
-    full = tiny.pictures(tiny.load(name), name, list(captions), 0, **given)
-    for label in labels:
-        pipe, modules = quantized(name, label, steps)
-        drawn = tiny.pictures(pipe, name, list(captions), 0, **given)
-        row = {"model": name, "steps": steps, "prompts": prompts, "row": label, "modules": modules}
-        row |= {"psnr_db": round(mean(min(value, 100.0) for value in psnr.per_item(drawn, full)), 2)}
-        row |= {"caption_accuracy": round(caption_accuracy.score(drawn, scenes)["caption_accuracy"], 4)}
-        print(json.dumps(row), flush=True)
+    return methods.rounded(
+        {"modules": modules} | decibels(found, full, captions) | caption_accuracy.score(found, scenes)
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -124,14 +148,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--what", nargs="+", default=["calls", "pictures"], choices=["calls", "pictures"])
     parser.add_argument("--rows", nargs="+", default=list(PICTURES), choices=list(PICTURES))
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=64)
     options = parser.parse_args(argv)
     kernels_by_rank()
     for name in options.models:
-        if "calls" in options.what:
-            calls(name, options.steps)
-        if "pictures" in options.what:
-            pictures(name, options.steps, options.prompts, options.rows)
+        for label, plan in CALLS.items() if "calls" in options.what else ():
+            keys = {"kind": "calls", "model": name, "row": label, "steps": options.steps}
+            made = partial(call_figures, name, label, options.steps)
+            print(rows.kept(FILE, keys, version(name, plan), made), flush=True)
+        for label in options.rows if "pictures" in options.what else ():
+            asked = {"steps": options.steps, "prompts": options.prompts}
+            keys = {"kind": "pictures", "model": name, "row": label, **asked}
+            made = partial(picture_figures, name, label, **asked)
+            print(rows.kept(FILE, keys, version(name, PICTURES[label]), made), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
-"""Caches and Q&C on an embedded model: `python -m eval.experiments.caches`; a line of JSON for each row, on stdout.
+"""Caches and Q&C on an embedded model: `python -m eval.experiments.caches`; rows in eval/results/caches.json.
 
 PSNR is to the full-precision pictures of the same noise, drawn without a cache. Q&C's controls are the rows without
 its correction, and with calls drawn evenly in place of its clusters.
 """
 
 import argparse
-import json
-from statistics import mean
+from functools import cache, partial
 
 import dq
-from eval.metrics import caption_accuracy, psnr
+from dq import cookbook
+from eval.experiments import methods, rows, versions
+from eval.experiments.quality import decibels, fingerprint
+from eval.metrics import caption_accuracy
 from eval.static import kernels_by_rank
 from pipelines import tiny
 
+FILE = rows.FOLDER / "caches.json"
 CALIBRATED, SAMPLES = 16, 64  # prompts, calls
 CACHED = "ptq4dm-w8a8+interval:2"
 ROWS = (  # recipe, policy of its calibration
@@ -38,27 +41,47 @@ def calibration(options, policy: str) -> dq.Calibration:
     return dq.Calibration(captions, options.steps, max(SAMPLES, options.steps), policy=policy, call_kwargs=call)
 
 
+def version(model: str, recipe: str) -> str:
+    home, wanted = versions.ROOT / "dq", cookbook.get(recipe)
+    decides = [*(home / "around").glob("*.py"), *(home / "sampler").glob("*.py"), *methods.roots(wanted.method)]
+    return versions.crc(f"{versions.code(decides)} {fingerprint(model)} {wanted.to_dict()}")
+
+
+@cache
+def full(model: str, steps: int, prompts: int):
+    """Pictures in full precision, without a cache."""
+    return drawn(tiny.load(model), model, steps, prompts)
+
+
+def drawn(pipe, model: str, steps: int, prompts: int):
+    captions = [caption for caption, _ in tiny.prompts(prompts, seed=1)]
+    return tiny.pictures(pipe, model, captions, 0, batch=32, num_inference_steps=steps)
+
+
+def figures(options, recipe: str, policy: str) -> dict:
+    pipe = tiny.load(options.model)
+    known = calibration(options, policy) if policy else None
+    report = dq.quantize(pipe, recipe, calibration=known, progress=False)
+    captions, scenes = zip(*tiny.prompts(options.prompts, seed=1), strict=True)
+    asked = (options.model, options.steps, options.prompts)
+    images = drawn(pipe, *asked)
+    row = decibels(images, full(*asked), captions) | caption_accuracy.score(images, scenes)
+    return methods.rounded(row | {"said": [note for note in report.notes if note.startswith("qandc")]})
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     parser.add_argument("--model", default="tiny-pixart", choices=list(tiny.NAMES))
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--rows", nargs="+", type=int, default=list(range(len(ROWS))), help="numbers of ROWS")
     options = parser.parse_args(argv)
     kernels_by_rank()
-    captions, scenes = zip(*tiny.prompts(options.prompts, seed=1), strict=True)
-    given = {"batch": 24, "num_inference_steps": options.steps}
-    full = tiny.pictures(tiny.load(options.model), options.model, list(captions), 0, **given)
     for recipe, policy in (ROWS[number] for number in options.rows):
-        pipe = tiny.load(options.model)
-        known = calibration(options, policy) if policy else None
-        report = dq.quantize(pipe, recipe, calibration=known, progress=False)
-        drawn = tiny.pictures(pipe, options.model, list(captions), 0, **given)
-        row = {"model": options.model, "steps": options.steps, "recipe": recipe, "policy": policy}
-        row |= {"psnr_db": round(mean(min(value, 100.0) for value in psnr.per_item(drawn, full)), 2)}
-        row |= {"caption_accuracy": round(caption_accuracy.score(drawn, scenes)["caption_accuracy"], 4)}
-        row |= {"said": [note for note in report.notes if note.startswith("qandc")]}
-        print(json.dumps(row), flush=True)
+        keys = {"model": options.model, "recipe": recipe, "policy": policy}
+        keys |= {"steps": options.steps, "prompts": options.prompts}
+        made = partial(figures, options, recipe, policy)
+        print(rows.kept(FILE, keys, version(options.model, recipe), made), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
 """Milliseconds of a picture and its error, from nothing to everything on: `python -m eval.experiments.curve`.
 
 Each row adds one thing to the row above: rounding, attention in bytes, a cache. Rows are timed in turn, so that a
-machine that slows down slows all of them; a line of JSON each on stdout. Run it on an idle machine.
+machine that slows down slows all of them, and go to eval/results/curve.json. Run it on an idle machine.
 """
 
 import argparse
-import json
 import time
 from statistics import mean, median
 
 import torch
 
 import dq
+from eval.experiments import rows
 from eval.metrics import caption_accuracy, psnr
 from pipelines import tiny
 
+FILE = rows.FOLDER / "curve.json"
+KEYS = ("model", "recipe", "dtype", "batch", "level")
 LADDER = ("", "int8", "sageattention-int8", "sageattention-int8+interval:2", "sageattention-int8+interval:3")
 
 
@@ -26,7 +28,7 @@ def pipeline(model: str, recipe: str, dtype: torch.dtype):
     return pipe
 
 
-def rows(options) -> list[dict]:
+def measured(options) -> list[dict]:
     dtype, asked = getattr(torch, options.dtype), tiny.prompts(options.prompts, seed=1)
     captions, scenes = zip(*asked, strict=True)
     pipes = {recipe: pipeline(options.model, recipe, dtype) for recipe in options.recipes}
@@ -42,7 +44,9 @@ def rows(options) -> list[dict]:
     return [
         {
             "model": options.model,
-            "recipe": recipe or f"full precision, {options.dtype}",
+            "recipe": recipe,
+            "dtype": options.dtype,
+            "batch": options.batch,
             "ms_per_picture": round(median(times[recipe]), 2),
             "psnr_db": None if recipe == options.recipes[0] else round(mean(psnr.per_item(drawn[recipe], full)), 2),
             "caption_accuracy": round(caption_accuracy.score(drawn[recipe], scenes)["caption_accuracy"], 4),
@@ -60,8 +64,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
-    for row in rows(parser.parse_args(argv)):
-        print(json.dumps(row), flush=True)
+    for row in measured(parser.parse_args(argv)):
+        print(row, flush=True)
+        rows.add(FILE, row | rows.conditions(torch.get_num_threads()) | rows.stamp(), KEYS)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A row holds its figures and the keys of `stamp`. Rows are written one by one, so
 
 import os
 import subprocess
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,6 +43,17 @@ def add(path: Path, row: dict, keys: tuple[str, ...]) -> None:
     place = next((i for i, old in enumerate(rows) if [old.get(key) for key in keys] == mine), len(rows))
     rows[place : place + 1] = [row]
     write_json(path, {"rows": rows})
+
+
+def kept(path: Path, keys: Mapping, version: str, measure: Callable[[], Mapping]) -> dict:
+    """The row of `path` with `keys` and this version of the code behind it; measured and added if there is none."""
+    asked = {**keys, "version": version}
+    for row in read(path):
+        if all(row.get(key) == value for key, value in asked.items()):
+            return row
+    row = asked | dict(measure()) | stamp()
+    add(path, row, tuple(keys))
+    return row
 
 
 def stamp(device: str = "cpu", packages: tuple[str, ...] = ()) -> dict:

@@ -346,9 +346,32 @@ def _eval() -> str:
     return "\n\n".join(parts)
 
 
+def _made(make: Callable[[], list[str]], file: str) -> Callable[[], str]:
+    """A table of one file's rows, with how they were measured below."""
+
+    def made() -> str:
+        found = _read(file)
+        return _with(make(), _asked(found), _where(found)) if found else NOT_YET
+
+    return made
+
+
+def _asked(found: list[dict]) -> str:
+    """What is the same in rows: prompts, seeds, steps."""
+    said = []
+    for key, text in (
+        ("prompts", "{} held-out prompts."),
+        ("seeds", "{} seeds of the noise."),
+        ("threads", "{} threads."),
+    ):
+        values = sorted({row[key] for row in found if key in row})
+        said += [text.format(", ".join(map(str, values)))] if values else []
+    return " ".join(said)
+
+
 def tables() -> dict[str, tuple[Path, Callable[[], str]]]:
     """Page and maker of every table, by the name of its markers."""
-    from eval.experiments import headline, matrix, recipe_tables
+    from eval.experiments import headline, matrix, recipe_tables, time_tables
 
     readme, docs = ROOT / "README.md", ROOT / "docs"
     results = {
@@ -358,6 +381,14 @@ def tables() -> dict[str, tuple[Path, Callable[[], str]]]:
             "methods": {"methods": _methods, "insights": _insights},
             "video": {"video": _video},
             "few_steps": {"few_steps": _few_steps},
+            "time": {
+                "along": _made(time_tables.along, "thirds"),
+                "attention_pictures": _made(time_tables.attention_pictures, "attention"),
+                "attention_calls": _made(time_tables.attention_calls, "attention"),
+                "caching": _made(time_tables.caching, "caches"),
+                "corrected": _made(time_tables.corrected, "around"),
+                "saved": _made(time_tables.saved, "curve"),
+            },
             "budgets": {"budgets": _budgets},
             "speed": {"speed": _speed, "pipelines": _pipelines, "layers": _layers, "peers": _peers},
             "memory": {"memory": _memory, "calibration": _calibration},

@@ -4,17 +4,17 @@
 each third of them; weights of both have 4 bits, and the budget BITS. Beside it formats of the steps alone, the same in
 all layers: those that a beam search over the steps finds (as AdaTSQ, arXiv 2602.09883, searches timesteps: the state
 is kept along the run, candidates are the widths of the next step, those whose latents are nearest to those of the
-full-precision run go on), and 8 bits in the last or first steps. All are fitted alike. Printed: noise SQNR by thirds,
-and PSNR of the held-out prompts.
+full-precision run go on), and 8 bits in the last or first steps. All are fitted alike. Rows, noise SQNR by thirds
+and PSNR of the held-out prompts, go to eval/results/thirds.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -26,11 +26,12 @@ from dq.budget.limits import Budget
 from dq.host import mark
 from dq.layers import clock, packed_layers
 from dq.plan import Plan
-from eval.experiments import methods
-from eval.experiments.quality import denoiser
+from eval.experiments import methods, rows, versions
+from eval.experiments.quality import denoiser, fingerprint
 from eval.static import kernels_by_rank
 from pipelines import tiny
 
+FILE = rows.FOLDER / "thirds.json"
 RECIPE = "svdquant-int4"
 WIDE = "int8/token"
 BITS = 5.2  # of a weight, scales and branch included
@@ -51,7 +52,16 @@ def main() -> None:
     kernels_by_rank()
     for model in options.models:
         for way in options.ways:
-            print(model, way, json.dumps(measure(model, way, options)), flush=True)
+            keys = {"model": model, "row": way, "prompts": options.prompts, "seed": options.seed}
+            keys |= {"metric": options.metric, "act_bits": options.act_bits}
+            found = rows.kept(FILE, keys, version(model), partial(measure, model, way, options))
+            print(found, flush=True)
+
+
+def version(model: str) -> str:
+    decides = [*methods.roots(_recipe().method), *(versions.ROOT / "dq" / "budget").glob("*.py")]
+    given = [methods.CALIBRATION, methods.CALIBRATION_PROMPTS, BITS, PROMPTS]
+    return versions.crc(f"{versions.code(decides)} {fingerprint(model)} {_recipe().to_dict()} {given}")
 
 
 def measure(model: str, way: str, options) -> dict:

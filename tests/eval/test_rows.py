@@ -26,3 +26,17 @@ def test_a_commit_that_nobody_can_tell_is_never_taken_for_a_clean_one(monkeypatc
     else:
         monkeypatch.setenv("GIT_DIR", str(tmp_path))
     assert rows.stamp()["commit"] == "unknown+", "a `+` makes peers measure again"
+
+
+def test_a_row_is_measured_once_for_each_version_of_the_code_behind_it(tmp_path):
+    file, measured = tmp_path / "rows.json", []
+
+    def measure():
+        measured.append(len(measured))
+        return {"psnr_db": measured[-1]}
+
+    first, again = (rows.kept(file, {"row": "a"}, "one", measure) for _ in range(2))
+    assert first == again and measured == [0] and first["psnr_db"] == 0 and first["commit"]
+    assert rows.kept(file, {"row": "b"}, "one", measure)["psnr_db"] == 1
+    assert rows.kept(file, {"row": "a"}, "two", measure)["psnr_db"] == 2
+    assert [(row["row"], row["psnr_db"]) for row in rows.read(file)] == [("a", 2), ("b", 1)], "old code's is replaced"
