@@ -12,6 +12,7 @@ from dq.plan import Keeping, Plan, Recipe
 SCOPES = ("denoiser", "pipeline", "peak")
 METRICS = ("trajectory", "prediction", "output", "sampled")
 TIES = ("", "kind")
+THIRDS = ("early", "middle", "late")
 LIMITS = ("bytes", "ms_per_step", "bits", "act_bits")
 OWN = "own"
 
@@ -27,6 +28,7 @@ class Budget:
     act_bits     mean bits of the inputs of layers that round them, over all multiplications and all steps of a run; an
                  input that is not rounded counts 16; "own": as many as the recipe's own inputs have
     thirds       a layer may round its input to another format in each third of the steps
+    protect      with `thirds`: "early", "middle", "late", in which inputs have the most bits that their layers offer
     scope        what `bytes` counts: "denoiser" (all denoisers of the pipeline), "pipeline", or "peak": parameters of
                  the pipeline and the most that one call of a denoiser holds beside them
     tie          "kind": layers of one name get one choice in all blocks; "": every layer its own
@@ -42,6 +44,7 @@ class Budget:
     bits: float | str | None = None
     act_bits: float | str | None = None
     thirds: bool = False
+    protect: tuple[str, ...] = ()
     scope: str = "denoiser"
     metric: str = "trajectory"
     tie: str = ""
@@ -69,6 +72,12 @@ class Budget:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise DQError(f"budget: {name} is {value!r}, expected a whole number of at least {least}")
+        unknown = [third for third in self.protect if third not in THIRDS]
+        if isinstance(self.protect, str) or unknown:
+            got = f"budget: protect is {self.protect!r}"
+            raise DQError(f"{got}, expected a list of {', '.join(map(repr, THIRDS))}")
+        if self.protect and not self.thirds:
+            raise DQError(f"budget: protect={list(self.protect)} needs formats by thirds; pass thirds=True")
         if self.thirds and self.metric == "output":
             raise DQError("budget: metric 'output' tells no thirds of a run apart; expected another one for thirds")
 

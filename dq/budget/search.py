@@ -19,10 +19,10 @@ import torch
 from dq.budget import allocate
 from dq.budget.allocate import Item
 from dq.budget.choices import Choice, act_bits, label, thirds, weight_bytes
-from dq.budget.limits import OWN, Budget
+from dq.budget.limits import OWN, THIRDS, Budget
 from dq.budget.predictions import BUCKETS
 from dq.errors import DQError
-from dq.plan import LayerPlan, Plan
+from dq.plan import LayerPlan, Plan, TensorPlan
 
 SLACK = 1e-9  # of a limit
 MIB = 2**20
@@ -194,6 +194,9 @@ class Search:
                 own = self._costs("ms", budget.scope)
                 costs.append({key: value if key[0] == part else 0 * value for key, value in own.items()})
                 fixed.append(found.calls * found.fixed_ms)
+        over = 2 * next(iter(limits.values()))  # of NEVER the solver's scale would suffer
+        for part, name, row in self.rows():
+            costs[0][part, name][_narrowed(row.choices, budget.protect)] += over
         return limits, costs, fixed
 
     def _costs(self, of: str, scope: str) -> dict[tuple[str, str], np.ndarray]:
@@ -259,6 +262,21 @@ class Search:
 
 
 Chosen = dict[str, dict[str, int]]  # by part and layer: the number of the choice
+
+
+def _narrowed(choices: Sequence[Choice], protect: Sequence[str]) -> np.ndarray:
+    """(choices,) whether an input has fewer bits than its layer offers in one of these thirds of the run."""
+    offered = max((act.spec.bits for choice in choices if choice for act in _acts(choice)), default=0)
+    places = [THIRDS.index(third) for third in protect]
+    known = [() if choice is None else _acts(choice) for choice in choices]
+    return np.array([any(acts and acts[third].spec.bits < offered for third in places) for acts in known], bool)
+
+
+def _acts(choice: LayerPlan) -> tuple[TensorPlan, ...]:
+    """Input formats of a choice by third, none where it is not rounded."""
+    if choice.act is None:
+        return ()
+    return (choice.act, *choice.late) if choice.late else (choice.act,) * BUCKETS
 
 
 def tied(part: str, name: str, row: Measured, tie: str) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 
 import dq
 from dq import cookbook
-from dq.budget import choices, margins
+from dq.budget import choices, margins, search
 from dq.budget.limits import Budget
 from dq.budget.search import Measured, Part, Search
 from dq.errors import DQError
@@ -88,6 +88,23 @@ def test_milliseconds_of_a_way_are_the_mean_of_its_thirds():
     assert found.ms[place] == pytest.approx((3 + 3 + 6) / 3)
 
 
+def test_protected_thirds_keep_the_bits_that_a_layer_offers():
+    found, limits = searched(True), {"act_bits": 5.35, "thirds": True}
+    free = acts(found, Budget(**limits))
+    kept = acts(found, Budget(**limits, protect=("early",)))
+    assert any(row[0] < 8 for row in free.values()) and all(row[0] == 8 for row in kept.values())
+    assert all(row == [8, 4, 4] for row in kept.values()), "no bits are left for the other thirds"
+    with pytest.raises(DQError, match=r"act_bits is 5, the least possible is 5\.33"):
+        found.choose(Budget(act_bits=5, thirds=True, protect=("late",)))
+
+
+def acts(found: Search, budget: Budget) -> dict[str, list[int]]:
+    """Bits of each layer's input by third."""
+    chosen, rows = found.choose(budget)[""], found.parts[""].layers
+    picked = {name: rows[name].choices[index] for name, index in chosen.items()}
+    return {name: [act.spec.bits for act in search._acts(choice)] for name, choice in picked.items()}
+
+
 def test_a_search_comes_back_from_json():
     found = searched(True)
     again = Search.from_dict(found.to_dict())
@@ -113,6 +130,13 @@ def test_a_denoiser_that_sees_two_thirds_keeps_those():
         ({"thirds": True, "act_bits": 5, "metric": "output"}, "svdquant-int4", "tells no thirds of a run apart"),
         ({"thirds": True, "act_bits": 5}, "svdquant-int4-late8", "has late ones of its own; leave one of them out"),
         ({"thirds": True, "bits": 5}, "int8", "only bytes and bits go without data"),
+        ({"protect": ["late"], "act_bits": 5}, "svdquant-int4", "needs formats by thirds; pass thirds=True"),
+        ({"protect": "late", "thirds": True, "act_bits": 5}, "svdquant-int4", "expected a list of 'early', 'middle'"),
+        (
+            {"protect": ["last"], "thirds": True, "act_bits": 5},
+            "svdquant-int4",
+            "expected a list of 'early', 'middle'",
+        ),
         ({"act_bits": -1}, "int8", "act_bits is -1, expected a number above 0"),
     ],
 )
