@@ -109,6 +109,10 @@ class Weight:
         at = torch.searchsorted(grid, self.values.contiguous()).clamp(1, len(grid) - 1)
         return float((grid[at] - grid[at - 1]).mean())
 
+    def size(self) -> float:
+        """By how much a rate of 1 moves what `logs` gives: a share of all of it."""
+        return 1.0
+
     def logs(self) -> list[nn.Parameter]:
         if self.carrier is None:
             return []

@@ -13,6 +13,8 @@ With "lowrank" u = u_0 + B A, A (r, columns) as nn.Linear begins, B (rows, r) ze
 before rounding (EfficientDM, 2310.03270). u_0 is as with `full`. Counted in steps, one rate moves as many codes in
 every layer, which the paper has from rates in proportion to a layer's mean step.
 
+Codes of a codebook (formats/codebook.py) move by PV-Tuning's steps, its entries in place of s: dq/fit/vectors.py.
+
 With "aux" a low-rank help stands beside the rounded weight while it is trained, and fades (dq/fit/auxiliary.py).
 
 The first is the straight-through estimator; a step that moves carries its codes along, so that rounding and steps are
@@ -29,8 +31,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dq.fit import drafts
-from dq.fit.rounded import Weight
+from dq.fit import drafts, vectors
 from dq.layers import PACKED, inherit
 
 LEAST = 1e-3  # rates of tensors that are zeros are those of tensors of this size
@@ -49,7 +50,7 @@ class Trainable:
         self.packed, self.plan, self._tensors = packed, packed.plan, packed.tensors()
         order = None if packed.permute is None else packed.permute.long()
         draft = drafts.draft(module, self.plan, packed.smooth, order)
-        self.weight = Weight(self.plan, self._tensors)
+        self.weight = vectors.weight_of(self.plan, self._tensors)
         asked = {"lowrank", "aux"} & set(parts) or (full and "weights" in parts)
         rest = _rest(draft, packed).reshape(self.plan.rows, -1) if asked else None
         if rest is not None and (full or "lowrank" in parts):
@@ -97,7 +98,9 @@ class Trainable:
         if part in ("branch", "bias", "aux"):
             return sizes
         if part == "weights":
-            return [self.weight.gap()]
+            return [self.weight.gap()] * len(sizes)
+        if part == "scales":
+            return [self.weight.size()]
         if part == "lowrank":
             return [sizes[0], 1.0]
         return [1.0] * len(self.parameters[part])

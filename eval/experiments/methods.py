@@ -29,7 +29,7 @@ from dq import cookbook, disk
 from dq.budget.choices import weight_bytes
 from dq.host import mark
 from dq.layers import packed_layers
-from dq.methods import qua2sedimo, quest, qvgen
+from dq.methods import pvtuning, qua2sedimo, quest, qvgen
 from dq.plan import LayerPlan, Plan, Recipe, TensorPlan
 from eval.experiments import rows, versions
 from eval.experiments.quality import decibels, denoiser, fingerprint, kernels
@@ -198,6 +198,7 @@ ENTRIES = (
     *with_tuning_changed("quest-w4a8", "in all layers at once", stages=quest.EVERYWHERE),
     *with_tuning_changed("qvgen-w4a4", "without help", parts=qvgen.PLAIN),
     *with_tuning_changed("qvgen-w3a3", "without help", parts=qvgen.PLAIN),
+    *with_tuning_changed("pvtuning-w2", "with codes kept", parts=pvtuning.CODES_KEPT),
     Entry("hif8-tuned", "hif8-tuned", against="hif8"),
     Entry("plain of svdquant-int4, smaller groups", "svdquant-int4", plain=True, weights=INT4_MORE),
     Entry("plain of svdquant-int4, more bits", "svdquant-int4", plain=True, weights=INT_WIDER),

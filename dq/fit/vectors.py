@@ -1,0 +1,107 @@
+"""A layer's codebook and codes while they are trained. PV-Tuning, Malinovskii et al., arXiv 2405.14852.
+
+    Ŵ_v = book[code_v],    V: book <- Adam(dL/dbook),    P: code_v = argmin_c |book[c] - (Ŵ_v - reach d_v / |d_v|)|²
+
+v (n,) vectors of `span` neighbours of a row, book (entries, span), d (n, span) Adam's direction from dL/dŴ. Codes are
+no numbers that a small step could move: the P-step takes a step as long as entries are apart, for the share TAU of the
+vectors that are pushed most and no others, so that the loss falls although each of them jumps. Nothing passes straight
+through a rounding. TAU falls with the learning rate. Deviations: both
+steps in every update, where the paper alternates whole phases; TAU and reach are fixed, there is no trust ratio.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dq.fit.course import MOST_RATE
+from dq.fit.rounded import Weight
+from dq.formats.codebook import Codebook, nearest
+from dq.kernels import Tensors
+
+TAU = 0.01  # of the vectors, that an update may give another code
+REACH = 1.0  # of the distance of an entry to its nearest other one
+
+
+class Vectors(Weight):
+    """The rounded weight of a layer with one codebook, as entries and codes.
+
+    push (n, span): how far Adam has pushed each vector since the last P-step; codes (n,), whole numbers in fp32, so
+    that they are kept and restored as all that is trained
+    """
+
+    def __init__(self, plan, tensors: Tensors):
+        super().__init__(plan, tensors)
+        spec = plan.weight.spec.of(tensors.table)
+        assert isinstance(spec, Codebook), "others have a value for each weight"
+        self.form, scale = spec, tensors.scale.float().reshape(())
+        self.book = nn.Parameter(spec.entry_units() * scale)
+        found = spec.unpack(tensors.weight, plan.columns).reshape(-1).to(torch.int32) & (spec.count - 1)
+        self.code = nn.Parameter(found.float(), requires_grad=False)
+        self.push: nn.Parameter | None = None
+        self.moves = False
+
+    def units(self) -> list[nn.Parameter]:
+        self.push = nn.Parameter(torch.zeros(len(self.code), self.form.span, device=self.code.device))
+        return [self.push, self.code]
+
+    def logs(self) -> list[nn.Parameter]:
+        """The entries: they are what steps are elsewhere."""
+        self.moves = True
+        return [self.book]
+
+    def size(self) -> float:
+        return float(self.book.detach().square().mean().sqrt())
+
+    @torch.no_grad()
+    def gap(self) -> float:
+        """The mean distance of an entry to its nearest other one, a coordinate."""
+        far = torch.cdist(self.book, self.book)
+        far.fill_diagonal_(torch.inf)
+        return float(far.amin(1).mean()) / self.form.span**0.5
+
+    @torch.no_grad()
+    def assign(self) -> int:
+        """The P-step, of what was pushed since the last one. -> vectors with another code."""
+        if self.push is None or not bool(self.push.any()):
+            return 0
+        gap, far = self.gap(), self.push.square().sum(1)
+        length = float(self.push.square().mean().sqrt())
+        count = max(1, int(len(far) * TAU * min(1.0, length / (gap * MOST_RATE)) + 0.5))
+        most = far.topk(count).indices
+        before = self.code[most].clone()
+        along = self.push[most] / far[most].sqrt()[:, None]
+        wanted = self.book[before.long()] + along * (REACH * gap * self.form.span**0.5)
+        self.code[most] = nearest(wanted, self.book)[0].float()
+        self.push.zero_()
+        return int((self.code[most] != before).sum())
+
+    def rounded(self, helped: bool = False) -> torch.Tensor:
+        self.assign()
+        return self.book.detach()[self.code.long()].reshape(self.plan.rows, -1)
+
+    def back(self, grad: torch.Tensor | None) -> None:
+        wide = (
+            self.book.new_zeros(len(self.code), self.form.span) if grad is None else grad.reshape(-1, self.form.span)
+        )
+        if self.moves:
+            self.book.grad = torch.zeros_like(self.book).index_add_(0, self.code.long(), wide)
+        if self.push is not None:
+            self.push.grad, self.code.grad = wide.clone(), torch.zeros_like(self.code)
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        found = {}
+        if self.moves:
+            scales = self.form.stored(self.book.detach())
+            assert scales.table is not None, "a codebook has one"
+            found |= {"scale": scales.scale, "table": scales.table}
+        if self.push is not None:
+            codes = self.code.reshape(self.plan.rows, -1).to(torch.int32).to(torch.int8)
+            found["weight"] = self.spec.pack(codes)
+        return found
+
+
+def weight_of(plan, tensors: Tensors) -> Weight:
+    """The rounded weight of a layer, in the way that its format is trained."""
+    alone = isinstance(plan.weight.spec, Codebook) and len(plan.parts) == 1
+    return Vectors(plan, tensors) if alone else Weight(plan, tensors)
