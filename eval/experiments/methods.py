@@ -110,7 +110,7 @@ def with_plain(recipe: str, **more) -> tuple[Entry, Entry]:
     return Entry(recipe, recipe, against=name, **more), Entry(name, recipe, plain=True, **more)
 
 
-def _with_fp8(recipe: str) -> tuple[Entry, Entry]:
+def with_fp8(recipe: str) -> tuple[Entry, Entry]:
     """A recipe of HiF8 and the same of e4m3."""
     name = f"{recipe} in fp8"
     return Entry(recipe, recipe, against=name), Entry(name, recipe, plain=True, formats={"hif8": "fp8"})
@@ -240,8 +240,8 @@ ENTRIES = (
     Entry("vq4dit-w3, codebook only", "vq4dit-w3", options={"candidates": 1}),
     Entry("vptq-w2", "vptq-w2", against="vptq-w2 without compensation"),
     Entry("vptq-w2 without compensation", "vptq-w2", options={"compensate": False}),
-    *_with_fp8("hif8"),
-    *_with_fp8("hif8-weight"),
+    *with_fp8("hif8"),
+    *with_fp8("hif8-weight"),
     Entry("tdq-w8a8 of 8 steps", "tdq-w8a8", against="tfmq-w8a8 of 8 steps", calibration={"steps": 8}),
     Entry("tfmq-w8a8 of 8 steps", "tfmq-w8a8", calibration={"steps": 8}),
     *_with_one_range("tdq-w8a6"),

@@ -35,6 +35,7 @@ ENTRIES = (
     *with_plain("gptq-w4a8", **SHORT),
     *(replace(entry, **SHORT) for entry in with_tuning_changed("qvgen-w4a4", "without help", parts=qvgen.PLAIN)),
     *(replace(entry, **SHORT) for entry in with_tuning_changed("qvgen-w3a3", "without help", parts=qvgen.PLAIN)),
+    *(replace(entry, **SHORT) for entry in methods.with_fp8("hif8")),
     Entry("sixbit-int4", "sixbit-int4", against="sixbit-int4, late half", **SHORT),
     Entry("sixbit-int4, late half", "sixbit-int4", fields=methods.LATE_HALF, **SHORT),
     Entry("sixbit-int4, layers chosen once", "sixbit-int4", options={"follow": False}, **SHORT),
