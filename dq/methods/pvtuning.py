@@ -11,9 +11,13 @@ are tuned, the control.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from dq.fit.drafts import DraftLinear
 from dq.methods import vptq
-from dq.methods.vptq import fit, prepare, smooths
+from dq.methods.vptq import prepare, smooths
 from dq.plan import Recipe
+from dq.trace.seen import Seen, Unit
 
 __all__ = ["FEW_CALLS", "NEEDS", "RECIPES", "fit", "prepare", "smooths"]
 NEEDS, FEW_CALLS = vptq.NEEDS, vptq.FEW_CALLS
@@ -29,3 +33,8 @@ RECIPES = (
         options={"tune": TUNE},
     ),
 )
+
+
+def fit(unit: Unit, seen: Seen, options: Mapping) -> dict[str, DraftLinear]:
+    """VPTQ's drafts: what is tuned comes after."""
+    return vptq.fit(unit, seen, {key: value for key, value in options.items() if key != "tune"})

@@ -51,6 +51,20 @@ def test_efficientdm_learns_codes_steps_and_a_range_for_each_denoising_step(effi
         assert layer.act_scale.shape == (4, 1) and len(layer.act_scale.unique()) == 4
 
 
+def test_pvtuning_moves_the_codes_and_entries_that_vptq_leaves():
+    (start, plain), (pipe, report) = (
+        made(without_tuning("pvtuning-w2"), None),
+        made("pvtuning-w2", replace(FEW, updates=40)),
+    )
+    found = report.tuned["transformer"]
+    assert found["after_db"] > found["before_db"] + 0.5
+    assert report.bytes_after == plain.bytes_after
+    assert same_state(start.transformer, made("vptq-w2", None)[0].transformer)
+    mine, theirs = pipe.transformer.state_dict(), start.transformer.state_dict()
+    moved = {name.rpartition(".")[2] for name in mine if not torch.equal(mine[name], theirs[name])}
+    assert {"weight", "table"} <= moved <= {"weight", "table", "scale", "bias"}
+
+
 def test_a_recipe_of_its_own_tuning_reads_back_from_json(tmp_path):
     recipe = cookbook.get("efficientdm-w4a8")
     assert Recipe.from_dict(recipe.to_dict()) == recipe
