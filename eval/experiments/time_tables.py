@@ -68,14 +68,15 @@ def saved() -> list[str]:
     full = {_base(row): row["ms_per_picture"] for row in found if not row["recipe"]}
     for row in found:
         name = f"`{row['recipe']}`" if row["recipe"] else f"full precision, {SHORT[row['dtype']]}"
-        error = "" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
+        error = f"{row['error_db']:.1f}" if "error_db" in row else ""
         faster = f"{full[_base(row)] / row['ms_per_picture']:.2f}"
-        cells.append([row["model"], name, f"{row['ms_per_picture']:.1f}", faster, error, _percent(row)])
-    return table(["model", "recipe", "ms a picture", "times as fast", "PSNR, dB", "caption accuracy"], cells)
+        captions = _percent(row) if "caption_accuracy" in row else ""
+        cells.append([row["model"], str(row["steps"]), name, f"{row['ms_per_picture']:.1f}", faster, error, captions])
+    return table(["model", "steps", "recipe", "ms a picture", "times as fast", "error, dB", "caption accuracy"], cells)
 
 
 def _base(row: Mapping) -> tuple:
-    return tuple(row[key] for key in ("model", "dtype", "batch", "level"))
+    return tuple(row[key] for key in ("model", "dtype", "batch", "steps", "level"))
 
 
 def _percent(row: Mapping) -> str:
