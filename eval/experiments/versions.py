@@ -1,8 +1,8 @@
 """Versions of result rows: a hash of the code behind a figure, so that a test can call a row old.
 
-Comments, docstrings, annotations, layout, imports and the place of a definition change no figure and do not count: a
-file may be moved or cut in two and its rows stay what they were. Of C++ the includes count, the files' names and order
-do not.
+Comments, docstrings, annotations, layout, imports, the place of a definition and the status of a recipe change no
+figure and do not count: a file may be moved or cut in two and its rows stay what they were. Of C++ the includes count,
+the files' names and order do not.
 """
 
 import ast
@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ("RECIPES", "DATA_FREE")  # what files of recipes call theirs
+STATUSES = ("stable", "experimental")
 PLACES = (ast.Import, ast.ImportFrom)
 PASSED = ("dq", "dq.errors", "dq.disk", "dq.schema")  # these read, write and refuse, and decide no figure
 
@@ -31,10 +33,20 @@ def definitions(path: Path) -> Iterator[str]:
             node.annotation = None
         if isinstance(node, ast.AnnAssign):
             node.annotation = ast.Constant(...)  # a field stays a field
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in RECIPES:
+            _without_status(node)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) is not None else node.body
             node.body = [item for item in body if not isinstance(item, PLACES)] or [ast.Pass()]
     yield from map(ast.unparse, tree.body)
+
+
+def _without_status(recipes: ast.Assign) -> None:
+    for node in ast.walk(recipes):
+        if isinstance(node, ast.Call):
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg != "status"]
+        if isinstance(node, ast.Constant) and node.value in STATUSES:
+            node.value = ""
 
 
 def sources(roots: Iterable[Path]) -> set[Path]:

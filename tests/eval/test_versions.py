@@ -57,6 +57,11 @@ def test_a_change_of_what_decides_makes_rows_old(copy, before, place, old, new):
     [
         ("formats/integer.py", "range(2, 9)", "range(2, 9)  # a remark\n"),
         ("kernels/cpu/native/tile.h", "#pragma once", "// a remark\n#pragma once /* and\none more */"),
+        (
+            "cookbook.py",
+            'conv=("fp8/channel", "fp8/tensor"), status="experimental")',
+            'conv=("fp8/channel", "fp8/tensor"))',
+        ),
         ("fit/rounding.py", "from __future__", "ODD = 1\nfrom __future__"),  # nothing that is not calibrated needs it
     ],
 )
@@ -76,3 +81,15 @@ def test_what_looks_like_a_remark_inside_of_text_counts(tmp_path):
     two.write_text('const char* at = "http://b"; // a\nchar c = \'"\'; /* " */ int d;\n')
     assert versions.native([one]) == 'const char* at = "http://a"; char c = \'"\'; int d;'
     assert versions.native([one]) != versions.native([two])
+
+
+def test_the_status_of_a_recipe_does_not_count_and_that_of_a_kernel_does(tmp_path):
+    def told(text: str) -> list[str]:
+        (tmp_path / "a.py").write_text(text)
+        return list(versions.definitions(tmp_path / "a.py"))
+
+    loop = 'RECIPES = tuple(Recipe(name, form, status=status) for name, form, status in (("a", "int8", "{}"),))'
+    assert told(loop.format("stable")) == told(loop.format("experimental")) != told(loop.format("int4"))
+    given = 'RECIPES = (Recipe("a", "int8", method="b"{}),)'
+    assert told(given.format("")) == told(given.format(', status="stable" if True else "experimental"'))
+    assert told('STATUS = "stable"') != told('STATUS = "experimental"')
