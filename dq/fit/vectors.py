@@ -5,8 +5,9 @@
 v (n,) vectors of `span` neighbours of a row, book (entries, span), d (n, span) Adam's direction from dL/dŴ. Codes are
 no numbers that a small step could move: the P-step takes a step as long as entries are apart, for the share TAU of the
 vectors that are pushed most and no others, so that the loss falls although each of them jumps. Nothing passes straight
-through a rounding. TAU falls with the learning rate. Deviations: both
-steps in every update, where the paper alternates whole phases; TAU and reach are fixed, there is no trust ratio.
+through a choice of codes; it does through the rounding of entries to the whole numbers that are stored. TAU falls with
+the learning rate. Deviations: both steps in every update, where the paper alternates whole phases; TAU and reach are
+fixed, there is no trust ratio.
 """
 
 from __future__ import annotations
@@ -50,13 +51,19 @@ class Vectors(Weight):
         self.moves = True
         return [self.book]
 
+    @property
+    def entries(self) -> torch.Tensor:
+        """(entries, span) as they will be stored: whole numbers of a scale."""
+        book = self.book.detach()
+        return self.form.book(self.form.stored(book)) if self.moves else book
+
     def size(self) -> float:
         return float(self.book.detach().square().mean().sqrt())
 
     @torch.no_grad()
     def gap(self) -> float:
         """The mean distance of an entry to its nearest other one, a coordinate."""
-        far = torch.cdist(self.book, self.book)
+        far = torch.cdist(self.entries, self.entries)
         far.fill_diagonal_(torch.inf)
         return float(far.amin(1).mean()) / self.form.span**0.5
 
@@ -71,14 +78,15 @@ class Vectors(Weight):
         most = far.topk(count).indices
         before = self.code[most].clone()
         along = self.push[most] / far[most].sqrt()[:, None]
-        wanted = self.book[before.long()] + along * (REACH * gap * self.form.span**0.5)
-        self.code[most] = nearest(wanted, self.book)[0].float()
+        book = self.entries
+        wanted = book[before.long()] + along * (REACH * gap * self.form.span**0.5)
+        self.code[most] = nearest(wanted, book)[0].float()
         self.push.zero_()
         return int((self.code[most] != before).sum())
 
     def rounded(self, helped: bool = False) -> torch.Tensor:
         self.assign()
-        return self.book.detach()[self.code.long()].reshape(self.plan.rows, -1)
+        return self.entries[self.code.long()].reshape(self.plan.rows, -1)
 
     def back(self, grad: torch.Tensor | None) -> None:
         wide = (
