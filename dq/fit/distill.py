@@ -139,6 +139,8 @@ class _Work:
         self.helps = [layer.weight.help for layer in student.layers.values() if layer.weight.help is not None]
         alike: dict[tuple[str, float], list[nn.Parameter]] = {}  # sizes as powers of two, so that groups are few
         for _, part, value, size in groups:
+            if not size:
+                continue  # it moves in jumps
             alike.setdefault((part, 2.0 ** round(math.log2(size))), []).append(value)
         self.sizes = list(alike)
         grouped = [{"params": values, "lr": 0.0} for values in alike.values()]
@@ -257,6 +259,10 @@ class _Work:
         for group, (part, size) in zip(self.adam.param_groups, self.sizes, strict=True):
             group["lr"] = rate * SHARES[part] * size
         self.adam.step()
+        share = min(1.0, rate / course.MOST_RATE)
+        for name, layer in self.student.layers.items():
+            if "weights" in moving[name]:
+                layer.jump(share)
         self.losses.append(float(loss) / max(self.before, 1e-20))
         return ""
 

@@ -103,11 +103,11 @@ class Weight:
         return [self.unit]
 
     @torch.no_grad()
-    def gap(self) -> float:
+    def gaps(self) -> list[float]:
         """The mean distance of neighbouring values of the grid where the units are, in steps: 1 for integers."""
         grid = self.spec.grid().to(self.values.device).unique()
         at = torch.searchsorted(grid, self.values.contiguous()).clamp(1, len(grid) - 1)
-        return float((grid[at] - grid[at - 1]).mean())
+        return [float((grid[at] - grid[at - 1]).mean())]
 
     def size(self) -> float:
         """By how much a rate of 1 moves what `logs` gives: a share of all of it."""
@@ -194,6 +194,10 @@ class Weight:
         if self.carrier == "scale_global" and not self.plan.weight.grain.two_level:
             return total.sum(0)
         return total.sum(0, keepdim=True) if len(log) == 1 else total
+
+    def jump(self, share: float) -> int:
+        """What moves in no gradient's step, after one: nothing here."""
+        return 0
 
     def stored(self) -> dict[str, torch.Tensor]:
         """The packed tensors that changed."""

@@ -1,13 +1,14 @@
 """A layer's codebook and codes while they are trained. PV-Tuning, Malinovskii et al., arXiv 2405.14852.
 
-    Ŵ_v = book[code_v],    V: book <- Adam(dL/dbook),    P: code_v = argmin_c |book[c] - (Ŵ_v - reach d_v / |d_v|)|²
+    Ŵ_v = book[code_v],    V: book <- Adam(dL/dbook),    P: code_v = argmin_c |book[c] - (Ŵ_v + reach m_v / |m_v|)|²
 
-v (n,) vectors of `span` neighbours of a row, book (entries, span), d (n, span) Adam's direction from dL/dŴ. Codes are
-no numbers that a small step could move: the P-step takes a step as long as entries are apart, for the share TAU of the
-vectors that are pushed most and no others, so that the loss falls although each of them jumps. Nothing passes straight
-through a choice of codes; it does through the rounding of entries to the whole numbers that are stored. TAU falls with
-the learning rate. Deviations: both steps in every update, where the paper alternates whole phases; TAU and reach are
-fixed, there is no trust ratio.
+v (n,) vectors of `span` neighbours of a row, book (entries, span), m (n, span) the mean of -dL/dŴ over the last
+updates. Codes are no numbers that a small step could move: the P-step takes a step as long as entries are apart, for
+the share TAU of the vectors with the largest |m_v| and no others, so that the loss falls although each of them jumps.
+Nothing passes straight through a choice of codes; it does through the rounding of entries to the whole numbers that
+are stored. TAU falls with the learning rate. Deviations: both steps in every update, where the paper alternates whole
+phases; means instead of Adam's directions, whose first say nothing of how much a vector matters, and a smaller TAU,
+both for updates of a few calls; TAU and reach are fixed, there is no trust ratio.
 """
 
 from __future__ import annotations
@@ -15,20 +16,19 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dq.fit.course import MOST_RATE
 from dq.fit.rounded import Weight
 from dq.formats.codebook import Codebook, nearest
 from dq.kernels import Tensors
 
-TAU = 0.01  # of the vectors, that an update may give another code
+TAU = 0.002  # of the vectors, that an update may give another code
+MEMORY = 0.9  # what an update keeps of the mean gradient
 REACH = 1.0  # of the distance of an entry to its nearest other one
 
 
 class Vectors(Weight):
     """The rounded weight of a layer with one codebook, as entries and codes.
 
-    push (n, span): how far Adam has pushed each vector since the last P-step; codes (n,), whole numbers in fp32, so
-    that they are kept and restored as all that is trained
+    push (n, span): m; code (n,), whole numbers in fp32, so that they are kept and restored as all that is trained
     """
 
     def __init__(self, plan, tensors: Tensors):
@@ -60,6 +60,9 @@ class Vectors(Weight):
     def size(self) -> float:
         return float(self.book.detach().square().mean().sqrt())
 
+    def gaps(self) -> list[float]:
+        return [0.0, 1.0]  # codes get no gradient, so that no step moves them either
+
     @torch.no_grad()
     def gap(self) -> float:
         """The mean distance of an entry to its nearest other one, a coordinate."""
@@ -68,24 +71,24 @@ class Vectors(Weight):
         return float(far.amin(1).mean()) / self.form.span**0.5
 
     @torch.no_grad()
-    def assign(self) -> int:
-        """The P-step, of what was pushed since the last one. -> vectors with another code."""
-        if self.push is None or not bool(self.push.any()):
+    def jump(self, share: float) -> int:
+        """The P-step of an update, of `share` of TAU, by the gradient it left. -> vectors with another code."""
+        if self.push is None or self.push.grad is None:
             return 0
-        gap, far = self.gap(), self.push.square().sum(1)
-        length = float(self.push.square().mean().sqrt())
-        count = max(1, int(len(far) * TAU * min(1.0, length / (gap * MOST_RATE)) + 0.5))
-        most = far.topk(count).indices
-        before = self.code[most].clone()
+        self.push.mul_(MEMORY).sub_(self.push.grad, alpha=1 - MEMORY)
+        far = self.push.square().sum(1)
+        most = far.topk(max(1, round(len(far) * TAU * share))).indices
+        most = most[far[most] > 0]
+        before, book = self.code[most].clone(), self.entries
         along = self.push[most] / far[most].sqrt()[:, None]
-        book = self.entries
-        wanted = book[before.long()] + along * (REACH * gap * self.form.span**0.5)
-        self.code[most] = nearest(wanted, book)[0].float()
-        self.push.zero_()
-        return int((self.code[most] != before).sum())
+        wanted = book[before.long()] + along * (REACH * self.gap() * self.form.span**0.5)
+        if len(most):
+            self.code[most] = nearest(wanted, book)[0].float()
+        jumped = self.code[most] != before
+        self.push[most[jumped]] = 0.0  # what was known of it is used
+        return int(jumped.sum())
 
     def rounded(self, helped: bool = False) -> torch.Tensor:
-        self.assign()
         return self.entries[self.code.long()].reshape(self.plan.rows, -1)
 
     def back(self, grad: torch.Tensor | None) -> None:
