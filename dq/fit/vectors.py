@@ -1,15 +1,15 @@
 """A layer's codebook and codes while they are trained. PV-Tuning, Malinovskii et al., arXiv 2405.14852.
 
-    Ŵ_v = book[code_v],    V: book <- Adam(dL/dbook),    P: code_v = argmax_c score(v, c)
-    score(v, c) = m_v · d / |d|²,  d = book[c] - book[code_v]
+    Ŵ_v = book[code_v],    V: book <- Adam(dL/dbook),    P: code_v = argmin_c |book[c] - (Ŵ_v + reach m_v / |m_v|)|²
 
 v (n,) vectors of `span` neighbours of a row, book (entries, span), m (n, span) the mean of -dL/dŴ over the last
-updates. Codes are no numbers that a small step could move. A jump d gains m · d and costs |d|² times half a curvature
-that nobody knows, so that those of the largest score are the likeliest to gain: an update makes the jumps of the share
-TAU of the vectors, and no others. Nothing passes straight through a choice of codes; it does through the rounding of
-entries to the whole numbers that are stored. TAU falls with the learning rate. Deviations: both steps in every update,
-where the paper alternates whole phases; the score in place of a step along Adam's direction, and a smaller TAU, both
-for updates of a few calls: steps as long as entries are apart, for the vectors that Adam moves most, gained nothing.
+updates. Codes are no numbers that a small step could move: the P-step takes a step as long as entries are apart, for
+the share TAU of the vectors with the largest |m_v| and no others, so that the loss falls although each of them jumps.
+Nothing passes straight through a choice of codes; it does through the rounding of entries to the whole numbers that
+are stored. TAU falls with the learning rate. Deviations: both steps in every update,
+where the paper alternates whole phases; means instead of Adam's directions, whose first say nothing of how much a
+vector matters, and a TAU for updates of a few calls (0.002 and the paper's 0.01 gained nothing at all there); TAU and
+reach are fixed, there is no trust ratio.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ import torch
 from torch import nn
 
 from dq.fit.rounded import Weight
-from dq.formats.base import SCALE_FLOOR
-from dq.formats.codebook import Codebook
+from dq.formats.codebook import Codebook, nearest
 from dq.kernels import Tensors
 
-TAU = 0.001  # of the vectors, that an update may give another code
-SHORTLIST = 16  # times as many, those of the largest gradient, are scored
-MEMORY = 0.97  # what an update keeps of the mean gradient
+TAU = 0.0002  # of the vectors, that an update may give another code
+MEMORY = 0.9  # what an update keeps of the mean gradient
+REACH = 1.0  # of the distance of an entry to its nearest other one
 
 
 class Vectors(Weight):
@@ -66,24 +65,29 @@ class Vectors(Weight):
         return [0.0, 1.0]  # codes get no gradient, so that no step moves them either
 
     @torch.no_grad()
+    def gap(self) -> float:
+        """The mean distance of an entry to its nearest other one, a coordinate."""
+        far = torch.cdist(self.entries, self.entries)
+        far.fill_diagonal_(torch.inf)
+        return float(far.amin(1).mean()) / self.form.span**0.5
+
+    @torch.no_grad()
     def jump(self, share: float) -> int:
         """The P-step of an update, of `share` of TAU, by the gradient it left. -> vectors with another code."""
         if self.push is None or self.push.grad is None:
             return 0
         self.push.mul_(MEMORY).sub_(self.push.grad, alpha=1 - MEMORY)
-        count = max(1, round(len(self.push) * TAU * share))
-        listed = self.push.square().sum(1).topk(min(SHORTLIST * count, len(self.push))).indices
-        book, along = self.entries, self.push[listed]
-        here = book[self.code[listed].long()]
-        gained = along @ book.t() - (along * here).sum(1, keepdim=True)
-        length = torch.cdist(here, book, compute_mode="donot_use_mm_for_euclid_dist").square_()
-        score, best = torch.where(length > 0, gained / length.clamp(min=SCALE_FLOOR), 0.0).max(1)
-        most = score.topk(min(count, len(score))).indices
-        most = most[score[most] > 0]
-        jumped = listed[most]
-        self.code[jumped] = best[most].float()
-        self.push[jumped] = 0.0  # what was known of them is used
-        return len(jumped)
+        far = self.push.square().sum(1)
+        most = far.topk(max(1, round(len(far) * TAU * share))).indices
+        most = most[far[most] > 0]
+        before, book = self.code[most].clone(), self.entries
+        along = self.push[most] / far[most].sqrt()[:, None]
+        wanted = book[before.long()] + along * (REACH * self.gap() * self.form.span**0.5)
+        if len(most):
+            self.code[most] = nearest(wanted, book)[0].float()
+        jumped = self.code[most] != before
+        self.push[most[jumped]] = 0.0  # what was known of it is used
+        return int(jumped.sum())
 
     def rounded(self, helped: bool = False) -> torch.Tensor:
         return self.entries[self.code.long()].reshape(self.plan.rows, -1)

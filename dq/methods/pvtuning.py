@@ -3,7 +3,7 @@
     minimise over book, code   E |ŷ - y|^2,    Ŵ_v = book[code_v]
 
 y, ŷ: the prediction of the denoiser in full precision and quantized, on recorded runs of the pipeline. The start is
-VPTQ's (dq/methods/vptq.py); entries then follow Adam, and of the codes one in a hundred an update may be another:
+VPTQ's (dq/methods/vptq.py); entries then follow Adam, and a few of the codes an update may be others:
 dq/fit/vectors.py. The paper starts from AQLM's or from k-means, its codebooks have 2^8 to 2^16 entries of 8 values.
 Options: `compensate` as in `vptq`; `tune` as `dq.Tune`: without "weights" among its parts codes stay and entries alone
 are tuned, the control.

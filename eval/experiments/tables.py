@@ -16,6 +16,7 @@ from eval.markdown import table
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 OLD = " †"
+FEWER = " ‡"
 NOT_YET = "No rows are committed yet."
 OLD_SAYS = (
     "† The code behind this row (formats, planning, kernels, its method) has changed since it was measured: today's "
@@ -86,12 +87,14 @@ def _against(found: list[dict], rivals, reasons: Mapping[tuple[str, str], str]) 
     order = list(entries)
     known = [row for row in found if row["row"] in entries]
     values = {(row["model"], row["row"], row["prompts"]): row["psnr_db"] for row in known}
+    most = max((row["prompts"] for row in known), default=0)
     cells, below = [], []
     for row in sorted(known, key=lambda row: (row["model"], order.index(row["row"]))):
         entry = entries[row["row"]]
         rival = values.get((row["model"], entry.against, row["prompts"]))
         gain = None if rival is None else row["psnr_db"] - rival
-        cells.append(_method_cells(row, gain, row["version"] != version(entry)))
+        marks = FEWER * (row["prompts"] < most) + OLD * (row["version"] != version(entry))
+        cells.append(_method_cells(row, gain, marks))
         if gain is not None and gain <= 0:
             reason = reasons.get((row["model"], row["row"]), "no reason known")
             below.append(f"- `{row['row']}` on {row['model']} does not beat {entry.against}: {reason}")
@@ -100,10 +103,10 @@ def _against(found: list[dict], rivals, reasons: Mapping[tuple[str, str], str]) 
     return [*table(head, cells), "", *below] if below else table(head, cells)
 
 
-def _method_cells(row: dict, gain: float | None, old: bool) -> list[str]:
+def _method_cells(row: dict, gain: float | None, marks: str) -> list[str]:
     noise = " / ".join(f"{row[f'noise_sqnr_{third}_db']:.1f}" for third in ("early", "middle", "late"))
     accuracy = f"{100 * row['caption_accuracy']:.0f} % (fp32: {100 * row['caption_accuracy_fp32']:.0f} %)"
-    cells = [row["model"], row["row"] + (OLD if old else ""), row["bits"]]
+    cells = [row["model"], row["row"] + marks, row["bits"]]
     cells += [decibels(row) + ("" if gain is None else f" ({gain:+.1f})"), f"{row['feature_distance']:.3f}", accuracy]
     branch = f"{100 * row['branch_share']:.0f} %" if row["branch_share"] else ""
     cells += [noise, f"{row['bytes'] / row['fp32_bytes']:.2f}x", branch]
@@ -266,9 +269,9 @@ def _quality() -> str:
 
 def _methods() -> str:
     found = _read("methods")
-    asked = (
-        f"{found[0]['prompts']} held-out prompts, seed {found[0]['seed']}, 20 steps, 32 other prompts to calibrate on."
-    )
+    most, *fewer = sorted({row["prompts"] for row in found}, reverse=True)
+    few = "".join(f", of rows with{FEWER} {count}" for count in fewer)
+    asked = f"{most} held-out prompts{few}, seed {found[0]['seed']}, 20 steps, 32 other prompts to calibrate on."
     return _with(methods(found), asked, _where(found))
 
 

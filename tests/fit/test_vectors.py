@@ -40,16 +40,15 @@ def test_a_layer_begins_as_it_is_packed_and_comes_back_to_the_byte():
 
 
 def test_an_update_gives_few_of_the_vectors_another_code_and_those_of_the_largest_mean_gradient():
-    made, _ = layer(rows=256, columns=256)
+    made, _ = layer(rows=512, columns=512)
     own = made.weight
     before = own.code.clone()
     gradient = torch.randn(own.push.shape, generator=DICE)
-    gradient[:400] *= 10
+    gradient[:1000] *= 10
     own.push.grad = gradient
     changed = own.jump(1.0)
     moved = (own.code != before).nonzero()[:, 0]
-    assert 0 < changed == len(moved) <= round(vectors.TAU * len(before)) and moved.max() < 400
-    assert not own.push[moved].any()
+    assert 0 < changed == len(moved) <= round(vectors.TAU * len(before)) and moved.max() < 1000
     own.push.grad = None
     assert own.jump(1.0) == 0, "a stage in which codes stay"
 
