@@ -64,7 +64,7 @@ RECIPES = tuple(
         (weight, act),
         (weight, "int8a/tensor"),
         method="svdquant",
-        status="experimental" if more or name.endswith("nvfp4") else "stable",
+        status="experimental" if name.endswith(("late8", "nunchaku", "nvfp4")) else "stable",
         **({"options": OPTIONS} | more),
     )
     for name, (weight, act, more) in {

@@ -278,20 +278,17 @@ ENTRIES = (
 # why a row does not beat the one it is set `against`, by (model, row); docs/results/methods.md shows it
 NOTHING_LEFT = "after GPTQ no block gains by learned rounding, so that nothing of it is kept: the same figures"
 LOGS = "weights here are like normal ones, to which an even grid of as many codes is nearer: the log has the units"
+RANKED_BY_LUCK = "its regression ranks plans no better than luck, and 4 bits with scales leave most layers 3"
 WEIGHTS_REMAIN = "4-bit weights leave the noise: a table takes 0.1 dB of it away, pictures differ by luck"
 REASONS: dict[tuple[str, str], str] = {
     ("tiny-pixart", "fp4dit-w4a6"): NOTHING_LEFT,
     ("tiny-pixart", "lowbitfp-w4a8"): NOTHING_LEFT,
     ("tiny-pixart", "lrqdit-w4a4"): LOGS,
     ("tiny-pixart", "lrqdit-w3a4"): LOGS,
-    (
-        "tiny-pixart",
-        "tdq-w4a6",
-    ): "4-bit weights leave the noise: a table takes 0.1 dB of it away, pictures differ by luck",
-    (
-        "tiny-pixart",
-        "mixdq-w4a8",
-    ): "4.25 bits are 0.11 more than int4 in every layer takes: there is next to nothing to mix",
+    ("tiny-pixart", "tdq-w4a6"): WEIGHTS_REMAIN,
+    ("tiny-pixart", "tfmq-w4a6"): WEIGHTS_REMAIN,
+    ("tiny-pixart", "qua2sedimo-w4"): RANKED_BY_LUCK,
+    ("tiny-pixart", "mixdq-w4a8"): "4.25 bits are 0.11 more than int4 everywhere: there is next to nothing to mix",
     ("tiny-pixart", "viditq-w4a8"): "rounded to nearest, as published: noise 0.1 to 0.7 dB nearer, pictures not",
 }
 
