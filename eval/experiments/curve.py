@@ -70,7 +70,8 @@ def measured(options) -> list[dict]:
                 times[recipe].append(1000 * (time.perf_counter() - begun) / options.prompts)
     full, found = drawn[options.recipes[0]], []
     for recipe in pipes:
-        row = {"model": options.model, "recipe": recipe, "dtype": options.dtype, "steps": options.steps}
+        name = options.model if known else f"{WIDE}, {options.layers} blocks"
+        row = {"model": name, "recipe": recipe, "dtype": options.dtype, "steps": options.steps}
         row |= {
             "batch": options.batch if known else options.prompts,
             "ms_per_picture": round(median(times[recipe]), 2),
