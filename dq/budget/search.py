@@ -195,7 +195,7 @@ class Search:
                 costs.append({key: value if key[0] == part else 0 * value for key, value in own.items()})
                 fixed.append(found.calls * found.fixed_ms)
         over = 2 * next(iter(limits.values()))  # of NEVER the solver's scale would suffer
-        for part, name, row in self.rows():
+        for part, name, row in self.rows() if budget.protect else ():
             costs[0][part, name][_narrowed(row.choices, budget.protect)] += over
         return limits, costs, fixed
 
@@ -266,9 +266,9 @@ Chosen = dict[str, dict[str, int]]  # by part and layer: the number of the choic
 
 def _narrowed(choices: Sequence[Choice], protect: Sequence[str]) -> np.ndarray:
     """(choices,) whether an input has fewer bits than its layer offers in one of these thirds of the run."""
-    offered = max((act.spec.bits for choice in choices if choice for act in _acts(choice)), default=0)
-    places = [THIRDS.index(third) for third in protect]
     known = [() if choice is None else _acts(choice) for choice in choices]
+    offered = max((act.spec.bits for acts in known for act in acts), default=0)
+    places = [THIRDS.index(third) for third in protect]
     return np.array([any(acts and acts[third].spec.bits < offered for third in places) for acts in known], bool)
 
 

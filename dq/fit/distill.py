@@ -262,7 +262,7 @@ class _Work:
         share = min(1.0, rate / course.MOST_RATE)
         for name, layer in self.student.layers.items():
             if "weights" in moving[name]:
-                layer.jump(share)
+                layer.weight.jump(share)
         self.losses.append(float(loss) / max(self.before, 1e-20))
         return ""
 

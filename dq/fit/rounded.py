@@ -196,7 +196,7 @@ class Weight:
         return total.sum(0, keepdim=True) if len(log) == 1 else total
 
     def jump(self, share: float) -> int:
-        """What moves in no gradient's step, after one: nothing here."""
+        """After an update at `share` of the highest rate: move what no gradient's step does. -> codes that did."""
         return 0
 
     def stored(self) -> dict[str, torch.Tensor]:

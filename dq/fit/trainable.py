@@ -95,7 +95,7 @@ class Trainable:
     def rates(self, part: str) -> list[float]:
         """By how much a rate of 1 moves each of a part's tensors: their own size, a code, or 1 where shares count.
 
-        0: no gradient's step moves it, but `jump`.
+        0: no gradient's step moves it, but `Weight.jump`.
         """
         sizes = [max(float(value.detach().square().mean().sqrt()), LEAST) for value in self.parameters[part]]
         if part in ("branch", "bias", "aux"):
@@ -138,10 +138,6 @@ class Trainable:
             moved.grad = None
         for value in (*self.parameters.get("branch", ()), *self.parameters.get("bias", ())):
             value.grad = torch.zeros_like(value) if value.grad is None else value.grad
-
-    def jump(self, share: float) -> None:
-        """After an update at `share` of the highest rate: what moves in jumps does."""
-        self.weight.jump(share)
 
     def forward(self, input: torch.Tensor, then_gelu: bool = False) -> torch.Tensor:
         y = self.draft.forward(input)  # hooks are those of the module that calls this

@@ -6,10 +6,10 @@ v (n,) vectors of `span` neighbours of a row, book (entries, span), m (n, span) 
 updates. Codes are no numbers that a small step could move: the P-step takes a step as long as entries are apart, for
 the share TAU of the vectors with the largest |m_v| and no others, so that the loss falls although each of them jumps.
 Nothing passes straight through a choice of codes; it does through the rounding of entries to the whole numbers that
-are stored. TAU falls with the learning rate. Deviations: both steps in every update,
-where the paper alternates whole phases; means instead of Adam's directions, whose first say nothing of how much a
-vector matters, and a TAU for updates of a few calls (0.002 and the paper's 0.01 gained nothing at all there); TAU and
-reach are fixed, there is no trust ratio.
+are stored. TAU falls with the learning rate. Deviations: both steps in every update, where the paper alternates whole
+phases; means instead of Adam's directions, whose first say nothing of how much a vector matters, and a TAU for updates
+of a few calls (0.002 and the paper's 0.01 gained nothing at all there); TAU and reach are fixed, there is no trust
+ratio.
 """
 
 from __future__ import annotations

@@ -110,10 +110,14 @@ def corrections(student: Student, pipe, kind: str, wanted: list) -> tuple[Correc
     return found, said[0]
 
 
+def code(method: str) -> str:
+    """What decides figures of a fitted model with caches and corrections around it."""
+    rooms = [*(versions.ROOT / "dq" / "around").glob("*.py"), *(versions.ROOT / "dq" / "sampler").glob("*.py")]
+    return versions.code([*rooms, *methods.roots(method)])
+
+
 def version(name: str) -> str:
-    home = versions.ROOT / "dq"
-    decides = [*(home / "around").glob("*.py"), *(home / "sampler").glob("*.py"), *methods.roots("svdquant")]
-    return versions.crc(f"{versions.code(decides)} {fingerprint(name)} {SEARCHED} {SEARCH_SEED}")
+    return versions.crc(f"{code('svdquant')} {fingerprint(name)} {SEARCHED} {SEARCH_SEED}")
 
 
 class Bench:

@@ -9,7 +9,7 @@ from functools import cache, partial
 
 import dq
 from dq import cookbook
-from eval.experiments import methods, rows, versions
+from eval.experiments import around, methods, rows, versions
 from eval.experiments.quality import decibels, fingerprint
 from eval.metrics import caption_accuracy
 from eval.static import kernels_by_rank
@@ -42,9 +42,8 @@ def calibration(options, policy: str) -> dq.Calibration:
 
 
 def version(model: str, recipe: str) -> str:
-    home, wanted = versions.ROOT / "dq", cookbook.get(recipe)
-    decides = [*(home / "around").glob("*.py"), *(home / "sampler").glob("*.py"), *methods.roots(wanted.method)]
-    return versions.crc(f"{versions.code(decides)} {fingerprint(model)} {wanted.to_dict()}")
+    wanted = cookbook.get(recipe)
+    return versions.crc(f"{around.code(wanted.method)} {fingerprint(model)} {wanted.to_dict()}")
 
 
 @cache

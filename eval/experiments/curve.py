@@ -16,6 +16,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline
 
 import dq
+from dq import explaining
 from eval.experiments import calibration_time, rows
 from eval.metrics import caption_accuracy, psnr
 from pipelines import tiny
@@ -77,18 +78,13 @@ def measured(options) -> list[dict]:
             "ms_per_picture": round(median(times[recipe]), 2),
         }
         if recipe != options.recipes[0]:
-            values = psnr.per_item(drawn[recipe], full) if known else [sqnr_db(drawn[recipe], full)]
+            values = psnr.per_item(drawn[recipe], full) if known else [explaining.sqnr_db(full, drawn[recipe])]
             row["error_db"] = round(mean(values), 2)
         if known:
             accuracy = caption_accuracy.score(drawn[recipe], scenes)["caption_accuracy"]
             row["caption_accuracy"] = round(accuracy, 4)
         found.append(row)
     return found
-
-
-def sqnr_db(mine: torch.Tensor, truth: torch.Tensor) -> float:
-    noise = (mine.double() - truth.double()).square().sum()
-    return float(10 * (truth.double().square().sum() / noise).log10())
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -267,22 +267,15 @@ def _quality() -> str:
     return _with(quality(found, version()), f"{found[0]['prompts']} held-out prompts a row, 20 steps.", _where(found))
 
 
-def _methods() -> str:
-    found = _read("methods")
-    most, *fewer = sorted({row["prompts"] for row in found}, reverse=True)
-    few = "".join(f", of rows with{FEWER} {count}" for count in fewer)
-    asked = f"{most} held-out prompts{few}, seed {found[0]['seed']}, 20 steps, 32 other prompts to calibrate on."
-    return _with(methods(found), asked, _where(found))
-
-
-def _few_steps() -> str:
-    found = _read("few_steps")
+def _fitted(name: str, make: Callable[[list[dict]], list[str]], steps: int) -> str:
+    """A table of rows of `eval.experiments.methods` in so many steps."""
+    found = _read(name)
     if not found:
         return NOT_YET
-    asked = (
-        f"{found[0]['prompts']} held-out prompts, seed {found[0]['seed']}, 4 steps, 32 other prompts to calibrate on."
-    )
-    return _with(few_steps(found), asked, _where(found))
+    most, *fewer = sorted({row["prompts"] for row in found}, reverse=True)
+    few = "".join(f", of rows with{FEWER} {count}" for count in fewer)
+    asked = f"{most} held-out prompts{few}, seed {found[0]['seed']}, {steps} steps, 32 other prompts to calibrate on."
+    return _with(make(found), asked, _where(found))
 
 
 def _budgets() -> str:
@@ -381,9 +374,9 @@ def tables() -> dict[str, tuple[Path, Callable[[], str]]]:
         name: (docs / "results" / f"{page}.md", make)
         for page, made in {
             "quality": {"quality": _quality},
-            "methods": {"methods": _methods, "insights": _insights},
+            "methods": {"methods": lambda: _fitted("methods", methods, 20), "insights": _insights},
             "video": {"video": _video},
-            "few_steps": {"few_steps": _few_steps},
+            "few_steps": {"few_steps": lambda: _fitted("few_steps", few_steps, 4)},
             "time": {
                 "along": _made(time_tables.along, "thirds"),
                 "attention_pictures": _made(time_tables.attention_pictures, "attention"),

@@ -1,4 +1,4 @@
-"""PV-Tuning's steps: a hundredth of the codes of a codebook moves in an update at most, to where the loss falls."""
+"""PV-Tuning's steps: few of the codes of a codebook move in an update, to where the loss falls."""
 
 from __future__ import annotations
 
